@@ -1,0 +1,339 @@
+"""The frozen retriever: load, encode, projector in and out.
+
+Shape letters: B images, N tokens per image, Q queries, M query tokens, H hidden, D embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import ColPaliForRetrieval, ColPaliProcessor
+
+from samer.config import InputError, MergeConfig
+from samer.coords import visual_coords
+from samer.runtime import atomic_path, read_json, write_json
+from samer.tokens import QueryTokens, VisualTokens
+
+FORMAT = "samer_projector"
+FORMAT_VERSION = 1
+LEGACY_FORMAT = "samer_projector_v1"
+
+
+@dataclass(frozen=True)
+class Projector:
+    """Weights of `embedding_proj_layer`: weight (D, H), bias (D,), float32 on the CPU."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over both tensors; names the projector in an index."""
+        digest = hashlib.sha256()
+        for tensor in (self.weight, self.bias):
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class Retriever:
+    """A frozen ColPali: images and texts to hidden states, and hidden states to unit tokens through a projector.
+
+    It is no `nn.Module` on purpose: whatever holds it neither trains it nor saves it.
+    """
+
+    def __init__(self, model: ColPaliForRetrieval, processor: ColPaliProcessor, name: str) -> None:
+        self.name = name
+        self.processor = processor
+        self.model = model.eval().requires_grad_(False)
+        layer = model.embedding_proj_layer
+        self.base_projector = Projector(*(t.detach().float().cpu().clone() for t in (layer.weight, layer.bias)))
+        self.projector = nn.Linear(layer.in_features, layer.out_features)
+        self.use_projector(self.base_projector)
+        vision = model.config.vlm_config.vision_config
+        self.grid = vision.image_size // vision.patch_size
+        self.image_token_id = model.config.vlm_config.image_token_id
+        if self.image_token_id != processor.image_token_id:
+            raise InputError(
+                f"{name}: the model's image token is {self.image_token_id}, the processor's {processor.image_token_id}; "
+                "they belong to different checkpoints"
+            )
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        local_files_only: bool = False,
+    ) -> Retriever:
+        """Loads a ColPali in transformers format, e.g. `vidore/colpali-v1.3-hf`, or a folder.
+
+        Raises:
+            InputError: not found, another architecture, or weights that the checkpoint does not hold.
+        """
+        try:
+            model, report = ColPaliForRetrieval.from_pretrained(
+                name, dtype="auto", local_files_only=local_files_only, output_loading_info=True
+            )
+            processor = ColPaliProcessor.from_pretrained(name, local_files_only=local_files_only)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:240]
+            raise InputError(
+                f"model {name!r} can't be loaded ({reason}); name a ColPali in transformers format, such as "
+                "vidore/colpali-v1.3-hf, or a folder that holds one"
+            ) from None
+        lost = sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]])
+        if lost:
+            raise InputError(
+                f"model {name!r} lacks {len(lost)} weights, first {lost[0]}; they would be random. "
+                "Use a checkpoint made for this transformers version"
+            )
+        model.vlm.to(dtype)  # the projection keeps its stored precision, so its hash does not depend on dtype
+        return cls(model.to(device), processor, name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def hidden_size(self) -> int:
+        return self.base_projector.weight.shape[1]
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.base_projector.weight.shape[0]
+
+    def use_projector(self, projector: Projector) -> None:
+        """Replaces the projection; it computes in float32 on the model's device.
+
+        Raises:
+            InputError: sizes that differ from the base's, or non-finite values.
+        """
+        expected = self.base_projector.weight.shape
+        if projector.weight.shape != expected or projector.bias.shape != expected[:1]:
+            raise InputError(
+                f"the projector is {tuple(projector.weight.shape)}, but {self.name} needs {tuple(expected)}; "
+                "it belongs to another base model"
+            )
+        if not (torch.isfinite(projector.weight).all() and torch.isfinite(projector.bias).all()):
+            raise InputError("the projector holds NaN or infinite values; train it anew or take an earlier checkpoint")
+        with torch.no_grad():
+            self.projector.weight.copy_(projector.weight)
+            self.projector.bias.copy_(projector.bias)
+        self.projector.to(self.device).requires_grad_(False)
+
+    def current_projector(self) -> Projector:
+        """The projection in use, as float32 copies on the CPU."""
+        return Projector(*(t.detach().float().cpu().clone() for t in (self.projector.weight, self.projector.bias)))
+
+    def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Everything the model needs of a batch of RGB images; labels, which retrieval has no use for, are left out."""
+        inputs = self.processor(images=list(images))
+        return {name: value for name, value in inputs.items() if name != "labels"}
+
+    def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Everything the model needs of a batch of queries."""
+        if isinstance(texts, str):
+            raise InputError("query_inputs takes a list of texts; a single text would be read letter by letter")
+        return dict(self.processor(text=list(texts)))
+
+    @torch.no_grad()
+    def hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Last hidden states, what the projection is applied to (METHOD section 1).
+
+        Args:
+            inputs: from `image_inputs` or `query_inputs`, forwarded whole (`token_type_ids` keeps attention full).
+
+        Returns:
+            (B, N, H) in the model's dtype, without gradient.
+
+        Raises:
+            InputError: a non-finite value at a valid position.
+        """
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        hidden = self.model.vlm(**inputs, use_cache=False).last_hidden_state
+        # padding may hold anything (a fully masked row is NaN); valid positions may not
+        hidden = torch.where(inputs["attention_mask"].bool()[..., None], hidden, 0)
+        if not torch.isfinite(hidden.sum()):
+            rows = (~torch.isfinite(hidden.float().sum((1, 2)))).nonzero()
+            if len(rows):
+                raise InputError(
+                    f"{self.name} gave NaN or infinite features for item {int(rows[0])} of a batch; "
+                    "use bfloat16 or float32 instead of float16"
+                )
+        return hidden
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Unit tokens (..., D) in float32 of hidden states (..., H) (METHOD section 1)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.normalize(self.projector(hidden.float()), dim=-1)
+
+    def image_coords(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each token of an image sequence stands; image positions are found by token id.
+
+        Args:
+            input_ids: (B, N).
+
+        Returns:
+            coords (B, N, 2): the patch grid in order, prompt tokens at (0.5, 0.5); patches (B, N) bool.
+
+        Raises:
+            InputError: an image without exactly grid x grid placeholder tokens.
+        """
+        patches = input_ids == self.image_token_id
+        count = self.grid * self.grid
+        if not (patches.sum(1) == count).all():
+            raise InputError(
+                f"{self.name}: expected {count} image tokens ({self.grid} x {self.grid}) per image, "
+                f"got {patches.sum(1).tolist()}; processor and model do not belong together"
+            )
+        coords = torch.full((*input_ids.shape, 2), 0.5, device=input_ids.device)
+        grid = visual_coords(self.grid, self.grid).to(input_ids.device)
+        coords[patches] = grid.repeat(len(input_ids), 1)
+        return coords, patches
+
+    def encode_images(self, inputs: dict[str, Tensor]) -> VisualTokens:
+        """Images to unit tokens: every output of the fixed grid is kept, patches and prompt (METHOD section 1)."""
+        tokens = self.project(self.hidden_states(inputs))
+        coords, _ = self.image_coords(inputs["input_ids"].to(self.device))
+        mask = inputs["attention_mask"].bool().to(self.device)
+        return VisualTokens(tokens, coords, None if bool(mask.all()) else mask)
+
+    def encode_queries(self, inputs: dict[str, Tensor]) -> QueryTokens:
+        """Queries to unit tokens; prompt and augmentation tokens count, padding does not (METHOD section 4)."""
+        return QueryTokens(self.project(self.hidden_states(inputs)), inputs["attention_mask"].bool().to(self.device))
+
+
+def save_projector(folder: str | Path, projector: Projector, retriever: Retriever, merge: MergeConfig) -> None:
+    """Writes `projector.safetensors` and `config.json`, each atomically, the config last."""
+    folder = Path(folder)
+    tensors = {"weight": projector.weight.contiguous(), "bias": projector.bias.contiguous()}
+    with atomic_path(folder / "projector.safetensors") as temporary:
+        temporary.write_bytes(save(tensors, metadata={"format": FORMAT}))
+    write_json(
+        folder / "config.json",
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "base_model": retriever.name,
+            "base_projector": retriever.base_projector.hash,
+            "hidden_size": projector.weight.shape[1],
+            "embedding_dim": projector.weight.shape[0],
+            "projector": projector.hash,
+            "merge": asdict(merge),
+        },
+    )
+
+
+def load_projector(path: str | Path, retriever: Retriever) -> Projector:
+    """Reads a projector for `retriever`.
+
+    Args:
+        path: a folder with `projector.safetensors` + `config.json`, a folder or file `projector.pt` of format
+            `samer_projector_v1`, or a PEFT adapter folder that changes `embedding_proj_layer` only.
+        retriever: the base it must belong to.
+
+    Raises:
+        InputError: nothing readable there, or a projector of another base or size.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        path = path.parent
+    if (path / "projector.safetensors").is_file():
+        projector = _load_safetensors(path, retriever)
+    elif (path / "adapter_config.json").is_file():
+        projector = _load_adapter(path, retriever)
+    elif path.suffix == ".pt" or (path / "projector.pt").is_file():
+        projector = _load_legacy(path if path.suffix == ".pt" else path / "projector.pt")
+    else:
+        raise InputError(f"{path}: no projector.safetensors, projector.pt or adapter_config.json here")
+    expected = tuple(retriever.base_projector.weight.shape)
+    if tuple(projector.weight.shape) != expected:
+        raise InputError(
+            f"{path}: the projector is {tuple(projector.weight.shape)}, but {retriever.name} needs {expected}; "
+            "it belongs to another base model"
+        )
+    return projector
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: not a readable safetensors file ({str(error)[:120]}); it may be damaged") from None
+
+
+def _as_projector(tensors: dict, file: Path) -> Projector:
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if not (isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.dim() == 2 and bias.dim() == 1):
+        raise InputError(f"{file}: expected a weight (D, H) and a bias (D,); found {sorted(map(str, tensors))}")
+    return Projector(weight.float(), bias.float())
+
+
+def _load_safetensors(folder: Path, retriever: Retriever) -> Projector:
+    config = read_json(folder / "config.json")
+    if config.get("format") != FORMAT or config.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{folder / 'config.json'}: format {config.get('format')!r} version {config.get('format_version')!r} "
+            f"is not {FORMAT!r} version {FORMAT_VERSION}; use the SaMer version that wrote it"
+        )
+    projector = _as_projector(_read_tensors(folder / "projector.safetensors"), folder / "projector.safetensors")
+    if projector.hash != config.get("projector"):
+        raise InputError(f"{folder / 'projector.safetensors'}: contents differ from config.json's hash; it is damaged")
+    if config.get("base_projector") != retriever.base_projector.hash:
+        raise InputError(
+            f"{folder}: this projector was trained on {config.get('base_model')!r}, not on {retriever.name!r}; "
+            "give the same base model"
+        )
+    return projector
+
+
+def _load_legacy(file: Path) -> Projector:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except Exception as error:  # torch raises many types for foreign or hostile bytes
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{file}: not a {LEGACY_FORMAT} file that loads without running code ({reason})") from None
+    state = content.get("projector_state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or content.get("format", LEGACY_FORMAT) != LEGACY_FORMAT:
+        raise InputError(f"{file}: not of format {LEGACY_FORMAT} (a dict with projector_state_dict: weight, bias)")
+    return _as_projector(state, file)
+
+
+def _load_adapter(folder: Path, retriever: Retriever) -> Projector:
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise InputError(f"{folder}: a PEFT adapter without adapter_model.safetensors; save it with safetensors")
+    foreign = [name for name in _read_tensors(file) if "embedding_proj_layer" not in name]
+    if foreign:
+        raise InputError(f"{file}: the adapter also changes {foreign[0]}; SaMer adapts embedding_proj_layer only")
+    from peft import PeftModel
+
+    base = nn.Module()
+    base.embedding_proj_layer = nn.Linear(retriever.hidden_size, retriever.embedding_dim)
+    with torch.no_grad():
+        base.embedding_proj_layer.weight.copy_(retriever.base_projector.weight)
+        base.embedding_proj_layer.bias.copy_(retriever.base_projector.bias)
+    try:
+        merged = PeftModel.from_pretrained(base, str(folder), local_files_only=True).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder}: not an adapter of {retriever.name}'s embedding_proj_layer ({reason})") from None
+    layer = merged.embedding_proj_layer
+    return Projector(layer.weight.detach().float().clone(), layer.bias.detach().float().clone())

@@ -1,0 +1,250 @@
+"""Settings: dataclasses <- YAML <- dotted overrides; unknown keys and wrong types are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class InputError(ValueError):
+    """Bad input from outside (a file, a key, a value): one line that names it and says what to do.
+
+    Entry points print the message and exit with status 2; any other exception is a defect of SaMer.
+    """
+
+
+def _require(holds: bool, key: str, rule: str, value: object) -> None:
+    if not holds:
+        raise InputError(f"{key} must be {rule}; it is {value!r}")
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """The merge of METHOD sections 2-3.
+
+    Attributes:
+        num_regions: K, the budget of vectors per image.
+        cluster_iters: T, clustering iterations.
+        spatial_weight: gamma, weight of the squared distance in the unit square.
+        assignment_temperature: tau_a of the soft assignment.
+        object_penalty: eta, weight of the instance inconsistency (training with labels only).
+        center_init: "raster" (published) or "farthest".
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    num_regions: int = 64
+    cluster_iters: int = 3
+    spatial_weight: float = 0.1
+    assignment_temperature: float = 0.07
+    object_penalty: float = 1.0
+    center_init: str = "raster"
+
+    def __post_init__(self) -> None:
+        _require(self.num_regions >= 1, "merge.num_regions", "at least 1", self.num_regions)
+        _require(self.cluster_iters >= 1, "merge.cluster_iters", "at least 1", self.cluster_iters)
+        for name in ("spatial_weight", "object_penalty"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, f"merge.{name}", "a finite number >= 0", value)
+        value = self.assignment_temperature
+        _require(math.isfinite(value) and value > 0, "merge.assignment_temperature", "a finite number > 0", value)
+        rule = "'raster' or 'farthest'"
+        _require(self.center_init in ("raster", "farthest"), "merge.center_init", rule, self.center_init)
+
+
+@dataclass(frozen=True)
+class ObjectsConfig:
+    """Which boxes become instance labels (METHOD section 3): areas are shares of the image."""
+
+    min_area: float = 0.005
+    max_area: float = 1.0
+    max_phrases: int = 4
+
+    def __post_init__(self) -> None:
+        rule = "0 <= objects.min_area <= objects.max_area <= 1"
+        _require(0 <= self.min_area <= self.max_area <= 1, "objects", rule, (self.min_area, self.max_area))
+        _require(self.max_phrases >= 1, "objects.max_phrases", "at least 1", self.max_phrases)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen retriever: a hub id or a folder of ColPali in transformers format."""
+
+    name: str = "vidore/colpali-v1.3-hf"
+    local_files_only: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Flickr30k-Entities on disk, and how much of it."""
+
+    root: str = ""
+    train_split: str = "train"
+    eval_split: str = "val"
+    limit_train_images: int | None = None
+    limit_eval_images: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("limit_train_images", "limit_eval_images"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"data.{name}", "at least 1, or null for all", value)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Projector-only training (METHOD section 4); batch sizes count captions per device."""
+
+    output_dir: str = "checkpoints/samer_k64_colpali"
+    run_name: str = "samer_k64_colpali"
+    train_batch_size: int = 32
+    eval_batch_size: int = 32
+    grad_accum_steps: int = 2
+    learning_rate: float = 2e-4
+    weight_decay: float = 1e-5
+    warmup_ratio: float = 0.1
+    num_train_epochs: float = 3.0
+    max_grad_norm: float = 1.0
+    temperature: float = 0.07
+    bf16: bool = True
+    gather_negatives: bool = True
+    seed: int = 0
+    report_to: str = "none"
+    dataloader_num_workers: int = 4
+    logging_steps: int = 10
+    save_steps: int = 500
+    resume: bool = True
+
+    def __post_init__(self) -> None:
+        at_least_one = ("train_batch_size", "eval_batch_size", "grad_accum_steps", "logging_steps", "save_steps")
+        for name in at_least_one:
+            _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+        for name in ("learning_rate", "num_train_epochs", "temperature", "max_grad_norm"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, f"train.{name}", "a finite number > 0", value)
+        for name in ("weight_decay", "dataloader_num_workers", "seed"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, f"train.{name}", "a finite number >= 0", value)
+        _require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", "in [0, 1)", self.warmup_ratio)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that one training run needs; written to OUTPUT_DIR/config.yaml as resolved."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    objects: ObjectsConfig = field(default_factory=ObjectsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def _coerce(value: Any, kind: Any, key: str) -> Any:
+    """`value` as type `kind`, or InputError; numbers written as text (PyYAML reads 5e-5 so) are read as numbers."""
+    if isinstance(kind, types.UnionType):
+        inner = [k for k in typing.get_args(kind) if k is not type(None)]
+        return None if value is None else _coerce(value, inner[0], key)
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            pass
+    elif kind is int and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if abs(value) < 2**63 and value == int(value):  # neither NaN nor infinity is below
+            return int(value)
+    elif kind in (bool, str) and isinstance(value, kind):
+        return value
+    elif kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise InputError(f"{key} must be {wanted}; it is {value!r}")
+
+
+def _build(cls: type, values: Any, where: str, prefix: str = "") -> Any:
+    """A dataclass from nested dicts; `where` names the file in messages."""
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys; it is {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    arguments = {}
+    for name, value in values.items():
+        if name not in fields:
+            close = difflib.get_close_matches(str(name), fields, 1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(sorted(fields))}"
+            raise InputError(f"{where}: unknown key {prefix}{name}; {hint}")
+        if dataclasses.is_dataclass(hints[name]):
+            arguments[name] = _build(hints[name], value, where, f"{prefix}{name}.")
+        else:
+            arguments[name] = _coerce(value, hints[name], f"{where}: {prefix}{name}")
+    try:
+        return cls(**arguments)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _parse_yaml(text: str) -> Any:
+    """`text` as plain YAML values; whatever PyYAML raises on bad text comes out as `yaml.YAMLError`."""
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, LookupError, AttributeError, RecursionError) as error:  # e.g. the date 2024-13-45, `!!int x`
+        raise yaml.YAMLError(error) from error
+
+
+def load_yaml(path: str | Path) -> Any:
+    """Reads a YAML file without building any object from it.
+
+    Raises:
+        InputError: the file is missing, not UTF-8 or not YAML.
+    """
+    try:
+        return _parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; name a YAML config, for example one from configs/") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())[:200]})") from None
+
+
+def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads a config file and applies `section.key=value` overrides, values read as YAML.
+
+    Args:
+        path: a YAML file; None starts from the defaults.
+        overrides: e.g. `["merge.num_regions=32", "train.learning_rate=5e-5"]`.
+
+    Returns:
+        A checked `Config`.
+
+    Raises:
+        InputError: unreadable file, unknown key, wrong type or value out of range, named.
+    """
+    values = load_yaml(path) if path is not None else {}
+    where = str(path) if path is not None else "config"
+    _build(Config, values, where)  # the file is checked by itself, so that a message names it rightly
+    values = dict(values or {})
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        section, dot, name = key.partition(".")
+        if not equals or not dot or not section or not name:
+            raise InputError(f"override {override!r} is not of the form section.key=value, e.g. merge.num_regions=32")
+        try:
+            value = _parse_yaml(text) if text else ""
+        except yaml.YAMLError:
+            raise InputError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        values[section] = {**(values.get(section) or {}), name: value}
+    # the overrides are checked together: a range may hold only with the file's value or another override's
+    return _build(Config, values, " ".join([f"{where} with", *overrides]) if overrides else where)
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML text that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

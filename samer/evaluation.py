@@ -1,0 +1,97 @@
+"""From tokens to metrics: encode a split without boxes, score every query against every image, summarise.
+
+Shape letters: Q queries, I images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samer import flickr
+from samer.colpali import Retriever
+from samer.config import MergeConfig
+from samer.merging import merge_tokens
+from samer.metrics import bootstrap_intervals, query_metrics, retrieval_metrics
+from samer.runtime import gather_objects, rank, world_size
+from samer.scoring import maxsim
+from samer.tokens import MergedTokens, QueryTokens
+from samer.train_data import batched
+
+
+@torch.no_grad()
+def compress_images(
+    retriever: Retriever, records: Sequence[flickr.ImageRecord], merge: MergeConfig, batch_size: int
+) -> Iterator[tuple[Sequence[flickr.ImageRecord], MergedTokens]]:
+    """Encodes and merges images in batches, without boxes.
+
+    Yields:
+        (records of the batch, their `MergedTokens` on the retriever's device).
+    """
+    for batch in batched(records, batch_size):
+        inputs = retriever.image_inputs([flickr.load_image(record.image_path) for record in batch])
+        visual = retriever.encode_images(inputs)
+        yield batch, merge_tokens(visual.tokens, visual.coords, merge, mask=visual.mask)
+
+
+@torch.no_grad()
+def encode_texts(retriever: Retriever, texts: Sequence[str], batch_size: int) -> Iterator[QueryTokens]:
+    """Encodes queries in batches."""
+    for batch in batched(texts, batch_size):
+        yield retriever.encode_queries(retriever.query_inputs(batch))
+
+
+def evaluate_records(
+    retriever: Retriever, records: Sequence[flickr.ImageRecord], merge: MergeConfig, *, batch_size: int
+) -> dict[str, float]:
+    """Text-to-image metrics of a split: every caption is a query, images are merged without boxes.
+
+    The images are shared out over the processes; every process returns the same metrics.
+    """
+    texts = [caption.text for record in records for caption in record.captions]
+    queries = list(encode_texts(retriever, texts, batch_size))
+    own = [
+        torch.cat([maxsim(query.tokens, merged.tokens, query.mask, merged.mask).cpu() for query in queries])
+        for _, merged in compress_images(retriever, records[rank() :: world_size()], merge, batch_size)
+    ]
+    scores = torch.empty(len(texts), len(records))
+    for number, columns in enumerate(gather_objects(own)):
+        if columns:
+            scores[:, number :: world_size()] = torch.cat(columns, dim=1)
+    owner = torch.tensor([k for k, record in enumerate(records) for _ in record.captions])
+    return retrieval_metrics(scores, owner[:, None] == torch.arange(len(records)))
+
+
+def both_directions(scores: Tensor, image_of: Tensor, *, resamples: int = 1000, seed: int = 0) -> dict[str, dict]:
+    """Metrics of a score matrix in both directions, with 95 % bootstrap intervals over queries.
+
+    Args:
+        scores: (Q, I) float32.
+        image_of: (Q,) long, the image that each query describes.
+
+    Returns:
+        `{"text_to_image": {metric: {"value": v, "interval": [low, high]}}, "image_to_text": {...}}`; captions of one
+        image are resampled together.
+    """
+    positives = image_of[:, None] == torch.arange(scores.shape[1])
+    described = positives.any(0)
+    directions = {
+        "text_to_image": (scores, positives, image_of.numpy()),
+        "image_to_text": (scores.T[described], positives.T[described], None),
+    }
+    result: dict[str, dict] = {}
+    for name, (matrix, truth, groups) in directions.items():
+        values = query_metrics(matrix, truth)
+        intervals = bootstrap_intervals(values, resamples=resamples, seed=seed, groups=groups)
+        points = {
+            metric: float(np.median(value) if metric == "median_rank" else np.mean(value))
+            for metric, value in values.items()
+        }
+        result[name] = {
+            metric: {"value": round(point, 6), "interval": [round(float(edge), 6) for edge in intervals[metric]]}
+            for metric, point in points.items()
+        }
+    return result

@@ -1,0 +1,171 @@
+"""Boxes -> instance labels -> inconsistency penalty, and diagnostics of the object prior.
+
+Shape letters: B images (or captions), N tokens, K regions, L labels (0 is background), n boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from samer.config import InputError
+from samer.tokens import MergedTokens
+
+EPS = 1e-6
+
+
+def instance_labels(
+    coords: Tensor,
+    boxes: Tensor | Sequence,
+    *,
+    phrases: Sequence | None = None,
+    min_area: float = 0.005,
+    max_area: float = 1.0,
+    max_phrases: int = 4,
+) -> Tensor:
+    """Labels every token with the box instance it lies in (METHOD section 3).
+
+    Boxes whose area is outside [min_area, max_area] are dropped, then all but the `max_phrases` phrases with the
+    largest boxes. Every remaining box is an instance with its own label, numbered from 1 in the given order; a token
+    inside several boxes (borders included) takes the smallest, a token inside none is background, 0.
+
+    Args:
+        coords: (N, 2) or (B, N, 2), (x, y) in the unit square.
+        boxes: (n, 4) for one caption, or a sequence of B of them: x1, y1, x2, y2 as shares of the image.
+        phrases: which phrase each box belongs to: (n,) ints, or a sequence of B of them; None: each box is its own.
+
+    Returns:
+        (N,) long for one caption, (B, N) for a sequence.
+
+    Raises:
+        InputError: boxes not of shape (n, 4), outside the image or turned around; counts that differ.
+    """
+    if isinstance(boxes, Tensor):
+        single = boxes.dim() < 3
+    else:  # a row of numbers is a box; an empty row is a caption without boxes
+        single = all(not isinstance(b, Tensor) and len(b) and not isinstance(b[0], (Sequence, Tensor)) for b in boxes)
+    rows = [boxes] if single else list(boxes)
+    owners = [None] * len(rows) if phrases is None else ([phrases] if single else list(phrases))
+    if len(owners) != len(rows):
+        raise InputError(f"{len(rows)} box lists but {len(owners)} phrase lists")
+    if not rows or (coords.dim() == 3 and len(coords) != len(rows)):
+        raise InputError(f"boxes for {len(rows)} captions, but coords of shape {tuple(coords.shape)}")
+    tensors = [torch.as_tensor(row, dtype=torch.float32, device=coords.device) for row in rows]
+    tensors = [row.reshape(len(row), -1) if len(row) else row.new_zeros(0, 4) for row in tensors]
+    ids = []
+    for row, (box, owner) in enumerate(zip(tensors, owners)):
+        if len(box) and box.shape[1] != 4:
+            raise InputError(f"boxes of caption {row} have shape {tuple(box.shape)}; expected (n, 4)")
+        owner = torch.arange(len(box)) if owner is None else torch.as_tensor(owner, dtype=torch.long)
+        if len(owner) != len(box):
+            raise InputError(f"caption {row} has {len(box)} boxes but {len(owner)} phrase numbers")
+        ids.append(owner.to(coords.device))
+    widest = max(len(box) for box in tensors)
+    if widest == 0:
+        labels = torch.zeros(len(rows), coords.shape[-2], dtype=torch.long, device=coords.device)
+        return labels[0] if single else labels
+    box = torch.stack([F.pad(b.reshape(-1, 4), (0, 0, 0, widest - len(b))) for b in tensors])  # (B, n, 4)
+    owner = torch.stack([F.pad(o, (0, widest - len(o)), value=-1) for o in ids])  # (B, n)
+    real = torch.stack([torch.arange(widest, device=coords.device) < len(b) for b in tensors])  # (B, n)
+    sides = box[..., 2:] - box[..., :2]
+    wrong = real & ~((sides >= 0).all(-1) & (box >= -EPS).all(-1) & (box <= 1 + EPS).all(-1))
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise InputError(
+            f"box {box[row, column].tolist()} of caption {row} is not x1 <= x2, y1 <= y2 within [0, 1]; "
+            "give boxes as shares of the image"
+        )
+    area = sides.clamp(max=1).prod(-1)  # (B, n); a box that rounding puts EPS past the border is not too large
+    kept = real & (area >= min_area) & (area <= max_area)
+    # a phrase counts by its largest kept box; one box stands for each phrase: its largest, the first among equals
+    candidate = area.masked_fill(~kept, -1.0)
+    before = torch.arange(widest, device=coords.device)
+    first = before[:, None] < before[None, :]  # (n, n): column comes after row
+    larger = (candidate[:, :, None] > candidate[:, None, :]) | (
+        (candidate[:, :, None] == candidate[:, None, :]) & first
+    )  # (B, n, n): row box beats column box
+    same = owner[:, :, None] == owner[:, None, :]
+    stands = kept & ~(larger & same).any(1)  # (B, n)
+    phrase_rank = ((larger & stands[:, :, None]).int().sum(1)).masked_fill(~stands, 0)  # phrases with a larger box
+    rank_of_box = (same & stands[:, :, None]).int().mul(phrase_rank[:, :, None]).sum(1)  # (B, n)
+    kept &= rank_of_box < max_phrases
+    number = kept.long().cumsum(1)  # (B, n): labels 1.. in the given order
+    points = coords.expand(len(rows), -1, -1) if coords.dim() == 2 else coords  # (B, N, 2)
+    inside = (points[:, :, None] >= box[:, None, :, :2]) & (points[:, :, None] <= box[:, None, :, 2:])
+    inside = inside.all(-1) & kept[:, None]  # (B, N, n)
+    size = area[:, None].masked_fill(~inside, float("inf"))  # (B, N, n)
+    smallest = size.argmin(-1)  # the first among equals
+    labels = number.gather(1, smallest).masked_fill(~inside.any(-1), 0)  # (B, N)
+    return labels[0] if single else labels
+
+
+def instance_inconsistency(hard: Tensor, labels: Tensor, num_labels: int) -> Tensor:
+    """P_inst(i, k) = 1 - the share of cluster k that carries token i's label (METHOD section 3).
+
+    Args:
+        hard: (B, N, K) float, one-hot clusters; rows of padding are zero.
+        labels: (B, N) long in [0, num_labels).
+        num_labels: L.
+
+    Returns:
+        (B, N, K) in [0, 1]; an empty cluster costs 1.
+    """
+    one_hot = F.one_hot(labels, num_labels).to(hard.dtype)  # (B, N, L)
+    counts = hard.transpose(1, 2) @ one_hot  # (B, K, L)
+    share = counts / (hard.sum(1)[..., None] + EPS)
+    return 1 - one_hot @ share.transpose(1, 2)
+
+
+@torch.no_grad()
+def object_diagnostics(
+    merged: MergedTokens, labels: Tensor, *, mask: Tensor | None = None, box_free: MergedTokens | None = None
+) -> dict[str, Tensor]:
+    """What the object prior does to an assignment (METHOD section 3), one value per image.
+
+    Args:
+        merged: the assignment to describe.
+        labels: (B, N) long, 0 is background.
+        mask: (B, N) bool, False at padding; None takes it from the assignments, which are -1 there.
+        box_free: the same tokens merged without labels, for the divergence.
+
+    Returns:
+        A dict of (B,) float tensors, NaN where an image has nothing to measure:
+        `entropy` (nats, mean over tokens), `kl_to_box_free` (nats; only with `box_free`), `object_mass_on_own`
+        (object tokens' weight on clusters whose majority is their own instance), `purity` (majority share, mean over
+        tokens), `mixed_clusters` (share of non-empty clusters that hold two or more instances),
+        `argmax_agreement` (argmax of the weights equals the hard cluster), `empty_clusters` (share of K).
+    """
+    weights, hard_index = merged.weights.double(), merged.assignments
+    valid = hard_index >= 0 if mask is None else mask
+    count = valid.sum(1).clamp(min=1)
+    per_token = lambda value: (value * valid).sum(1) / count
+    regions = weights.shape[2]
+    hard = F.one_hot(hard_index.clamp(min=0), regions).double() * valid[..., None]  # (B, N, K)
+    labels = labels.masked_fill(~valid, 0)
+    num_labels = int(labels.max()) + 1
+    one_hot = F.one_hot(labels, num_labels).double()
+    counts = hard.transpose(1, 2) @ one_hot  # (B, K, L)
+    size = counts.sum(-1)  # (B, K)
+    real = merged.mask
+    log_weights = weights.clamp(min=1e-30).log()
+    majority = counts.argmax(-1)  # (B, K)
+    own = (labels[..., None] == majority[:, None]) & (size > 0)[:, None]  # (B, N, K)
+    on_object = (labels > 0) & valid
+    nan = torch.full((), float("nan"), dtype=weights.dtype, device=weights.device)
+    own_mass = ((weights * own).sum(-1) * on_object).sum(1) / on_object.sum(1).clamp(min=1)
+    filled = (size > 0).sum(1).clamp(min=1)
+    result = {
+        "entropy": per_token(-(weights * log_weights).sum(-1)),
+        "object_mass_on_own": torch.where(on_object.any(1), own_mass, nan),
+        "purity": counts.amax(-1).sum(1) / count,
+        "mixed_clusters": ((counts[..., 1:] > 0).sum(-1) >= 2).sum(1) / filled.double(),
+        "argmax_agreement": per_token((weights.argmax(-1) == hard_index).double()),
+        "empty_clusters": ((size == 0) & real).sum(1) / real.sum(1).clamp(min=1).double(),
+    }
+    if box_free is not None:
+        log_free = box_free.weights.double().clamp(min=1e-30).log()
+        result["kl_to_box_free"] = per_token((weights * (log_weights - log_free)).sum(-1))
+    return result

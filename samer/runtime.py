@@ -1,0 +1,155 @@
+"""What every entry point shares: ranks and the two distributed calls, printing once, atomic files, exit status.
+
+Shape letters: B rows of this process, W processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from samer.config import InputError
+
+
+def rank() -> int:
+    """This process's number among the launched ones; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes were launched; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print0(*words: object) -> None:
+    """Prints on the first process only, at once."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+@contextmanager
+def process_group():
+    """Joins the processes that torchrun launched (nccl with CUDA, else gloo); nothing to do for one process."""
+    started = world_size() > 1 and not dist.is_initialized()
+    if started:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        if started and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device to compute on: as named, else this process's GPU, else the CPU.
+
+    Raises:
+        InputError: a name that torch does not know or that is not there.
+    """
+    if name in (None, "", "auto"):
+        return (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} can't be used here ({str(error).splitlines()[0][:120]})") from None
+    return device
+
+
+def gather_with_grad(tensor: Tensor) -> Tensor:
+    """Rows of all processes in rank order, (W * B, ...); gradient flows back to the process each row came from.
+
+    Every process must hold the same shape. Without processes the tensor itself.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(tensor.contiguous()))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every process in rank order; small Python values only."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+@contextmanager
+def atomic_path(path: str | Path):
+    """Yields a temporary path beside `path`; it replaces `path` when the block ends well and is removed otherwise."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes indented JSON atomically; keys keep their order."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> dict:
+    """Reads a JSON object.
+
+    Raises:
+        InputError: missing, unreadable or not an object; names the file.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: not readable as JSON ({str(error)[:120]}); it may be damaged, make it anew"
+        ) from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object; it may be damaged, make it anew")
+    return value
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs an entry point: bad input prints one line and exits with 2, an interrupt with 130."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        sys.exit(130)

@@ -1,0 +1,57 @@
+"""The values that flow: visual tokens in, merged tokens out, query tokens beside them.
+
+Shape letters: B images, N tokens per image, K regions, D embedding, Q queries, M query tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """An image batch after the projection: unit vectors, where they stand, which are real.
+
+    Attributes:
+        tokens: (B, N, D), unit norm.
+        coords: (B, N, 2) or (N, 2), (x, y) in the unit square.
+        mask: (B, N) bool, False at padding; None if nothing is padded.
+    """
+
+    tokens: Tensor
+    coords: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class QueryTokens:
+    """A query batch after the projection.
+
+    Attributes:
+        tokens: (Q, M, D), unit norm where valid.
+        mask: (Q, M) bool; prompt and augmentation tokens count, padding does not.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class MergedTokens:
+    """A compressed image batch; the merge carries which token went where.
+
+    Attributes:
+        tokens: (B, K, D), unit norm where valid, zero elsewhere.
+        coords: (B, K, 2), weighted mean positions.
+        mask: (B, K) bool, False where an image has fewer vectors than K.
+        weights: (B, N, K), the soft assignment; rows sum to 1, rows of padding are 0.
+        assignments: (B, N) long, the hard cluster of each token, -1 at padding.
+    """
+
+    tokens: Tensor
+    coords: Tensor
+    mask: Tensor
+    weights: Tensor
+    assignments: Tensor

@@ -1,0 +1,111 @@
+"""Records -> batches: one row per caption, each image prepared once per batch.
+
+Shape letters: B captions, U distinct images, N tokens per image, M query tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from samer.colpali import Retriever
+from samer.config import InputError, ObjectsConfig
+from samer.flickr import Caption, ImageRecord, load_image
+from samer.objects import instance_labels
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training example: a caption, its image (by number in the record list) and the image's record."""
+
+    image: int
+    record: ImageRecord
+    caption: Caption
+
+
+class CaptionDataset(Dataset):
+    """One row per caption that describes its image (METHOD section 4); UNRELATED_CAPTIONS are left out."""
+
+    def __init__(self, records: Sequence[ImageRecord]) -> None:
+        self.rows = [
+            Row(number, record, caption)
+            for number, record in enumerate(records)
+            for caption in record.captions
+            if caption.related
+        ]
+        if not self.rows:
+            raise InputError("no caption to train on: every caption of the split is listed in UNRELATED_CAPTIONS")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+    def boxless(self) -> int:
+        """How many captions name nothing that has a box; they train with background only."""
+        return sum(not any(phrase.boxes for phrase in row.caption.phrases) for row in self.rows)
+
+
+class Collator:
+    """Rows to tensors, in the data loader's workers.
+
+    Returns a dict:
+        `image_inputs`: the processor's tensors of the U distinct images; `query_inputs`: of the B captions;
+        `image_of`: (B,) long, each caption's row among the distinct images;
+        `image_numbers`: (B,) long, the same image has the same number in every batch and process;
+        `labels`: (B, N) long, instance labels of METHOD section 3, 0 is background.
+    """
+
+    def __init__(self, retriever: Retriever, objects: ObjectsConfig) -> None:
+        self.retriever = retriever
+        self.objects = objects
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor | dict[str, Tensor]]:
+        distinct = {row.image: row.record for row in rows}
+        place = {number: k for k, number in enumerate(distinct)}
+        image_inputs = self.retriever.image_inputs([load_image(record.image_path) for record in distinct.values()])
+        coords, _ = self.retriever.image_coords(image_inputs["input_ids"])
+        image_of = torch.tensor([place[row.image] for row in rows])
+        boxes, owners = zip(*(caption_boxes(row.caption) for row in rows))
+        labels = instance_labels(
+            coords[image_of],
+            boxes,
+            phrases=owners,
+            min_area=self.objects.min_area,
+            max_area=self.objects.max_area,
+            max_phrases=self.objects.max_phrases,
+        )
+        return {
+            "image_inputs": image_inputs,
+            "query_inputs": self.retriever.query_inputs([row.caption.text for row in rows]),
+            "image_of": image_of,
+            "image_numbers": torch.tensor([row.image for row in rows]),
+            "labels": labels,
+        }
+
+
+def caption_boxes(caption: Caption) -> tuple[Tensor, Tensor]:
+    """All boxes of a caption's phrases, (n, 4) as shares of the image, and the phrase number of each, (n,).
+
+    A chain that the caption names twice counts once: a box is one instance however often it is named.
+    """
+    boxes: list[tuple[float, float, float, float]] = []
+    owners: list[int] = []
+    seen: set[str] = set()
+    for number, phrase in enumerate(caption.phrases):
+        if phrase.chain_id in seen:
+            continue
+        seen.add(phrase.chain_id)
+        boxes += phrase.boxes
+        owners += [number] * len(phrase.boxes)
+    return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(owners, dtype=torch.long)
+
+
+def batched(items: Sequence, size: int) -> Iterable[Sequence]:
+    """Consecutive slices of at most `size` items."""
+    return (items[start : start + size] for start in range(0, len(items), size))

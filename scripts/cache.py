@@ -1,0 +1,71 @@
+"""Builds the compressed index of one or more splits, without reading any box.
+
+    python scripts/cache.py --data-root /data/flickr30k_entities --cache-dir outputs/flickr_samer_k64 \\
+        --adapter-path checkpoints/samer_k64_colpali --splits val test
+    torchrun --nproc-per-node 4 scripts/cache.py ...
+
+Writes CACHE_DIR/manifest.json and, per split, shards of image and query tokens; run again, it goes on where it stopped.
+Without --adapter-path the retriever's own projection is used. Model and merge settings come from --config if given,
+else from the adapter's config.json, else from the defaults; section.key=value overrides any of them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from samer.config import load_config
+from samer.runtime import pick_device, print0, process_group, read_json, run
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", required=True, help="Flickr30k-Entities folder; Annotations are not needed")
+    parser.add_argument("--cache-dir", required=True, help="where the index goes")
+    parser.add_argument("--adapter-path", default="", help="trained projector (folder); empty: projection untouched")
+    parser.add_argument("--splits", nargs="+", default=["val", "test"], help="default: val test")
+    parser.add_argument("--batch-size", type=int, default=32, help="images and captions per forward pass (32)")
+    parser.add_argument("--cache-dtype", default="bfloat16", help="float32, bfloat16 (default) or float16")
+    parser.add_argument("--limit-images", type=int, help="the first so many images of each split")
+    parser.add_argument("--device", default="auto", help="e.g. cpu, cuda:0; default: a GPU if there is one")
+    parser.add_argument("--config", help="YAML file with model and merge settings")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
+    options = parser.parse_args(argv)
+    overrides = list(options.overrides)
+    if options.adapter_path and not options.config and (Path(options.adapter_path) / "projector.safetensors").is_file():
+        trained = read_json(Path(options.adapter_path) / "config.json")
+        own = [f"merge.{key}={value}" for key, value in (trained.get("merge") or {}).items()]
+        overrides = [f"model.name={trained.get('base_model')}", *own, *overrides]
+    config = load_config(options.config, overrides)
+    device = pick_device(options.device)
+    import torch
+
+    from samer.cache_io import build_cache, describe
+    from samer.colpali import Retriever, load_projector
+
+    with process_group():
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        retriever = Retriever.load(
+            config.model.name, dtype=dtype, device=device, local_files_only=config.model.local_files_only
+        )
+        if options.adapter_path:
+            retriever.use_projector(load_projector(options.adapter_path, retriever))
+        print0(f"writing the index to {options.cache_dir} ({options.adapter_path or 'projection untouched'})")
+        summaries = build_cache(
+            options.cache_dir,
+            options.data_root,
+            options.splits,
+            retriever,
+            config.merge,
+            batch_size=options.batch_size,
+            dtype=options.cache_dtype,
+            limit_images=options.limit_images,
+        )
+        for summary in summaries:
+            print0(describe(summary, options.cache_dir))
+    return summaries
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,89 @@
+"""Shared by the tests: the repo root on the path, a small world and a small ColPali of the real classes, made once."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+for folder in (ROOT, ROOT / "tests"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is a defect
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A generated world: 12 train, 6 val and 8 test images."""
+    from samer.scenes import write_world
+
+    folder = tmp_path_factory.mktemp("world") / "world"
+    write_world(folder, {"train": 12, "val": 6, "test": 8}, seed=7, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A random ColPali with 8 x 8 patches and 6 prompt tokens, saved in transformers format (float16)."""
+    from samer.builtin import Geometry, build_colpali, page_texts, train_tokenizer
+
+    geometry = Geometry(
+        image_size=64,
+        patch_size=8,
+        vision_width=32,
+        vision_layers=1,
+        vision_mlp=32,
+        text_width=32,
+        text_layers=2,
+        text_mlp=32,
+        heads=2,
+        embedding_dim=16,
+    )
+    model, processor = build_colpali(train_tokenizer(page_texts(20, 0), 500), geometry, seed=1)
+    folder = tmp_path_factory.mktemp("base") / "retriever"
+    model.half().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def retriever(base):
+    """The small ColPali, loaded afresh in float32."""
+    from samer.colpali import Retriever
+
+    return Retriever.load(str(base), dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def script():
+    """Loads scripts/<name>.py as a module, so that a test calls its main([...])."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Runs a command as a user would, from the repo root; returns the finished process with text output."""
+
+    def run(*words, cwd=ROOT, env=None, timeout=300):
+        clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        return subprocess.run(
+            [str(word) for word in words],
+            cwd=cwd,
+            env={**clean, **(env or {})},
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+        )
+
+    return run

@@ -1,0 +1,64 @@
+"""The merge of METHOD.md sections 2-3, written as plain loops over one image: the independent oracle of the tests."""
+
+import numpy as np
+import torch
+
+
+def _normalise(v):
+    return v / v.norm().clamp(min=1e-12)
+
+
+def naive_merge(tokens, coords, config, labels=None):
+    """One image: tokens (N, D), coords (N, 2), labels (N,) or None -> tokens, coords, weights, assignments."""
+    n = len(tokens)
+    k_max = config.num_regions
+    if n <= k_max:
+        return tokens, coords, torch.eye(n, dtype=tokens.dtype), torch.arange(n)
+    v0, p0 = tokens.detach(), coords.detach()
+    if config.center_init == "raster":
+        start = np.unique(np.round(np.linspace(0, n - 1, k_max)).astype(int)).tolist()
+    else:
+        mean = _normalise(v0.mean(0))
+        start = [int((v0 @ mean).argmax())]
+        while len(start) < k_max:
+            best, best_distance = -1, -1.0
+            for i in range(n):
+                distance = min(
+                    float(1 - v0[i] @ v0[j] + config.spatial_weight * (p0[i] - p0[j]).square().sum()) for j in start
+                )
+                if distance > best_distance:
+                    best, best_distance = i, distance
+            start.append(best)
+    mu = [v0[i].clone() for i in start]
+    s = [p0[i].clone() for i in start]
+
+    def distances(v, p):
+        rows = []
+        for k in range(len(mu)):
+            rows.append((1 - (v * mu[k]).sum(-1)) + config.spatial_weight * (p - s[k]).square().sum(-1))
+        return torch.stack(rows, dim=1)  # (N, K)
+
+    for _ in range(config.cluster_iters):
+        c = distances(v0, p0).argmin(1)
+        for k in range(len(mu)):
+            members = [i for i in range(n) if c[i] == k]
+            if members:
+                mu[k] = _normalise(v0[members].mean(0))
+                s[k] = p0[members].mean(0)
+    d = distances(tokens, coords)
+    if labels is not None:
+        penalty = torch.ones_like(d)
+        for k in range(len(mu)):
+            size = int((c == k).sum())
+            for i in range(n):
+                share = int(((c == k) & (labels == labels[i])).sum()) / (size + 1e-6)
+                penalty[i, k] = 1 - share
+        d = d + config.object_penalty * penalty
+    w = torch.softmax(-d / config.assignment_temperature, dim=1)
+    merged = []
+    places = []
+    for k in range(len(mu)):
+        mass = w[:, k].sum()
+        merged.append(_normalise((w[:, k, None] * tokens).sum(0) / mass))
+        places.append((w[:, k, None] * coords).sum(0) / mass)
+    return torch.stack(merged), torch.stack(places), w, c
