@@ -3,6 +3,7 @@
     DIR/manifest.json                what was built and from what; splits appear here when they are complete
     DIR/<split>/images-00000.safetensors    tokens (n, K, D), mask (n, K) bool; ids in the header
     DIR/<split>/queries-00000.safetensors   tokens (sum M, D), lengths (q,), image (q,); valid tokens only
+    in each shard's header, one key "samer": what it was made from, its manifest entry, a checksum of its tensors
 
 No pickle anywhere; a reader maps the files. Bytes depend on the input, the projector and the batch size only, not on
 the number of processes, nor on when it was made. Shape letters: I images, K regions, D embedding, Q queries, M tokens.
@@ -10,6 +11,7 @@ the number of processes, nor on when it was made. Shape letters: I images, K reg
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -122,37 +124,53 @@ def _open_for_writing(folder: Path, identity: dict, base_model: str) -> dict:
                     "name another cache folder, or remove it to build anew"
                 )
     else:
-        if folder.exists() and any(not entry.is_dir() for entry in folder.iterdir()):
-            raise InputError(f"{folder} holds files that are no SaMer cache; name another folder")
+        foreign = lambda entry: not entry.is_dir() and not entry.name.startswith(".")  # a killed write leaves .*.tmp
+        if folder.exists() and (not folder.is_dir() or any(map(foreign, folder.iterdir()))):
+            raise InputError(f"{folder} is, or holds, files that are no SaMer cache; name another folder")
         manifest = {**identity, "base_model": base_model, "splits": {}}
     return manifest
 
 
-def _stamp(identity: dict, ids: Sequence[str], texts: Sequence[str] = ()) -> str:
+def _stamp(identity: dict, ids: Sequence[str], texts: Sequence[str] = ()) -> dict:
     """What a shard was made from; a shard with another stamp is made anew."""
-    return json.dumps({**identity, "ids": list(ids), "texts": list(texts)}, sort_keys=True, ensure_ascii=False)
+    return {**identity, "ids": list(ids), "texts": list(texts)}
 
 
-def _finished(path: Path, stamp: str) -> dict | None:
-    """The manifest entry of a complete shard with this stamp, else None."""
+def _finished(path: Path, stamp: dict) -> dict | None:
+    """The manifest entry of a complete, undamaged shard with this stamp, else None."""
     try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            if metadata.get("stamp") != stamp:
-                return None
-            return _entry(path, json.loads(metadata["entry"]))
+        tensors, header = _load_shard(path)
+        if header["stamp"] != stamp or header["checksum"] != _checksum(tensors):
+            return None
+        return _entry(path, header["entry"])
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
+
+
+def _load_shard(path: Path) -> tuple[dict[str, Tensor], dict]:
+    with safe_open(path, framework="pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        return tensors, json.loads((handle.metadata() or {})["samer"])
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _entry(path: Path, facts: dict) -> dict:
     return {"file": path.name, **facts, "sha256": file_hash(path)}
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor], stamp: str, facts: dict) -> dict:
-    metadata = {"stamp": stamp, "entry": json.dumps(facts)}
+def _write_shard(path: Path, tensors: dict[str, Tensor], stamp: dict, facts: dict) -> dict:
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    header = {"stamp": stamp, "entry": facts, "checksum": _checksum(tensors)}
+    # one key only: safetensors writes several in an order that differs from run to run
+    metadata = {"samer": json.dumps(header, ensure_ascii=False)}
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}, metadata=metadata))
+        temporary.write_bytes(save(tensors, metadata=metadata))
     return _entry(path, facts)
 
 
@@ -251,9 +269,8 @@ class Cache:
                 raise InputError(
                     f"{path}: contents differ from the manifest's checksum; remove it and build the cache again"
                 )
-            with safe_open(path, framework="pt") as handle:
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-                return tensors, json.loads(handle.metadata()["stamp"])
+            tensors, header = _load_shard(path)
+            return tensors, header["stamp"]
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -302,7 +319,8 @@ class Cache:
 def describe(summary: CacheSummary, folder: str | Path) -> str:
     """One line on a written split."""
     again = f", {summary.reused_shards} shards kept from an earlier try" if summary.reused_shards else ""
+    where = Path(folder) / summary.split
     return (
         f"{summary.split}: {summary.images:,} images x at most {summary.regions} vectors "
-        f"({summary.bytes_per_image:,.0f} bytes per image), {summary.queries:,} queries -> {Path(folder) / summary.split}{again}"
+        f"({summary.bytes_per_image:,.0f} bytes per image), {summary.queries:,} queries -> {where}{again}"
     )

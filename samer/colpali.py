@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from transformers import ColPaliForRetrieval, ColPaliProcessor
+from transformers import ColPaliForRetrieval, ColPaliProcessor, PretrainedConfig
 
 from samer.config import InputError, MergeConfig
 from samer.coords import visual_coords
@@ -46,7 +46,7 @@ class Projector:
 
 
 class Retriever:
-    """A frozen ColPali: images and texts to hidden states, and hidden states to unit tokens through a projector.
+    """A frozen ColPali: images and texts to hidden states, those to unit tokens through a projector.
 
     It is no `nn.Module` on purpose: whatever holds it neither trains it nor saves it.
     """
@@ -62,9 +62,10 @@ class Retriever:
         vision = model.config.vlm_config.vision_config
         self.grid = vision.image_size // vision.patch_size
         self.image_token_id = model.config.vlm_config.image_token_id
-        if self.image_token_id != processor.image_token_id:
+        ours, theirs = self.image_token_id, processor.image_token_id
+        if ours != theirs:
             raise InputError(
-                f"{name}: the model's image token is {self.image_token_id}, the processor's {processor.image_token_id}; "
+                f"{name}: the model's image token is {ours}, the processor's {theirs}; "
                 "they belong to different checkpoints"
             )
 
@@ -83,8 +84,16 @@ class Retriever:
             InputError: not found, another architecture, or weights that the checkpoint does not hold.
         """
         try:
+            kind = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)[0].get("model_type")
+            if kind != "colpali":  # transformers would build a random model of the default size, gigabytes, first
+                raise ValueError(f"its config.json is of model type {kind!r}, not 'colpali'")
             model, report = ColPaliForRetrieval.from_pretrained(
-                name, dtype="auto", local_files_only=local_files_only, output_loading_info=True
+                name,
+                # float32 from the start: halves cast up would keep Gemma's embedding scale rounded
+                dtype=torch.float32 if dtype == torch.float32 else "auto",
+                local_files_only=local_files_only,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they come out in the report, and are refused by name below
             )
             processor = ColPaliProcessor.from_pretrained(name, local_files_only=local_files_only)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -93,13 +102,14 @@ class Retriever:
                 f"model {name!r} can't be loaded ({reason}); name a ColPali in transformers format, such as "
                 "vidore/colpali-v1.3-hf, or a folder that holds one"
             ) from None
-        lost = sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]])
+        lost = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
         if lost:
             raise InputError(
-                f"model {name!r} lacks {len(lost)} weights, first {lost[0]}; they would be random. "
+                f"model {name!r} lacks {len(lost)} weights or has them in another size, first {lost[0]}; "
+                "they would be random. "
                 "Use a checkpoint made for this transformers version"
             )
-        model.vlm.to(dtype)  # the projection keeps its stored precision, so its hash does not depend on dtype
+        model.vlm.to(dtype)  # the projection keeps its stored values, so its hash does not depend on dtype
         return cls(model.to(device), processor, name)
 
     @property
@@ -320,10 +330,14 @@ def _load_adapter(folder: Path, retriever: Retriever) -> Projector:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise InputError(f"{folder}: a PEFT adapter without adapter_model.safetensors; save it with safetensors")
-    foreign = [name for name in _read_tensors(file) if "embedding_proj_layer" not in name]
+    tensors = _read_tensors(file)
+    foreign = [name for name in tensors if "embedding_proj_layer" not in name]
     if foreign:
         raise InputError(f"{file}: the adapter also changes {foreign[0]}; SaMer adapts embedding_proj_layer only")
-    from peft import PeftModel
+    whole = {name.partition("embedding_proj_layer.")[2]: tensor for name, tensor in tensors.items()}
+    if set(whole) == {"weight", "bias"}:  # modules_to_save: the layer itself, which PEFT alone does not load
+        return _as_projector(whole, file)
+    from peft import PeftModel, get_peft_model_state_dict
 
     base = nn.Module()
     base.embedding_proj_layer = nn.Linear(retriever.hidden_size, retriever.embedding_dim)
@@ -331,7 +345,12 @@ def _load_adapter(folder: Path, retriever: Retriever) -> Projector:
         base.embedding_proj_layer.weight.copy_(retriever.base_projector.weight)
         base.embedding_proj_layer.bias.copy_(retriever.base_projector.bias)
     try:
-        merged = PeftModel.from_pretrained(base, str(folder), local_files_only=True).merge_and_unload()
+        adapted = PeftModel.from_pretrained(base, str(folder), local_files_only=True)
+        # PEFT only warns of tensors that it misses, and leaves random ones in their place
+        strange = sorted(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) ^ set(tensors))
+        if strange:
+            raise ValueError(f"{strange[0]} is missing or belongs nowhere")
+        merged = adapted.merge_and_unload()
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder}: not an adapter of {retriever.name}'s embedding_proj_layer ({reason})") from None

@@ -96,20 +96,28 @@ def gather_objects(value: Any) -> list[Any]:
 
 @contextmanager
 def atomic_path(path: str | Path):
-    """Yields a temporary path beside `path`; it replaces `path` when the block ends well and is removed otherwise."""
+    """Yields a temporary path beside `path`; it replaces `path` when the block ends well and is removed otherwise.
+
+    Raises:
+        InputError: the file can't be written: a folder of that name, a file as parent, no permission, a full disk.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror or error}); name another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -148,7 +156,9 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # a data loader's worker hands its whole traceback over as the message, the error's own words at its end
+        words = str(error).rpartition(f"{InputError.__module__}.{InputError.__qualname__}: ")[2]
+        print("error:", " ".join(words.split()), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)

@@ -266,10 +266,11 @@ class Style:
     blur: float
     twins: float  # share of groups that come as two scenes differing by one small object
     terse: float  # share of captions that only list phrases
+    natural: bool  # sentences as people write them, with words that the other style never uses
 
 
 STYLES = {
-    "page": Style(((256, 256), (320, 240), (240, 320)), (3, 6), 0.05, (0, 3), 0.04, 8, 2, 0.0, 0.0, 0.5),
+    "page": Style(((256, 256), (320, 240), (240, 320)), (3, 6), 0.05, (0, 3), 0.04, 8, 2, 0.0, 0.0, 0.5, False),
     "outdoor": Style(
         ((320, 240), (240, 320), (300, 300), (400, 260), (260, 380), (360, 240)),
         (3, 6),
@@ -281,6 +282,7 @@ STYLES = {
         0.4,
         0.35,
         0.0,
+        True,
     ),
 }
 
@@ -448,7 +450,7 @@ def _finish(canvas: Image.Image, rng: np.random.Generator, style: Style) -> Imag
     contrast = 1 - abs(float(rng.normal(0, style.light)))
     pixels = (pixels - 128) * contrast + 128
     pixels = pixels * np.clip(gain, 0.6, 1.4)
-    pixels += rng.standard_normal(pixels.shape[:2] + (1,), dtype=np.float32) * style.noise
+    pixels += rng.standard_normal((*pixels.shape[:2], 1), dtype=np.float32) * style.noise
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
@@ -489,31 +491,73 @@ def _caption(
     full = rng.random() < 0.3
     named = [_phrase(rng, item, full) for item in picked]
     plain = lambda text: [(text, None, "")]
+    joined = lambda word, phrases: [part for phrase in phrases for part in (*plain(word), *phrase)]
     place = [("in front of" if scene[0].endswith("lake") else "on", None, ""), (scene[0], scene[1], "scene")]
     if rng.random() < style.terse:
-        listed = sum(([(",", None, ""), *phrase] for phrase in named), [])[1:]
-        return tuple(listed)
-    rest = sum(([(("and" if k == len(named) - 1 else ","), None, ""), *p] for k, p in enumerate(named) if k > 0), [])
+        return tuple(joined(",", named)[1:])
+    if style.natural:
+        return _natural_caption(rng, picked, named, place, sky_chain)
+    rest = joined(",", named[1:-1]) + joined("and", named[-1:])
     form = int(rng.integers(6))
     if form == 0:
         parts = named[0] + rest + place
     elif form == 1:
         parts = named[0] + plain("is " + _relation(picked[0], picked[1])) + named[1]
-        parts += sum((plain("near") + p for p in named[2:]), []) + place
+        parts += joined("near", named[2:]) + place
     elif form == 2:
-        parts = plain("there is") + named[0] + plain("with") + named[1] + sum((plain("and") + p for p in named[2:]), [])
+        parts = plain("there is") + named[0] + plain("with") + named[1] + joined("and", named[2:])
     elif form == 3:
         parts = named[0] + rest + plain("can be seen") + place
     elif form == 4:
-        parts = (
-            named[0]
-            + plain("next to")
-            + named[1]
-            + sum((plain("while") + p + plain("is near") + [("it", 0, "notvisual")] for p in named[2:3]), [])
-        )
+        parts = named[0] + plain("next to") + named[1]
+        for phrase in named[2:3]:
+            parts += plain("while") + phrase + plain("is near") + [("it", 0, "notvisual")]
     else:
         parts = plain("under") + [("the sky", sky_chain, "other")] + plain("there is") + named[0] + rest + place
     return (*parts, (".", None, ""))
+
+
+def _natural_caption(
+    rng: np.random.Generator,
+    picked: list[SceneObject],
+    named: list[list[tuple[str, int | None, str]]],
+    place: list[tuple[str, int | None, str]],
+    sky_chain: int,
+) -> tuple[tuple[str, int | None, str], ...]:
+    """A full sentence of the `outdoor` style: lead-in, what is where, and where all that was seen."""
+    pick = lambda options: [(options[int(rng.integers(len(options)))], None, "")]
+    lead = pick(_LEADS)
+    sides = {"to the left of": "on the left hand side of", "to the right of": "on the right hand side of"}
+    relation = _relation(picked[0], picked[1])
+    form = int(rng.integers(3))
+    if form == 0:
+        parts = [*lead, *named[0], (sides.get(relation, f"right {relation}"), None, ""), *named[1]]
+    elif form == 1:
+        parts = [*lead, *named[0], *pick(_LINKS), *named[1]]
+    else:
+        parts = [*named[0], *pick(("was waiting", "stays quietly", "has been left")), *pick(_LINKS), *named[1]]
+    for phrase in named[2:]:
+        parts += [*pick(("and also", "as well as", "plus")), *phrase]
+    ending = int(rng.integers(4))
+    if ending == 0:
+        parts += place
+    elif ending == 1:
+        parts += [*pick(("during a quiet afternoon", "early this morning", "while nobody was watching")), *place]
+    elif ending == 2:
+        parts += [(", far below", None, ""), ("the sky", sky_chain, "other")]
+    else:
+        parts += [(", and", None, ""), ("it", 0, "notvisual"), ("looks rather peaceful", None, "")]
+    return (*parts, (".", None, ""))
+
+
+_LEADS = (
+    "in this photograph we can spot",
+    "the camera caught",
+    "somebody took a picture of",
+    "look closely and you will find",
+    "my favourite view shows",
+)
+_LINKS = ("together with", "standing close by", "not far from", "beside", "at some distance from")
 
 
 def _group_rng(style: str, seed: int, group: int) -> np.random.Generator:

@@ -5,11 +5,7 @@ Shape letters: B captions of this process, U distinct images, N tokens, K region
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import PrinterCallback
 
 from samer import evaluation, flickr
-from samer.colpali import Projector, Retriever, load_projector, save_projector
+from samer.colpali import Projector, Retriever, save_projector
 from samer.config import Config, InputError, MergeConfig, dump_config, load_config
 from samer.losses import multi_positive_t2i_loss
 from samer.merging import merge_tokens
 from samer.objects import object_diagnostics
-from samer.runtime import atomic_path, gather_with_grad, print0, rank, world_size
+from samer.runtime import atomic_path, gather_objects, gather_with_grad, print0, rank, world_size
 from samer.scoring import maxsim
 from samer.tokens import MergedTokens
 from samer.train_data import CaptionDataset, Collator
@@ -220,6 +217,7 @@ def train(config: Config) -> TrainResult:
         f"images ({dataset.boxless():,} captions name nothing boxed, {dropped:,} unrelated ones left out); "
         f"writing to {output}"
     )
+    gather_objects(None)  # no process may still be looking for a run in this folder when the first one marks it
     if rank() == 0:
         with atomic_path(output / "config.yaml") as temporary:
             temporary.write_text(dump_config(config), encoding="utf-8")
@@ -240,6 +238,9 @@ def train(config: Config) -> TrainResult:
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
+    measured = [entry["step"] for entry in trainer.state.log_history if "eval_r@1" in entry]
+    if validation and trainer.state.global_step not in measured:
+        trainer.evaluate()  # the last checkpoint is older than the last evaluation: resuming from it skips that
     if rank() == 0:
         save_projector(output, model.projector(), retriever, config.merge)
         with atomic_path(output / "history.json") as temporary:
@@ -252,7 +253,7 @@ def train(config: Config) -> TrainResult:
 def _arguments(config: Config) -> TrainingArguments:
     settings = config.train
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=settings.output_dir,
             run_name=settings.run_name,
             per_device_train_batch_size=settings.train_batch_size,
@@ -280,8 +281,13 @@ def _arguments(config: Config) -> TrainingArguments:
             ddp_find_unused_parameters=False,
             label_names=[],
         )
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()  # says what is not installed; Trainer would only ask after the model is loaded
     except (ImportError, RuntimeError, ValueError) as error:
         raise InputError(f"train settings: {' '.join(str(error).split())[:200]}") from None
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # without torchrun one GPU trains: DataParallel would cut our nested batches apart
+    return arguments
 
 
 def _last_checkpoint(output: Path) -> Path | None:

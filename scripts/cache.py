@@ -10,12 +10,13 @@ else from the adapter's config.json, else from the defaults; section.key=value o
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from samer.config import load_config
+from samer.config import InputError, load_config
 from samer.runtime import pick_device, print0, process_group, read_json, run
 
 
@@ -33,10 +34,13 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
     overrides = list(options.overrides)
+    if options.adapter_path and not Path(options.adapter_path).exists():
+        raise InputError(f"{options.adapter_path}: no such projector; name the folder that scripts/train.py wrote")
     if options.adapter_path and not options.config and (Path(options.adapter_path) / "projector.safetensors").is_file():
         trained = read_json(Path(options.adapter_path) / "config.json")
-        own = [f"merge.{key}={value}" for key, value in (trained.get("merge") or {}).items()]
-        overrides = [f"model.name={trained.get('base_model')}", *own, *overrides]
+        own = [f"merge.{key}={json.dumps(value)}" for key, value in (trained.get("merge") or {}).items()]
+        name = json.dumps(trained.get("base_model"), ensure_ascii=False)  # quoted: a path may hold YAML's signs
+        overrides = [f"model.name={name}", *own, *overrides]
     config = load_config(options.config, overrides)
     device = pick_device(options.device)
     import torch

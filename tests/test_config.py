@@ -20,7 +20,7 @@ from samer.config import (
 )
 
 
-@pytest.fixture()
+@pytest.fixture
 def write(tmp_path):
     """Writes a config file and returns its path."""
 
@@ -311,7 +311,9 @@ configs = st.builds(
         assignment_temperature=positive,
         center_init=st.sampled_from(["raster", "farthest"]),
     ),
-    train=st.builds(TrainConfig, learning_rate=positive, run_name=words, bf16=st.booleans(), seed=st.integers(0, 9**19)),
+    train=st.builds(
+        TrainConfig, learning_rate=positive, run_name=words, bf16=st.booleans(), seed=st.integers(0, 9**19)
+    ),
 )
 
 

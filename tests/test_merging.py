@@ -102,7 +102,7 @@ def test_a_mask_with_holes_equals_the_compacted_image():
     mask = torch.rand(1, 262, generator=torch.Generator().manual_seed(3)) < 0.6
     config = MergeConfig(num_regions=16)
     out = merge_tokens(tokens, coords, config, mask=mask)
-    m, p, w, c = naive_merge(tokens[0, mask[0]], coords[mask[0]], config)
+    m, _, w, c = naive_merge(tokens[0, mask[0]], coords[mask[0]], config)
     torch.testing.assert_close(out.tokens[0], m, atol=1e-5, rtol=0)
     torch.testing.assert_close(out.weights[0, mask[0]], w, atol=1e-5, rtol=0)
     assert torch.equal(out.assignments[0, mask[0]], c)
@@ -177,11 +177,11 @@ def _merge_with_fixed_centres(variable, fixed, coords, config, labels):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(num_regions=0), "merge.num_regions must be at least 1"),
-        (dict(cluster_iters=0), "merge.cluster_iters"),
-        (dict(assignment_temperature=0.0), "merge.assignment_temperature"),
-        (dict(spatial_weight=-1.0), "merge.spatial_weight"),
-        (dict(center_init="random"), "'raster' or 'farthest'"),
+        ({"num_regions": 0}, "merge.num_regions must be at least 1"),
+        ({"cluster_iters": 0}, "merge.cluster_iters"),
+        ({"assignment_temperature": 0.0}, "merge.assignment_temperature"),
+        ({"spatial_weight": -1.0}, "merge.spatial_weight"),
+        ({"center_init": "random"}, "'raster' or 'farthest'"),
     ],
 )
 def test_bad_settings_are_refused_by_name(change, words):

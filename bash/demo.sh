@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The whole job on generated scenes, on a CPU: scenes, training, caches, evaluation, one table. Nothing to download but
+# Python packages, if the active environment lacks them. Arguments go to scripts/demo.py (--help lists them).
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+prepare requirements.txt
+exec "$PYTHON" scripts/demo.py "$@"

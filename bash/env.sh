@@ -1,0 +1,66 @@
+# Sourced by the launchers: from the repo root, with an interpreter that satisfies requirements.txt in $PYTHON.
+# The active environment is used if it has everything; else .venv is made (or reused) and installed into.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# satisfied PYTHON FILE...: whether every requirement line of the files holds in that interpreter
+satisfied() {
+    "$1" - "${@:2}" <<'PYTHON'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    try:
+        from pip._vendor.packaging.requirements import Requirement
+    except ImportError:
+        sys.exit(1)
+for path in sys.argv[1:]:
+    for line in open(path, encoding="utf-8"):
+        line = line.split("#")[0].strip()
+        if not line or line.startswith("-"):
+            continue
+        need = Requirement(line)
+        try:
+            have = version(need.name).split("+")[0]
+        except PackageNotFoundError:
+            sys.exit(1)
+        if not need.specifier.contains(have, prereleases=True):
+            sys.exit(1)
+PYTHON
+}
+
+# prepare FILE...: sets PYTHON to an interpreter that satisfies the requirement files, installing if needed
+prepare() {
+    local candidate
+    for candidate in "$(command -v python || true)" "$(command -v python3 || true)" .venv/bin/python; do
+        if [ -n "$candidate" ] && [ -x "$candidate" ] && satisfied "$candidate" "$@"; then
+            PYTHON=$candidate
+            return
+        fi
+    done
+    local host
+    host=$(command -v python3 || command -v python || true)
+    [ -n "$host" ] || { echo "error: no python3 found; install Python 3.11 or newer" >&2; exit 2; }
+    "$host" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        { echo "error: $("$host" --version) is too old; SaMer needs Python 3.11 or newer" >&2; exit 2; }
+    echo "the active environment lacks requirements; installing into .venv (about 1.5 GB on disk, once)"
+    [ -x .venv/bin/python ] || "$host" -m venv .venv
+    # torch first and by itself: what comes after is satisfied by the pinned build
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+    local file
+    for file in "$@"; do
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
+    done
+    PYTHON=.venv/bin/python
+}
+
+# launch SCRIPT ARGUMENT...: one process, or torchrun with NPROC_PER_NODE of them
+launch() {
+    if [ "${NPROC_PER_NODE:-1}" -gt 1 ]; then
+        "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC_PER_NODE" "$@"
+    else
+        "$PYTHON" "$@"
+    fi
+}

@@ -1,0 +1,89 @@
+"""The whole job on generated scenes: scenes, training, caches, evaluation, one table. See bash/demo.sh.
+
+bash bash/demo.sh                        (a few minutes on 2 cores; results in outputs/demo)
+bash bash/demo.sh --quick --out /tmp/d   (a smaller world, to see that everything works)
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from samer.config import load_config
+from samer.runtime import run, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+ALL = "merge.num_regions=4096"  # more than an image has: nothing is merged
+ROWS = (  # name, what the index is merged with, what the projector was trained under (None: untouched)
+    ("all tokens", ALL, None),
+    ("merged, raster", "merge.center_init=raster", None),
+    ("merged, farthest", "merge.center_init=farthest", None),
+    ("merged, raster, trained", "merge.center_init=raster", "merge.center_init=raster"),
+    ("merged, farthest, trained", "merge.center_init=farthest", "merge.center_init=farthest"),
+    ("all tokens, same training", ALL, ALL),
+)
+SIZES = {False: (800, 60, 400), True: (80, 20, 60)}  # quick -> images in train, val, test
+
+
+def main(argv=None):
+    from scripts import cache, scenes, train
+    from scripts import eval as evaluate
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="outputs/demo", help="folder for everything (outputs/demo)")
+    parser.add_argument("--quick", action="store_true", help="a small world; its figures mean little")
+    options = parser.parse_args(argv)
+    out = Path(options.out)
+    config = ROOT / "configs" / "demo.yaml"
+    model = f"model.name={ROOT / load_config(config).model.name}"
+    started = time.monotonic()
+
+    def step(title, script, *words):
+        print(
+            f"\n== {title}\n   python scripts/{script.__name__.split('.')[-1]}.py {' '.join(map(str, words))}",
+            flush=True,
+        )
+        return script.main([str(word) for word in words])
+
+    world = out / "world"
+    counts = (word for pair in zip(("--train", "--val", "--test"), SIZES[options.quick]) for word in pair)
+    step("generate scenes with captions and boxes", scenes, "--out", world, *counts)
+    results = []
+    for name, merge, training in ROWS:
+        label = name.replace(", ", "-").replace(" ", "-")
+        adapter = []
+        if training is not None:
+            folder = out / "checkpoints" / label
+            words = (f"data.root={world}", model, f"train.output_dir={folder}", training)
+            step(f"train the projector: {name}", train, "--config", config, *words)
+            adapter = ["--adapter-path", folder]
+        index = out / "caches" / label
+        words = ("--config", config, "--data-root", world, "--cache-dir", index, "--splits", "test", *adapter)
+        step(f"build the index: {name}", cache, *words, model, merge)
+        report = step(
+            "evaluate", evaluate, "--cache-dir", index, "--split", "test", "--output-json", index / "metrics.json"
+        )
+        results.append({"name": name, **report})
+    write_json(out / "results.json", {"rows": results})
+    print("\n" + table(results))
+    print(f"\n{time.monotonic() - started:.0f} s. Projectors in {out / 'checkpoints'}, indexes in {out / 'caches'},")
+    print(f"scenes in {world}, these figures in {out / 'results.json'}.")
+    return results
+
+
+def table(results):
+    """The rows as text: recall with 95 % intervals, vectors and bytes per image."""
+    head = f"{'':28}{'R@1 text->image':>21}{'R@5':>7}{'nDCG@10':>9}{'R@1 image->text':>21}{'vectors':>9}{'bytes':>8}"
+    lines = [head, "-" * len(head)]
+    for row in results:
+        text, image = row["text_to_image"], row["image_to_text"]
+        r1, r1_back = ("{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]".format(**d["r@1"]) for d in (text, image))
+        rest = f"{text['r@5']['value']:>7.1f}{text['ndcg@10']['value']:>9.1f}{r1_back:>21}"
+        lines.append(f"{row['name']:28}{r1:>21}{rest}{row['vectors_per_image']:>9}{row['bytes_per_image']:>8.0f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)
