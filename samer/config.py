@@ -192,10 +192,21 @@ def _build(cls: type, values: Any, where: str, prefix: str = "") -> Any:
         raise InputError(f"{where}: {error}") from None
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """SafeLoader, which builds no objects, that also refuses a key given twice instead of taking the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for k, key in enumerate(keys) if key in keys[:k]]
+        if twice:
+            raise yaml.YAMLError(f"key {twice[0]!r} stands twice, {str(node.start_mark).strip()}")
+        return super().construct_mapping(node, deep)
+
+
 def _parse_yaml(text: str) -> Any:
     """`text` as plain YAML values; whatever PyYAML raises on bad text comes out as `yaml.YAMLError`."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_OnceLoader)
     except (ValueError, LookupError, AttributeError, RecursionError) as error:  # e.g. the date 2024-13-45, `!!int x`
         raise yaml.YAMLError(error) from error
 
@@ -215,7 +226,7 @@ def load_yaml(path: str | Path) -> Any:
 
 
 def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
-    """Reads a config file and applies `section.key=value` overrides, values read as YAML.
+    """Reads a config file and applies `section.key=value` overrides, values read as YAML, text as it is.
 
     Args:
         path: a YAML file; None starts from the defaults.
@@ -236,13 +247,22 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
         section, dot, name = key.partition(".")
         if not equals or not dot or not section or not name:
             raise InputError(f"override {override!r} is not of the form section.key=value, e.g. merge.num_regions=32")
-        try:
-            value = _parse_yaml(text) if text else ""
-        except yaml.YAMLError:
-            raise InputError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        if _is_text(section, name):
+            value = text  # a path stays as it was typed, whatever YAML would make of it
+        else:
+            try:
+                value = _parse_yaml(text) if text else ""
+            except yaml.YAMLError:
+                raise InputError(f"override {override!r}: the value is not valid YAML") from None
         values[section] = {**(values.get(section) or {}), name: value}
     # the overrides are checked together: a range may hold only with the file's value or another override's
     return _build(Config, values, " ".join([f"{where} with", *overrides]) if overrides else where)
+
+
+def _is_text(section: str, name: str) -> bool:
+    """Whether a setting is plain text."""
+    kind = typing.get_type_hints(Config).get(section)
+    return kind is not None and typing.get_type_hints(kind).get(name) is str
 
 
 def dump_config(config: Config) -> str:

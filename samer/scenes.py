@@ -593,7 +593,9 @@ def make_group(style_name: str, seed: int, group: int) -> list[Scene]:
     if twins:
         changed = min(range(len(objects)), key=lambda k: _area(objects[k].box))
         other = objects[changed]
-        colours = [c for c in COLOURS if c != other.colour]
+        # not the colour of another such object: the captions of one twin must not fit the other
+        taken = {item.colour for item in objects if item.kind == other.kind}
+        colours = [c for c in COLOURS if c not in taken]
         swapped = replace(other, colour=colours[int(rng.integers(len(colours)))])
         variants.append([swapped if k == changed else item for k, item in enumerate(objects)])
     look = int(rng.integers(2**31))
@@ -685,10 +687,10 @@ def _annotation(image_id: str, scene: Scene) -> bytes:
     return ElementTree.tostring(root, encoding="utf-8") + b"\n"
 
 
-def _write_group(job: tuple[str, str, int, int]) -> int:
-    folder, style, seed, group = job
+def _write_group(job: tuple[str, str, int, int, int]) -> int:
+    folder, style, seed, group, count = job
     root = Path(folder)
-    scenes = make_group(style, seed, group)
+    scenes = make_group(style, seed, group)[:count]
     for number, scene in enumerate(scenes):
         image_id = f"{group * 2 + number + 1:08d}"
         scene.image.save(root / "images" / "Images" / f"{image_id}.jpg", quality=90)
@@ -743,16 +745,17 @@ def write_world(
 def _write_files(partial: Path, counts: dict[str, int], style: str, seed: int, workers: int | None) -> None:
     for folder in ("images/Images", "annotations/Sentences", "annotations/Annotations"):
         (partial / folder).mkdir(parents=True)
-    jobs: list[tuple[str, str, int, int]] = []
+    jobs: list[tuple[str, str, int, int, int]] = []
     group = 0
     for split, count in counts.items():
         ids: list[str] = []
         while len(ids) < count:
             twins = _group_rng(style, seed, group).random() < STYLES[style].twins
-            ids += [f"{group * 2 + k + 1:08d}" for k in range(1 + twins)]
-            jobs.append((str(partial), style, seed, group))
+            fit = min(1 + twins, count - len(ids))
+            ids += [f"{group * 2 + k + 1:08d}" for k in range(fit)]
+            jobs.append((str(partial), style, seed, group, fit))
             group += 1
-        (partial / "annotations" / f"{split}.txt").write_text("".join(f"{i}\n" for i in ids[:count]))
+        (partial / "annotations" / f"{split}.txt").write_text("".join(f"{i}\n" for i in ids))
     with ProcessPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
         for _ in tqdm(pool.map(_write_group, jobs, chunksize=16), total=len(jobs), desc="scenes", disable=None):
             pass

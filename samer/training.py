@@ -6,6 +6,7 @@ Shape letters: B captions of this process, U distinct images, N tokens, K region
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,8 @@ class ProjectorModel(nn.Module):
 def _diagnostics(merged: MergedTokens, tokens: Tensor, coords: Tensor, merge: MergeConfig, mask, labels) -> dict:
     box_free = merge_tokens(tokens, coords, merge, mask=mask)
     values = object_diagnostics(merged, labels, mask=mask, box_free=box_free)
-    return {name: float(value.nanmean()) for name, value in values.items()}
+    means = {name: float(value.nanmean()) for name, value in values.items()}
+    return {name: value for name, value in means.items() if math.isfinite(value)}  # no object in the whole batch: NaN
 
 
 class SamerTrainer(Trainer):
@@ -280,6 +282,7 @@ def _arguments(config: Config) -> TrainingArguments:
             disable_tqdm=True,
             ddp_find_unused_parameters=False,
             label_names=[],
+            use_cpu=not torch.cuda.is_available(),  # unless told, accelerate ignores torchrun on CPUs: each trains alone
         )
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()  # says what is not installed; Trainer would only ask after the model is loaded

@@ -33,7 +33,11 @@ def main(argv=None):
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
-    overrides = list(options.overrides)
+    splits = [word for word in options.splits if "=" not in word]
+    # overrides that follow --splits at once are taken for splits
+    overrides = [*(word for word in options.splits if "=" in word), *options.overrides]
+    if not splits:
+        parser.error("argument --splits: expected at least one split")
     if options.adapter_path and not Path(options.adapter_path).exists():
         raise InputError(f"{options.adapter_path}: no such projector; name the folder that scripts/train.py wrote")
     if options.adapter_path and not options.config and (Path(options.adapter_path) / "projector.safetensors").is_file():
@@ -59,7 +63,7 @@ def main(argv=None):
         summaries = build_cache(
             options.cache_dir,
             options.data_root,
-            options.splits,
+            splits,
             retriever,
             config.merge,
             batch_size=options.batch_size,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+hypothesis.settings.register_profile("samer", deadline=None, derandomize=True)  # no timed tests, the same cases always
+hypothesis.settings.load_profile("samer")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is a defect
 
 

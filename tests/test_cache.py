@@ -1,4 +1,4 @@
-"""The index on disk: what a shard holds, that its bytes depend on the input only, and what readers and writers refuse."""
+"""The index on disk: what a shard holds, that its bytes depend on the input only, and what is refused."""
 
 import hashlib
 import json
@@ -87,14 +87,20 @@ def pixels(world, image_id):
 
 def stored_images(folder, split="test"):
     parts = list(Cache(folder).images(split))
-    return [i for ids, _, _ in parts for i in ids], torch.cat([t for _, t, _ in parts]), torch.cat([m for *_, m in parts])
+    return (
+        [i for ids, _, _ in parts for i in ids],
+        torch.cat([t for _, t, _ in parts]),
+        torch.cat([m for *_, m in parts]),
+    )
 
 
 # --- what it holds --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("center_init", ["raster", "farthest"])
+@pytest.mark.parametrize(
+    ("dtype", "center_init"),
+    [("float32", "raster"), ("bfloat16", "raster"), ("float16", "raster"), ("float32", "farthest")],
+)
 def test_images_hold_the_merged_tokens(world, frozen, tmp_path, dtype, center_init):
     merge = MergeConfig(num_regions=8, center_init=center_init)
     (summary,) = build(tmp_path / "c", world, frozen, merge=merge, dtype=dtype)
@@ -320,7 +326,8 @@ def test_what_a_killed_process_leaves_is_no_obstacle(world, frozen, tmp_path, ma
 
 
 @pytest.mark.parametrize(
-    "change", [dict(merge=MergeConfig(num_regions=4)), dict(dtype="bfloat16"), dict(limit_images=4), dict(splits=["val"])]
+    "change",
+    [{"merge": MergeConfig(num_regions=4)}, {"dtype": "bfloat16"}, {"limit_images": 4}, {"splits": ["val"]}],
 )
 def test_shards_of_other_settings_are_not_reused(world, frozen, tmp_path, change):
     build(tmp_path / "other", world, frozen, **change)
@@ -354,9 +361,9 @@ def other_projector(retriever):
     ("change", "words"),
     [
         ("projector", ["projector="]),
-        (dict(merge=MergeConfig(num_regions=4)), ["merge=", "'num_regions': 8", "'num_regions': 4"]),
-        (dict(merge=MergeConfig(num_regions=8, center_init="farthest")), ["merge=", "'raster'", "'farthest'"]),
-        (dict(dtype="bfloat16"), ["dtype='float32'", "'bfloat16'"]),
+        ({"merge": MergeConfig(num_regions=4)}, ["merge=", "'num_regions': 8", "'num_regions': 4"]),
+        ({"merge": MergeConfig(num_regions=8, center_init="farthest")}, ["merge=", "'raster'", "'farthest'"]),
+        ({"dtype": "bfloat16"}, ["dtype='float32'", "'bfloat16'"]),
     ],
 )
 def test_a_cache_of_another_making_is_refused_and_left_alone(world, retriever, copy, change, words):
@@ -383,10 +390,14 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(world, frozen, tmp
     assert contents(tmp_path) == {"full/notes.txt": b"mine"}
 
 
+def flip(data, place):
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
 DAMAGES = {
-    "last byte": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
-    "middle byte": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 64]) + data[len(data) // 2 + 1 :],
-    "header byte": lambda data: data[:20] + bytes([data[20] ^ 1]) + data[21:],
+    "last byte": lambda data: flip(data, len(data) - 1),
+    "middle byte": lambda data: flip(data, len(data) // 2),
+    "header byte": lambda data: flip(data, 20),
     "cut in half": lambda data: data[: len(data) // 2],
     "cut to 5 bytes": lambda data: data[:5],
     "empty": lambda data: b"",
@@ -430,8 +441,8 @@ def test_a_damaged_shard_of_an_unfinished_cache_is_made_anew(world, frozen, made
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(format_version=2), "format 'samer_cache' version 2; this SaMer reads samer_cache 1"),
-        (dict(format="other"), "format 'other' version 1"),
+        ({"format_version": 2}, "format 'samer_cache' version 2; this SaMer reads samer_cache 1"),
+        ({"format": "other"}, "format 'other' version 1"),
     ],
 )
 def test_another_format_is_refused(world, frozen, copy, change, words):

@@ -108,6 +108,9 @@ def test_a_wrong_type_is_refused_by_name(write, section, key, written, rule):
     message = refuse(path)
     assert message.startswith(f"{path}: {section}.{key} must be {rule}; it is ")
     override = f"{section}.{key}={written}"
+    if rule == "text":  # typed on a command line, anything is text
+        assert vars(vars(load_config(None, [override]))[section])[key] == written
+        return
     message = refuse(None, [override])
     assert override in message
     assert f"{section}.{key} must be {rule}; it is " in message
@@ -229,7 +232,8 @@ def test_yaml_tags_build_nothing(write, tmp_path, tag):
     for where in (f"model: {{name: {text}}}\n", f"{text}\n", f"merge: {text}\n"):
         path = write(where)
         assert refuse(path).startswith(f"{path}: not a readable YAML file")
-    assert "not valid YAML" in refuse(None, [f"model.name={text}"])
+    assert load_config(None, [f"model.name={text}"]).model.name == text
+    assert "not valid YAML" in refuse(None, [f"train.seed={text}"])
     assert not canary.exists()
 
 
@@ -270,8 +274,8 @@ def test_a_badly_formed_override_is_refused(override):
         ("merge.num_regions.x=3", "unknown key merge.num_regions.x"),
         ("merge.num_regions=0", "merge.num_regions must be at least 1; it is 0"),
         ("merge.num_regions=[3", "not valid YAML"),
-        ("train.run_name=2024-13-45", "not valid YAML"),
-        ("train.run_name=a: b", "train.run_name must be text"),
+        ("train.seed=2024-13-45", "not valid YAML"),
+        ("train.seed=a: b", "train.seed must be a whole number"),
     ],
 )
 def test_a_bad_override_is_refused_by_name(write, override, words):
@@ -328,3 +332,15 @@ def test_a_dumped_config_is_plain_yaml():
     text = dump_config(Config())
     assert not re.search(r"!!|!python", text)
     assert text.startswith("model:\n  name: vidore/colpali-v1.3-hf\n")
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("train:\n  seed: 1\n  seed: 2\n")
+    with pytest.raises(InputError, match=r"twice\.yaml.*'seed' stands twice"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", ["/data/a: b", "[x]", "2024", "yes", "~/flickr", "#1"])
+def test_text_overrides_stay_as_typed(text):
+    assert load_config(None, [f"data.root={text}"]).data.root == text

@@ -257,6 +257,17 @@ def test_a_base_folder_may_bear_any_name(script, pipeline, world, base, tmp_path
     assert Cache(tmp_path / "c").manifest["base_model"] == str(odd)
 
 
+def test_overrides_may_follow_the_splits(script, pipeline, world, base, tmp_path, capsys):
+    words = cache_words(pipeline, world, tmp_path / "c", f"model.name={base}", "merge.num_regions=3")
+    assert words[4:6] == ["--splits", "val"]
+    (summary,) = script("cache").main(words)
+    assert (summary.split, summary.regions) == ("val", 3)
+    with pytest.raises(SystemExit) as stopped:
+        script("cache").main([*words[:5], *words[6:]])
+    assert stopped.value.code == 2
+    assert "--splits: expected at least one split" in capsys.readouterr().err
+
+
 def test_a_second_run_goes_on(script, pipeline, capsys, world):
     words = cache_words(pipeline, world, pipeline["folder"] / "cache", "--adapter-path", pipeline["folder"] / "out")
     script("cache").main([*words, "--cache-dtype", "float32"])

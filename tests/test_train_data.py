@@ -1,0 +1,174 @@
+"""Records to batches: what every row of a batch belongs to, and which boxes label it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from samer import flickr, train_data
+from samer.config import InputError, ObjectsConfig
+from samer.flickr import Caption, ImageRecord, Phrase
+from samer.train_data import CaptionDataset, Collator, Row, batched, caption_boxes
+
+LEFT, RIGHT, WHOLE = (0.0, 0.0, 0.45, 1.0), (0.55, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 1.0)
+CORNER, SPECK = (0.0, 0.0, 0.2, 0.2), (0.1, 0.1, 0.15, 0.15)
+
+
+@pytest.fixture(scope="module")
+def collator(base):
+    from samer.colpali import Retriever
+
+    return Collator(Retriever.load(str(base)), ObjectsConfig())
+
+
+@pytest.fixture(scope="module")
+def records(world):
+    return flickr.load_split(world, "train", boxes=True)
+
+
+def phrase(chain, *boxes):
+    return Phrase(f"thing {chain}", str(chain), ("other",), 0, 5, boxes)
+
+
+def picture(folder, name, *captions):
+    """A record with one caption per tuple of phrases, and its image file."""
+    path = Path(folder) / f"{name}.png"
+    Image.effect_noise((60, 40), 80).convert("RGB").save(path)
+    return ImageRecord(name, path, tuple(Caption(f"{name} caption {k}", p, True) for k, p in enumerate(captions)))
+
+
+def naive_labels(caption, objects):
+    """METHOD section 3 as loops: tokens of an 8 x 8 grid and 6 prompt tokens."""
+    boxes, seen = [], set()
+    for number, one in enumerate(caption.phrases):
+        if one.chain_id not in seen:
+            seen.add(one.chain_id)
+            boxes += [(number, box, (box[2] - box[0]) * (box[3] - box[1])) for box in one.boxes]
+    boxes = [entry for entry in boxes if objects.min_area <= entry[2] <= objects.max_area]
+    largest = {number: max(area for n, _, area in boxes if n == number) for number, _, _ in boxes}
+    kept = sorted(largest, key=lambda number: -largest[number])[: objects.max_phrases]
+    boxes = [entry for entry in boxes if entry[0] in kept]
+    labels = []
+    for x, y in [(x / 7, y / 7) for y in range(8) for x in range(8)] + [(0.5, 0.5)] * 6:
+        inside = [k for k, (_, b, _) in enumerate(boxes) if b[0] <= x <= b[2] and b[1] <= y <= b[3]]
+        labels.append(1 + min(inside, key=lambda k: boxes[k][2]) if inside else 0)
+    return labels
+
+
+def columns(label_of_column):
+    """Labels of a token grid whose columns have one label each; the prompt tokens stand in the middle."""
+    return label_of_column * 8
+
+
+def test_labels_by_hand(collator, tmp_path):
+    record = picture(
+        tmp_path,
+        "image",
+        (phrase(1, LEFT),),
+        (phrase(2, RIGHT),),
+        (phrase(1, LEFT), phrase(2, RIGHT)),
+        (phrase(3),),
+        (),
+        (phrase(4, SPECK),),  # area 0.0025: too small
+        (phrase(5, WHOLE), phrase(6, CORNER)),
+    )
+    batch = collator(CaptionDataset([record]).rows)
+    left, right = [1] * 4 + [0] * 4, [0] * 4 + [1] * 4
+    both = [1] * 4 + [2] * 4
+    corner = [[2, 2] + [1] * 6] * 2 + [[1] * 8] * 6
+    expected = [
+        columns(left) + [0] * 6,  # a box of a phrase that only other captions name labels nothing
+        columns(right) + [0] * 6,
+        columns(both) + [0] * 6,
+        [0] * 70,
+        [0] * 70,
+        [0] * 70,
+        sum(corner, []) + [1] * 6,  # prompt tokens stand at (0.5, 0.5), inside the whole image
+    ]
+    assert batch["labels"].dtype == torch.long
+    assert batch["labels"].tolist() == expected
+
+
+@pytest.mark.parametrize("objects", [ObjectsConfig(), ObjectsConfig(0.05, 0.6, 1), ObjectsConfig(max_phrases=2)])
+def test_labels_of_generated_captions_equal_a_loop(collator, records, objects):
+    rows = CaptionDataset(records).rows
+    batch = Collator(collator.retriever, objects)(rows)
+    expected = [naive_labels(row.caption, objects) for row in rows]
+    assert batch["labels"].tolist() == expected
+    assert {label for row in expected for label in row} >= {0, 1}
+    by_image = {}
+    for row, labels in zip(rows, expected):
+        by_image.setdefault(row.image, set()).add(tuple(labels))
+    assert any(len(different) > 1 for different in by_image.values())  # captions of one image do differ
+
+
+def test_a_chain_named_twice_counts_once():
+    boxes, owners = caption_boxes(Caption("", (phrase(1, LEFT, CORNER), phrase(2), phrase(1, LEFT, CORNER)), True))
+    assert torch.equal(boxes, torch.tensor([LEFT, CORNER]))
+    assert owners.tolist() == [0, 0]
+    boxes, owners = caption_boxes(Caption("", (), True))
+    assert boxes.shape == (0, 4)
+    assert owners.shape == (0,)
+
+
+def test_an_image_is_prepared_once_however_many_captions_it_has(collator, records, monkeypatch):
+    opened = []
+    load = train_data.load_image
+    monkeypatch.setattr(train_data, "load_image", lambda path: opened.append(path) or load(path))
+    pick = [(3, 0), (1, 2), (3, 4), (0, 1), (1, 0), (3, 1)]
+    rows = [Row(image, records[image], records[image].captions[caption]) for image, caption in pick]
+    batch = collator(rows)
+    assert sorted(opened) == sorted(records[image].image_path for image in (0, 1, 3))
+    assert batch["image_inputs"]["pixel_values"].shape == (3, 3, 64, 64)
+    assert batch["image_numbers"].tolist() == [image for image, _ in pick]
+    for row, (image, caption) in enumerate(pick):
+        alone = collator.retriever.image_inputs([load(records[image].image_path)])["pixel_values"][0]
+        assert torch.equal(batch["image_inputs"]["pixel_values"][batch["image_of"][row]], alone)
+        ids = collator.retriever.query_inputs([records[image].captions[caption].text])["input_ids"][0]
+        valid = batch["query_inputs"]["attention_mask"][row].bool()
+        assert torch.equal(batch["query_inputs"]["input_ids"][row][valid], ids)
+
+
+def test_image_numbers_are_the_same_in_every_batch(collator, records):
+    rows = CaptionDataset(records).rows
+    for size in (7, 60):
+        numbers = [n for batch in batched(rows, size) for n in collator(batch)["image_numbers"].tolist()]
+        assert numbers == [image for image in range(len(records)) for _ in range(5)]
+
+
+def test_unrelated_captions_are_left_out(records, tmp_path):
+    record = picture(tmp_path, "image", (phrase(1, LEFT),), (), (phrase(2),))
+    marked = [Caption(c.text, c.phrases, related=k != 1) for k, c in enumerate(record.captions)]
+    other = ImageRecord("other", record.image_path, (Caption("off", (), False),))
+    last = ImageRecord("last", record.image_path, (Caption("on", (phrase(3, LEFT),), True),))
+    dataset = CaptionDataset([ImageRecord("image", record.image_path, tuple(marked)), other, last])
+    assert [(dataset[k].image, dataset[k].caption.text) for k in range(len(dataset))] == [
+        (0, "image caption 0"),
+        (0, "image caption 2"),
+        (2, "on"),  # an image keeps its number in the record list
+    ]
+    assert dataset.boxless() == 1
+    with pytest.raises(InputError, match="UNRELATED_CAPTIONS"):
+        CaptionDataset([other])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_give_the_same_batches(collator, records):
+    rows = CaptionDataset(records)
+    loaders = [
+        torch.utils.data.DataLoader(rows, 16, collate_fn=collator, num_workers=workers) for workers in (0, 2)
+    ]
+    here, there = (list(loader) for loader in loaders)
+    assert len(here) == len(there) == 4
+    for one, other in zip(here, there):
+        for name in ("image_of", "image_numbers", "labels"):
+            assert torch.equal(one[name], other[name])
+        for name in ("image_inputs", "query_inputs"):
+            assert list(one[name]) == list(other[name])
+            assert all(torch.equal(one[name][key], other[name][key]) for key in one[name])
+
+
+def test_batched_cuts_in_order():
+    assert [list(part) for part in batched(range(7), 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(batched([], 3)) == []

@@ -1,0 +1,473 @@
+"""Projector training: the loss against plain loops, the recipe, determinism, resuming, and what is refused."""
+
+import hashlib
+import importlib.util
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from oracle import naive_merge
+
+from samer import evaluation, flickr, training
+from samer.colpali import Retriever, load_projector
+from samer.config import InputError, MergeConfig, ObjectsConfig, dump_config, load_config
+from samer.train_data import CaptionDataset, Collator
+from samer.training import ProjectorModel, train
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Trainer takes a GPU where there is one; bytes are compared here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture(scope="module")
+def settings(base, world):
+    """A config for the small world; words are overrides, `.` written as `__`."""
+
+    def make(output, **changes):
+        values = {
+            "model__name": base,
+            "data__root": world,
+            "merge__num_regions": 12,
+            "train__output_dir": output,
+            "train__bf16": "false",
+            "train__train_batch_size": 8,
+            "train__grad_accum_steps": 1,
+            "train__num_train_epochs": 1,
+            "train__learning_rate": 5e-3,
+            "train__dataloader_num_workers": 0,
+            "train__logging_steps": 1,
+            "data__eval_split": "",
+            **changes,
+        }
+        return load_config(None, [f"{key.replace('__', '.')}={value}" for key, value in values.items()])
+
+    return make
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """What one call of `train` works with: the retriever, the module, every batch, a hash of the frozen weights."""
+    seen = SimpleNamespace(batches=[], retriever=None, model=None, before=None)
+    load = Retriever.load
+
+    def loading(*words, **more):
+        seen.retriever = load(*words, **more)
+        seen.before = fingerprint(seen.retriever)
+        return seen.retriever
+
+    class Model(ProjectorModel):
+        def __init__(self, *words):
+            super().__init__(*words)
+            seen.model = self
+
+    class Recorder(Collator):
+        def __call__(self, rows):
+            seen.batches.append(super().__call__(rows))
+            return seen.batches[-1]
+
+    monkeypatch.setattr(training, "Retriever", SimpleNamespace(load=loading))
+    monkeypatch.setattr(training, "ProjectorModel", Model)
+    monkeypatch.setattr(training, "Collator", Recorder)
+    return seen
+
+
+def fingerprint(retriever):
+    """A hash of every bit of the frozen model: parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(retriever.model.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(retriever.model.named_buffers()):
+        digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights(output):
+    return (output / "projector.safetensors").read_bytes()
+
+
+def history(output, name="loss"):
+    entries = json.loads((output / "history.json").read_text(), parse_constant=pytest.fail)
+    return {entry["step"]: entry[name] for entry in entries if name in entry}
+
+
+def stop_before(step, monkeypatch):
+    """Makes the next run end as if the user had interrupted it when `step` begins."""
+
+    class Stopping(training.LineLogger):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step + 1 == step:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "LineLogger", Stopping)
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+
+
+def naive_loss(retriever, batch, weight, bias, merge, temperature):
+    """METHOD sections 1-4 as loops over captions; the frozen part is transformers' own."""
+    with torch.no_grad():
+        image_hidden = retriever.model.vlm(**batch["image_inputs"], use_cache=False).last_hidden_state
+        query_hidden = retriever.model.vlm(**batch["query_inputs"], use_cache=False).last_hidden_state
+
+    def unit(hidden):
+        projected = hidden @ weight.T + bias
+        return projected / projected.norm(dim=-1, keepdim=True)
+
+    grid = torch.tensor([(x / 7, y / 7) for y in range(8) for x in range(8)] + [(0.5, 0.5)] * 6)
+    count = len(batch["image_of"])
+    merged = []
+    for row in range(count):
+        tokens = unit(image_hidden[batch["image_of"][row]])
+        merged.append(naive_merge(tokens, grid, merge, batch["labels"][row])[0])
+    losses = []
+    for row in range(count):
+        query = unit(query_hidden[row][batch["query_inputs"]["attention_mask"][row].bool()])
+        scores = [sum((image @ token).max() for token in query) / len(query) for image in merged]
+        shares = [torch.exp((score - 1) / temperature) for score in scores]  # the same factor above and below
+        own = [share for k, share in enumerate(shares) if batch["image_numbers"][k] == batch["image_numbers"][row]]
+        losses.append(-torch.log(sum(own) / sum(shares)))
+    return sum(losses) / count
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        MergeConfig(num_regions=12),
+        MergeConfig(num_regions=5, spatial_weight=0.5, object_penalty=2.0, cluster_iters=2),
+        MergeConfig(num_regions=5, center_init="farthest", assignment_temperature=0.2),
+    ],
+)
+def test_loss_and_gradient_equal_plain_loops(retriever, world, merge):
+    records = flickr.load_split(world, "train", boxes=True)
+    rows = CaptionDataset(records).rows
+    batch = Collator(retriever, ObjectsConfig())([rows[k] for k in (0, 7, 2, 21, 8, 36)])
+    assert batch["image_numbers"].tolist() == [0, 1, 0, 4, 1, 7]
+    assert batch["labels"].max() >= 2
+    assert not batch["query_inputs"]["attention_mask"].all()
+    model = ProjectorModel(retriever, merge, 0.07, True)
+    loss = model(**batch)["loss"]
+    loss.backward()
+    layer = model.embedding_proj_layer
+    weight, bias = (t.detach().clone().requires_grad_() for t in (layer.weight, layer.bias))
+    expected = naive_loss(retriever, batch, weight, bias, merge, 0.07)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(layer.weight.grad, weight.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer.bias.grad, bias.grad, atol=1e-5, rtol=1e-4)
+    assert weight.grad.abs().max() > 1e-2
+
+
+def test_labels_change_the_loss_and_boxes_do_not_reach_evaluation(retriever, world):
+    records = flickr.load_split(world, "train", boxes=True)
+    batch = Collator(retriever, ObjectsConfig())(CaptionDataset(records).rows[:20])
+    model = ProjectorModel(retriever, MergeConfig(num_regions=12), 0.07, True)
+    blank = {**batch, "labels": torch.zeros_like(batch["labels"])}
+    assert (model(**batch)["loss"] - model(**blank)["loss"]).abs() > 1e-4
+    with_boxes = evaluation.evaluate_records(retriever, records[:4], model.merge, batch_size=4)
+    without = evaluation.evaluate_records(
+        retriever, flickr.load_split(world, "train", boxes=False)[:4], model.merge, batch_size=4
+    )
+    assert with_boxes == without
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------------
+
+
+def test_only_the_projector_trains_and_the_loss_falls(settings, captured, tmp_path, world):
+    result = train(settings(tmp_path / "run", train__num_train_epochs=4))
+    assert result.steps == 4 * 8
+    model, retriever = captured.model, captured.retriever
+    assert fingerprint(retriever) == captured.before
+    assert {name for name, _ in model.named_parameters()} == {
+        "embedding_proj_layer.weight",
+        "embedding_proj_layer.bias",
+    }
+    assert sum(p.numel() for p in model.parameters()) == 16 * 32 + 16
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in retriever.model.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in retriever.projector.parameters())
+    assert torch.equal(retriever.current_projector().weight, retriever.base_projector.weight)
+
+    saved = load_projector(tmp_path / "run", retriever)
+    assert torch.equal(saved.weight, model.embedding_proj_layer.weight)
+    assert torch.equal(saved.bias, model.embedding_proj_layer.bias)
+    records = flickr.load_split(world, "train", boxes=True)
+    batch = Collator(retriever, ObjectsConfig())(CaptionDataset(records).rows)  # the whole training set
+    fresh = ProjectorModel(retriever, MergeConfig(num_regions=12), 0.07, True)
+    with torch.no_grad():
+        assert model(**batch)["loss"] < 0.95 * fresh(**batch)["loss"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_equals_a_plain_loop_of_the_recipe(settings, captured, tmp_path, accumulate):
+    """AdamW, warm-up and cosine, clipping, gradients averaged over the accumulated batches; no other state."""
+    config = settings(
+        tmp_path / "run",
+        train__train_batch_size=4,
+        train__grad_accum_steps=accumulate,
+        train__weight_decay=0.3,
+        train__max_grad_norm=0.5,
+        train__warmup_ratio=0.25,
+        data__limit_train_images=8,
+    )
+    train(config)
+    batches = captured.batches
+    assert [len(batch["image_of"]) for batch in batches] == [4] * 10
+    steps = 10 // accumulate
+    model = ProjectorModel(captured.retriever, config.merge, 0.07, True)
+    layer = model.embedding_proj_layer
+    optimizer = torch.optim.AdamW(
+        [{"params": [layer.weight], "weight_decay": 0.3}, {"params": [layer.bias], "weight_decay": 0.0}], lr=5e-3
+    )
+    warm = math.ceil(0.25 * steps)
+    rates = []
+    for step in range(steps):
+        after = (step - warm) / (steps - warm)
+        rates.append(5e-3 * (step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * after))))
+        for group in optimizer.param_groups:
+            group["lr"] = rates[-1]
+        optimizer.zero_grad()
+        gradients, losses = [], []
+        for batch in batches[step * accumulate : (step + 1) * accumulate]:
+            loss = model(**batch)["loss"]
+            gradients.append(torch.autograd.grad(loss, [layer.weight, layer.bias]))
+            losses.append(loss.item())
+        layer.weight.grad, layer.bias.grad = (sum(parts) / accumulate for parts in zip(*gradients))
+        norm = torch.cat([layer.weight.grad.flatten(), layer.bias.grad]).norm()
+        assert history(tmp_path / "run", "grad_norm")[step + 1] == pytest.approx(float(norm), rel=1e-4)
+        assert history(tmp_path / "run")[step + 1] == pytest.approx(sum(losses) / accumulate, rel=1e-5)
+        assert norm > 0.5  # clipping takes part
+        for tensor in (layer.weight, layer.bias):
+            tensor.grad *= 0.5 / norm
+        optimizer.step()
+    assert list(history(tmp_path / "run", "learning_rate").values()) == pytest.approx(rates)
+    saved = load_projector(tmp_path / "run", captured.retriever)
+    torch.testing.assert_close(saved.weight, layer.weight.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(saved.bias, layer.bias.detach(), atol=1e-5, rtol=0)
+    assert (saved.weight - captured.retriever.base_projector.weight).abs().max() > 1e-3
+
+
+def test_every_caption_is_seen_once_an_epoch(settings, captured, tmp_path):
+    train(settings(tmp_path / "run", train__num_train_epochs=2))
+    numbers = [batch["image_numbers"] for batch in captured.batches]
+    assert len(numbers) == 16
+    epochs = [torch.cat(numbers[:8]).tolist(), torch.cat(numbers[8:]).tolist()]
+    for epoch in epochs:
+        assert sorted(epoch) == [image for image in range(12) for _ in range(5)]
+        assert epoch != sorted(epoch)
+    assert epochs[0] != epochs[1]  # shuffled anew
+
+
+def test_bf16_runs_on_the_cpu(settings, captured, tmp_path, base):
+    train(settings(tmp_path / "run", train__bf16="true", train__num_train_epochs=0.25))
+    assert captured.retriever.model.vlm.dtype == torch.bfloat16
+    assert captured.model.embedding_proj_layer.weight.dtype == torch.float32
+    full = Retriever.load(str(base))  # a projector trained on half-precision features belongs to the same base
+    saved = load_projector(tmp_path / "run", full)
+    assert torch.isfinite(saved.weight).all()
+    assert not torch.equal(saved.weight, full.base_projector.weight)
+
+
+def test_diagnostics_are_logged_and_the_history_stays_json(settings, tmp_path):
+    """Without any box there is no object mass to measure; JSON knows no NaN."""
+    for name, least in (("boxes", 0.005), ("none", 1.0)):
+        train(
+            settings(
+                tmp_path / name, objects__min_area=least, train__num_train_epochs=0.5, train__logging_steps=2
+            )
+        )
+        assert list(history(tmp_path / name, "entropy")) == [2, 4]
+    assert all(0 < share < 1 for share in history(tmp_path / "boxes", "object_mass_on_own").values())
+    assert history(tmp_path / "none", "object_mass_on_own") == {}
+
+
+def test_validation_is_that_of_the_saved_projector(settings, tmp_path, world, retriever):
+    config = settings(
+        tmp_path / "run", data__eval_split="val", data__limit_eval_images=5, train__num_train_epochs=2
+    )
+    result = train(config)
+    records = flickr.load_split(world, "val", boxes=False, limit_images=5)
+    untouched = evaluation.evaluate_records(retriever, records, config.merge, batch_size=7)
+    retriever.use_projector(load_projector(tmp_path / "run", retriever))
+    expected = evaluation.evaluate_records(retriever, records, config.merge, batch_size=7)
+    assert set(result.validation) >= {"r@1", "r@5", "r@10", "ndcg@10"}
+    assert result.validation == pytest.approx(expected)
+    assert expected != untouched
+    assert list(history(tmp_path / "run", "eval_r@1")) == [8, 16]  # after each epoch
+    again = train(config)
+    assert again.validation == result.validation
+
+
+def test_a_run_without_validation(settings, tmp_path):
+    result = train(settings(tmp_path / "run", train__num_train_epochs=0.25))
+    assert result.validation == {}
+    assert result.output_dir == tmp_path / "run"
+
+
+def test_the_script_writes_what_belongs_together(settings, script, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(dump_config(settings(tmp_path / "run", train__num_train_epochs=0.25)))
+    result = script("train").main(["--config", str(tmp_path / "config.yaml"), "merge.num_regions=9"])
+    assert result.steps == 2
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert written == {"projector.safetensors", "config.json", "config.yaml", "history.json", "checkpoint-2"}
+    assert json.loads((tmp_path / "run/config.json").read_text())["merge"]["num_regions"] == 9
+    assert load_config(tmp_path / "run/config.yaml").merge.num_regions == 9
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("training 528 parameters of")
+    assert lines[-1].startswith("done: 2 steps")
+    inside = {path.name for path in (tmp_path / "run/checkpoint-2").iterdir()}
+    assert inside >= {"projector.safetensors", "config.json", "trainer_state.json"}
+    assert "training_args.bin" not in inside  # a pickle
+
+
+# --- determinism and resuming ---------------------------------------------------------------------------------------
+
+
+SAVED = dict(train__num_train_epochs=2, train__save_steps=2, data__limit_train_images=8)  # 5 batches an epoch
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """Runs of two epochs that nobody interrupted, by accumulation steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    runs = {}
+
+    def run(accumulate):
+        if accumulate not in runs:
+            output = folder / str(accumulate)
+            train(settings(output, **SAVED, train__grad_accum_steps=accumulate))
+            runs[accumulate] = output
+        return runs[accumulate]
+
+    return run
+
+
+def test_one_seed_gives_the_same_bytes(settings, whole, tmp_path):
+    train(settings(tmp_path / "again", **SAVED))
+    train(settings(tmp_path / "other", **SAVED, train__seed=1))
+    assert weights(tmp_path / "again") == weights(whole(1))
+    assert history(tmp_path / "again") == history(whole(1))
+    assert weights(tmp_path / "other") != weights(whole(1))
+
+
+@pytest.mark.parametrize(("accumulate", "stop"), [(1, 4), (1, 9), (2, 3), (2, 5)])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(settings, whole, tmp_path, accumulate, stop, capsys):
+    changes = {**SAVED, "train__grad_accum_steps": accumulate}
+    expected = whole(accumulate)
+    output = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_before(stop, patch)
+        train(settings(output, **changes))
+    assert not (output / "projector.safetensors").exists()
+    last = (stop - 1) // 2 * 2
+    assert (output / f"checkpoint-{last}").is_dir()
+    torn = output / "checkpoint-99"  # as a process killed while it wrote leaves it
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    (output / "checkpoint-last").mkdir()
+    capsys.readouterr()
+    train(settings(output, **changes))
+    assert f"resuming from {output / f'checkpoint-{last}'}" in capsys.readouterr().out.splitlines()
+    assert weights(output) == weights(expected)
+    assert history(output) == history(expected)
+
+
+def test_a_finished_run_is_left_as_it_is(settings, tmp_path):
+    config = settings(tmp_path / "run", data__eval_split="val", train__save_steps=6)
+    first = train(config)
+    before = weights(tmp_path / "run"), history(tmp_path / "run"), history(tmp_path / "run", "eval_r@1")
+    second = train(config)
+    assert (first.steps, first.validation) == (second.steps, second.validation)
+    assert (weights(tmp_path / "run"), history(tmp_path / "run"), history(tmp_path / "run", "eval_r@1")) == before
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("merge__num_regions", 13),
+        ("merge__center_init", "farthest"),
+        ("objects__max_phrases", 3),
+        ("data__limit_train_images", 5),
+        ("model__name", "elsewhere"),
+        ("train__learning_rate", 1e-3),
+        ("train__train_batch_size", 4),
+        ("train__seed", 1),
+        ("train__gather_negatives", "false"),
+    ],
+)
+def test_a_folder_of_a_run_with_other_settings_is_refused(settings, tmp_path, key, value):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "config.yaml").write_text(dump_config(settings(output)))
+    with pytest.raises(InputError, match=f"{output} holds a run with {key.replace('__', '.')}="):
+        train(settings(output, **{key: value}))
+    assert [path.name for path in output.iterdir()] == ["config.yaml"]
+
+
+def test_settings_that_change_no_result_may_change(settings, tmp_path):
+    output = tmp_path / "run"
+    changes = dict(train__num_train_epochs=0.25)
+    train(settings(output, **changes))
+    before = weights(output)
+    train(settings(output, **changes, train__run_name="other", train__eval_batch_size=3))
+    assert weights(output) == before
+
+
+def test_resume_false_is_refused_where_a_run_is(settings, tmp_path):
+    output = tmp_path / "run"
+    changes = dict(train__num_train_epochs=0.125, train__resume="false")
+    train(settings(output, **changes))  # nothing there: it runs
+    with pytest.raises(InputError, match=r"train\.resume is false"):
+        train(settings(output, **changes))
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(settings, tmp_path, monkeypatch):
+    calls = []
+    loss = training.multi_positive_t2i_loss
+
+    def breaking(*words):
+        calls.append(words)
+        return loss(*words) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(training, "multi_positive_t2i_loss", breaking)
+    with pytest.raises(InputError, match="the loss is nan at step 3"):
+        train(settings(tmp_path / "run"))
+    assert not (tmp_path / "run/projector.safetensors").exists()
+
+
+def missing_reporter():
+    return next(name for name in ("comet_ml", "clearml", "dvclive", "wandb") if not importlib.util.find_spec(name))
+
+
+@pytest.mark.parametrize("name", ["no_such_thing", missing_reporter()])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_reports_to_what_is_not_there_are_refused_at_once(settings, tmp_path, name):
+    with pytest.raises(InputError, match="train settings: .*(not supported|installed)"):
+        train(settings(tmp_path / "run", train__report_to=name, model__name="not even looked for"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_and_model_are_named_when_they_are_missing(settings, tmp_path):
+    for change, words in [
+        (dict(data__root=""), "data.root is not set"),
+        (dict(data__root=tmp_path / "nowhere"), "nowhere: not a folder"),
+        (dict(data__train_split="tiny"), "no split 'tiny'"),
+        (dict(model__name=tmp_path / "nothing"), "nothing' can't be loaded"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            train(settings(tmp_path / "run", **change))
+        assert not (tmp_path / "run").exists()
+
+
+def test_several_gpus_without_torchrun_do_not_split_the_batch(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert training._arguments(settings(tmp_path / "run")).n_gpu == 1
