@@ -282,7 +282,7 @@ def _arguments(config: Config) -> TrainingArguments:
             disable_tqdm=True,
             ddp_find_unused_parameters=False,
             label_names=[],
-            use_cpu=not torch.cuda.is_available(),  # unless told, accelerate ignores torchrun on CPUs: each trains alone
+            use_cpu=not torch.cuda.is_available(),  # else accelerate ignores torchrun on CPUs: each would train alone
         )
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()  # says what is not installed; Trainer would only ask after the model is loaded

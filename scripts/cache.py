@@ -10,7 +10,6 @@ else from the adapter's config.json, else from the defaults; section.key=value o
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -42,9 +41,10 @@ def main(argv=None):
         raise InputError(f"{options.adapter_path}: no such projector; name the folder that scripts/train.py wrote")
     if options.adapter_path and not options.config and (Path(options.adapter_path) / "projector.safetensors").is_file():
         trained = read_json(Path(options.adapter_path) / "config.json")
-        own = [f"merge.{key}={json.dumps(value)}" for key, value in (trained.get("merge") or {}).items()]
-        name = json.dumps(trained.get("base_model"), ensure_ascii=False)  # quoted: a path may hold YAML's signs
-        overrides = [f"model.name={name}", *own, *overrides]
+        name, merge = trained.get("base_model"), trained.get("merge")
+        if not (isinstance(name, str) and isinstance(merge, dict)):
+            raise InputError(f"{options.adapter_path}/config.json: no base_model or no merge settings; give --config")
+        overrides = [f"model.name={name}", *(f"merge.{key}={value}" for key, value in merge.items()), *overrides]
     config = load_config(options.config, overrides)
     device = pick_device(options.device)
     import torch

@@ -152,7 +152,7 @@ def do(*steps):
 CASES = {
     # the data
     "no data.root": (lambda b: b.train("data.root="), ["data.root", "DATA_ROOT"]),
-    "data.root null": (lambda b: b.train("data.root=null"), ["data.root must be text"]),
+    "data.root null": (lambda b: b.train("data.root=null"), ["null: not a folder", "DATA_ROOT"]),
     "no such root": (lambda b: b.train(f"data.root={b.folder}/no"), ["{folder}/no: not a folder", "DATA_ROOT"]),
     "root is a file": (lambda b: b.train(f"data.root={b.xml()}"), ["{xml}: not a folder", "DATA_ROOT"]),
     "root is empty": (lambda b: b.train(f"data.root={b.world}/images"), ["no split file", "DATA_ROOT"]),
@@ -284,7 +284,11 @@ CASES = {
     ),
     "cache: adapter without a base": (
         lambda b: b.cache("--adapter-path", change_adapter(b, base_model=None)),
-        ["model.name must be text"],
+        ["{folder}/adapter/config.json: no base_model", "--config"],
+    ),
+    "cache: adapter without settings": (
+        lambda b: b.cache("--adapter-path", change_adapter(b, merge=[64])),
+        ["{folder}/adapter/config.json: no base_model or no merge settings", "--config"],
     ),
     # where things go
     "output is a file": (lambda b: b.train(f"train.output_dir={small_file(b)}"), ["{out}/file", "name another"]),

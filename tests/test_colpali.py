@@ -1,5 +1,6 @@
 """The frozen retriever: what it encodes, what it refuses, and the projector on its way to disk and back."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -13,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import naive_merge
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ColPaliForRetrieval, GemmaTokenizer
@@ -57,10 +57,11 @@ def build(tokenizer):
     """Builds a small ColPali in memory: another base than the one of the tests."""
     from samer.builtin import Geometry, build_colpali
 
-    small = dict(vision_layers=1, vision_width=16, vision_mlp=16, text_width=32, text_layers=1, text_mlp=16, heads=2)
+    vision = {"image_size": 32, "patch_size": 8, "vision_layers": 1, "vision_width": 16, "vision_mlp": 16}
+    text = {"text_width": 32, "text_layers": 1, "text_mlp": 16, "heads": 2, "embedding_dim": 16}
 
     def build(name, seed=1, words=tokenizer, **changes):
-        geometry = Geometry(**{**small, "image_size": 32, "patch_size": 8, "embedding_dim": 16, **changes})
+        geometry = Geometry(**{**vision, **text, **changes})
         return Retriever(*build_colpali(copy.deepcopy(words), geometry, seed), name)  # the processor adds words
 
     return build
@@ -327,7 +328,7 @@ def saved(shared, tmp_path):
 
 
 def test_a_projector_of_another_base_is_refused(shared, saved, build):
-    with pytest.raises(InputError, match="trained on .*retriever.*not on 'another'"):
+    with pytest.raises(InputError, match=r"trained on .*retriever.*not on 'another'"):
         load_projector(saved.folder, build("another", seed=2))  # same sizes, other weights
     with pytest.raises(InputError, match="trained on"):
         load_projector(saved.folder, build("smaller", embedding_dim=8))
@@ -338,10 +339,10 @@ def test_a_projector_of_another_base_is_refused(shared, saved, build):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (dict(format_version=2), "version 2 is not 'samer_projector' version 1"),
-        (dict(format="something"), "format 'something'"),
-        (dict(projector="0" * 64), "damaged"),
-        (dict(base_projector=None), "trained on"),
+        ({"format_version": 2}, "version 2 is not 'samer_projector' version 1"),
+        ({"format": "something"}, "format 'something'"),
+        ({"projector": "0" * 64}, "damaged"),
+        ({"base_projector": None}, "trained on"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(shared, saved, values, words):
@@ -356,15 +357,12 @@ def test_a_flipped_byte_never_passes(shared, saved):
     header = 8 + int.from_bytes(whole[:8], "little")
     for place in [*range(header), *range(header, len(whole), 97), len(whole) - 1]:
         saved.file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x0F]) + whole[place + 1 :])
-        try:
-            loaded = load_projector(saved.folder, shared)
-        except InputError as error:
-            assert "projector.safetensors" in str(error)
-            if place >= header:
-                assert "damaged" in str(error)
-        else:  # in the header's own words, which change no value
-            assert place < header
-            assert same(loaded, truth)
+        if place >= header:
+            with pytest.raises(InputError, match=r"projector\.safetensors: .* damaged"):
+                load_projector(saved.folder, shared)
+        else:
+            with contextlib.suppress(InputError):  # some of the header's words change no value
+                assert same(load_projector(saved.folder, shared), truth)
     for length in (0, 7, 100, len(whole) - 1):
         saved.file.write_bytes(whole[:length])
         with pytest.raises(InputError, match="damaged"):
@@ -493,7 +491,7 @@ def test_a_lora_adapter_is_added_to_the_base(shared, adapter, rslora):
 
 def test_an_adapter_that_saved_the_layer_itself_loads(shared, adapter):
     folder, tensors = adapter(target_modules=["other"], modules_to_save=["embedding_proj_layer"])
-    with pytest.raises(InputError, match="also changes .*other.lora_A"):
+    with pytest.raises(InputError, match=r"also changes .*other\.lora_A"):
         load_projector(folder, shared)
     projector = other_projector(shared)
     own = {name: getattr(projector, name.rpartition(".")[2]) for name in tensors if "embedding_proj_layer" in name}
@@ -548,8 +546,8 @@ def published(tokenizer, build, tmp_path_factory):
     words = {**vocab, **{f"<unused{k}>": k for k in range(len(vocab), 256_000)}}
     merges = [tuple(pair) for pair in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
     large = GemmaTokenizer(vocab=dict(sorted(words.items(), key=lambda item: item[1])), merges=merges)
-    geometry = dict(image_size=448, patch_size=14, text_width=16, heads=1, embedding_dim=128)
-    retriever = build("published", words=large, **geometry)
+    sizes = {"image_size": 448, "patch_size": 14, "text_width": 16, "heads": 1, "embedding_dim": 128}
+    retriever = build("published", words=large, **sizes)
     folder = tmp_path_factory.mktemp("published") / "retriever"
     retriever.model.half().save_pretrained(folder)
     retriever.processor.save_pretrained(folder)
@@ -582,9 +580,8 @@ def test_the_published_geometry_gives_1030_tokens(published, images):
 def test_the_published_geometry_trains_caches_and_evaluates(published, world, script, tmp_path, images):
     config = tmp_path / "config.yaml"
     config.write_text(f"model: {{name: {published}, local_files_only: true}}\n")
-    settings = dict(train_batch_size=5, grad_accum_steps=1, num_train_epochs=1, dataloader_num_workers=0, bf16="false")
-    words = [f"train.{key}={value}" for key, value in settings.items()]
-    words += [f"data.root={world}", f"train.output_dir={tmp_path / 'run'}"]
+    words = ["train.train_batch_size=5", "train.grad_accum_steps=1", "train.num_train_epochs=1", "train.bf16=false"]
+    words += ["train.dataloader_num_workers=0", f"data.root={world}", f"train.output_dir={tmp_path / 'run'}"]
     words += ["data.limit_train_images=2", "data.limit_eval_images=2"]
     result = script("train").main(["--config", str(config), *words])
     assert result.steps == 2

@@ -248,7 +248,7 @@ def test_without_an_adapter_the_projection_is_untouched(script, pipeline, world,
 
 
 def test_a_base_folder_may_bear_any_name(script, pipeline, world, base, tmp_path):
-    """The name in the adapter's config.json passes through YAML: signs of that language are not read as such."""
+    """The name in the adapter's config.json passes through an override, which must not read it as YAML."""
     odd = shutil.copytree(base, tmp_path / "base: [v1] # é")
     adapter = shutil.copytree(pipeline["folder"] / "out", tmp_path / "adapter")
     settings = json.loads((adapter / "config.json").read_text())

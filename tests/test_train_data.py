@@ -84,7 +84,8 @@ def test_labels_by_hand(collator, tmp_path):
         [0] * 70,
         [0] * 70,
         [0] * 70,
-        sum(corner, []) + [1] * 6,  # prompt tokens stand at (0.5, 0.5), inside the whole image
+        [label for row in corner for label in row]
+        + [1] * 6,  # prompt tokens stand at (0.5, 0.5), inside the whole image
     ]
     assert batch["labels"].dtype == torch.long
     assert batch["labels"].tolist() == expected
@@ -156,9 +157,7 @@ def test_unrelated_captions_are_left_out(records, tmp_path):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_give_the_same_batches(collator, records):
     rows = CaptionDataset(records)
-    loaders = [
-        torch.utils.data.DataLoader(rows, 16, collate_fn=collator, num_workers=workers) for workers in (0, 2)
-    ]
+    loaders = [torch.utils.data.DataLoader(rows, 16, collate_fn=collator, num_workers=workers) for workers in (0, 2)]
     here, there = (list(loader) for loader in loaders)
     assert len(here) == len(there) == 4
     for one, other in zip(here, there):
