@@ -137,7 +137,7 @@ class Retriever:
                 "it belongs to another base model"
             )
         if not (torch.isfinite(projector.weight).all() and torch.isfinite(projector.bias).all()):
-            raise InputError("the projector holds NaN or infinite values; train it anew or take an earlier checkpoint")
+            raise InputError(f"the projector for {self.name} holds NaN or infinite values; take another checkpoint")
         with torch.no_grad():
             self.projector.weight.copy_(projector.weight)
             self.projector.bias.copy_(projector.bias)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from samer import evaluation, flickr
 from samer.colpali import Projector, Retriever, save_projector
@@ -24,7 +24,7 @@ from samer.config import Config, InputError, MergeConfig, dump_config, load_conf
 from samer.losses import multi_positive_t2i_loss
 from samer.merging import merge_tokens
 from samer.objects import object_diagnostics
-from samer.runtime import atomic_path, gather_objects, gather_with_grad, print0, rank, world_size
+from samer.runtime import atomic_path, gather_objects, gather_with_grad, print0, rank, read_json, world_size
 from samer.scoring import maxsim
 from samer.tokens import MergedTokens
 from samer.train_data import CaptionDataset, Collator
@@ -107,8 +107,8 @@ class SamerTrainer(Trainer):
         outputs = model(**inputs)
         if not torch.isfinite(outputs["loss"]):
             raise InputError(
-                f"the loss is {float(outputs['loss'])} at step {self.state.global_step + 1}; "
-                "lower train.learning_rate or set train.bf16=false, then run again (it resumes)"
+                f"the loss is {float(outputs['loss'].detach())} at step {self.state.global_step + 1}; start anew in "
+                "another train.output_dir with a lower train.learning_rate, or train.bf16=false"
             )
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
@@ -235,10 +235,15 @@ def train(config: Config) -> TrainResult:
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = _last_checkpoint(output) if settings.resume else None
-    if checkpoint is not None:
-        print0(f"resuming from {checkpoint}")
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is not None and _is_finished(checkpoint):
+        print0(f"{checkpoint} is the end of this run; nothing is left to train")
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer._load_from_checkpoint(str(checkpoint))
+    else:
+        if checkpoint is not None:
+            print0(f"resuming from {checkpoint}")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
     measured = [entry["step"] for entry in trainer.state.log_history if "eval_r@1" in entry]
     if validation and trainer.state.global_step not in measured:
@@ -301,6 +306,11 @@ def _last_checkpoint(output: Path) -> Path | None:
         if number.isdigit() and (folder / "trainer_state.json").is_file():
             found.append((int(number), folder))
     return max(found)[1] if found else None
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    state = read_json(checkpoint / "trainer_state.json")
+    return state.get("global_step", 0) >= state.get("max_steps", 0)
 
 
 def _check_output(output: Path, config: Config) -> None:

@@ -212,7 +212,7 @@ def test_a_run_equals_a_plain_loop_of_the_recipe(settings, captured, tmp_path, a
         train__train_batch_size=4,
         train__grad_accum_steps=accumulate,
         train__weight_decay=0.3,
-        train__max_grad_norm=0.5,
+        train__max_grad_norm=16,
         train__warmup_ratio=0.25,
         data__limit_train_images=8,
     )
@@ -226,7 +226,7 @@ def test_a_run_equals_a_plain_loop_of_the_recipe(settings, captured, tmp_path, a
         [{"params": [layer.weight], "weight_decay": 0.3}, {"params": [layer.bias], "weight_decay": 0.0}], lr=5e-3
     )
     warm = math.ceil(0.25 * steps)
-    rates = []
+    rates, norms = [], []
     for step in range(steps):
         after = (step - warm) / (steps - warm)
         rates.append(5e-3 * (step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * after))))
@@ -242,10 +242,12 @@ def test_a_run_equals_a_plain_loop_of_the_recipe(settings, captured, tmp_path, a
         norm = torch.cat([layer.weight.grad.flatten(), layer.bias.grad]).norm()
         assert history(tmp_path / "run", "grad_norm")[step + 1] == pytest.approx(float(norm), rel=1e-4)
         assert history(tmp_path / "run")[step + 1] == pytest.approx(sum(losses) / accumulate, rel=1e-5)
-        assert norm > 0.5  # clipping takes part
+        norms.append(float(norm))
         for tensor in (layer.weight, layer.bias):
-            tensor.grad *= 0.5 / norm
+            tensor.grad *= min(1, 16 / norm)
         optimizer.step()
+    print("NORMS", norms)
+    assert min(norms) < 12 < 20 < max(norms)  # some gradients are clipped, some are not: Adam undoes a constant factor
     assert list(history(tmp_path / "run", "learning_rate").values()) == pytest.approx(rates)
     saved = load_projector(tmp_path / "run", captured.retriever)
     torch.testing.assert_close(saved.weight, layer.weight.detach(), atol=1e-5, rtol=0)
