@@ -212,7 +212,7 @@ def test_a_run_equals_a_plain_loop_of_the_recipe(settings, captured, tmp_path, a
         train__train_batch_size=4,
         train__grad_accum_steps=accumulate,
         train__weight_decay=0.3,
-        train__max_grad_norm=16,
+        train__max_grad_norm=8,
         train__warmup_ratio=0.25,
         data__limit_train_images=8,
     )
@@ -244,10 +244,9 @@ def test_a_run_equals_a_plain_loop_of_the_recipe(settings, captured, tmp_path, a
         assert history(tmp_path / "run")[step + 1] == pytest.approx(sum(losses) / accumulate, rel=1e-5)
         norms.append(float(norm))
         for tensor in (layer.weight, layer.bias):
-            tensor.grad *= min(1, 16 / norm)
+            tensor.grad *= min(1, 8 / norm)
         optimizer.step()
-    print("NORMS", norms)
-    assert min(norms) < 12 < 20 < max(norms)  # some gradients are clipped, some are not: Adam undoes a constant factor
+    assert min(norms) < 6 < 12 < max(norms)  # some gradients are clipped, some are not: Adam undoes a constant factor
     assert list(history(tmp_path / "run", "learning_rate").values()) == pytest.approx(rates)
     saved = load_projector(tmp_path / "run", captured.retriever)
     torch.testing.assert_close(saved.weight, layer.weight.detach(), atol=1e-5, rtol=0)
