@@ -24,7 +24,7 @@ ROWS = (  # name, what the index is merged with, what the projector was trained 
     ("merged, farthest, trained", "merge.center_init=farthest", "merge.center_init=farthest"),
     ("all tokens, same training", ALL, ALL),
 )
-SIZES = {False: (800, 60, 400), True: (80, 20, 60)}  # quick -> images in train, val, test
+SIZES = {False: (500, 60, 400), True: (80, 20, 60)}  # quick -> images in train, val, test
 
 
 def main(argv=None):
