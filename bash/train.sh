@@ -5,6 +5,7 @@
 #   and, where set, over the config's own value: MODEL_NAME LOCAL_FILES_ONLY TRAIN_BATCH_SIZE EVAL_BATCH_SIZE
 #   GRAD_ACCUM_STEPS LEARNING_RATE NUM_TRAIN_EPOCHS BF16 REPORT_TO NUM_REGIONS CLUSTER_ITERS SPATIAL_WEIGHT
 #   ASSIGNMENT_TEMPERATURE DATALOADER_NUM_WORKERS LIMIT_TRAIN_IMAGES LIMIT_EVAL_IMAGES
+#   FEATURES_DIR (a store made by bash/features.sh: train from it instead of from pixels)
 # Example: DATA_ROOT=/data/flickr30k_entities NPROC_PER_NODE=4 bash bash/train.sh train.seed=1
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -14,6 +15,7 @@ settings=("data.root=$DATA_ROOT" "train.run_name=$RUN_NAME" "train.output_dir=${
 while read -r variable key; do
     if [ -n "${!variable:-}" ]; then settings+=("$key=${!variable}"); fi
 done <<'NAMES'
+FEATURES_DIR data.features
 MODEL_NAME model.name
 LOCAL_FILES_ONLY model.local_files_only
 TRAIN_BATCH_SIZE train.train_batch_size

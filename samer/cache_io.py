@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from samer import flickr
-from samer.colpali import Retriever
+from samer.colpali import Encoder
 from samer.config import InputError, MergeConfig
 from samer.evaluation import compress_images, encode_texts
 from samer.runtime import atomic_path, file_hash, gather_objects, rank, read_json, world_size, write_json
@@ -55,7 +55,7 @@ def build_cache(
     folder: str | Path,
     data_root: str | Path,
     splits: Sequence[str],
-    retriever: Retriever,
+    retriever: Encoder,
     merge: MergeConfig,
     *,
     batch_size: int = 32,

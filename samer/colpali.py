@@ -6,6 +6,7 @@ Shape letters: B images, N tokens per image, Q queries, M query tokens, H hidden
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import ColPaliForRetrieval, ColPaliProcessor, PretrainedConfig
+from transformers.utils.logging import disable_progress_bar
 
 from samer.config import InputError, MergeConfig
 from samer.coords import visual_coords
+from samer.flickr import ImageRecord, load_image
 from samer.runtime import atomic_path, read_json, write_json
 from samer.tokens import QueryTokens, VisualTokens
 
@@ -45,76 +48,33 @@ class Projector:
         return digest.hexdigest()
 
 
-class Retriever:
-    """A frozen ColPali: images and texts to hidden states, those to unit tokens through a projector.
+class Encoder:
+    """What turns images and texts into unit tokens: frozen hidden states, and a projection that can be replaced.
 
+    A subclass says where the hidden states come from: `Retriever` from the backbone, `features.FeatureStore` from disk.
     It is no `nn.Module` on purpose: whatever holds it neither trains it nor saves it.
     """
 
-    def __init__(self, model: ColPaliForRetrieval, processor: ColPaliProcessor, name: str) -> None:
+    def __init__(self, name: str, base: Projector, grid: int, image_token_id: int, device: torch.device | str) -> None:
         self.name = name
-        self.processor = processor
-        self.model = model.eval().requires_grad_(False)
-        layer = model.embedding_proj_layer
-        self.base_projector = Projector(*(t.detach().float().cpu().clone() for t in (layer.weight, layer.bias)))
-        self.projector = nn.Linear(layer.in_features, layer.out_features)
-        self.use_projector(self.base_projector)
-        vision = model.config.vlm_config.vision_config
-        self.grid = vision.image_size // vision.patch_size
-        self.image_token_id = model.config.vlm_config.image_token_id
-        ours, theirs = self.image_token_id, processor.image_token_id
-        if ours != theirs:
-            raise InputError(
-                f"{name}: the model's image token is {ours}, the processor's {theirs}; "
-                "they belong to different checkpoints"
-            )
+        self.base_projector = base
+        self.grid = grid
+        self.image_token_id = image_token_id
+        self.device = torch.device(device)
+        self.projector = nn.Linear(base.weight.shape[1], base.weight.shape[0])
+        self.use_projector(base)
 
-    @classmethod
-    def load(
-        cls,
-        name: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        local_files_only: bool = False,
-    ) -> Retriever:
-        """Loads a ColPali in transformers format, e.g. `vidore/colpali-v1.3-hf`, or a folder.
+    def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
+        """What `hidden_states` needs of a batch of images; has `input_ids` and `attention_mask` (B, N)."""
+        raise NotImplementedError
 
-        Raises:
-            InputError: not found, another architecture, or weights that the checkpoint does not hold.
-        """
-        try:
-            kind = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)[0].get("model_type")
-            if kind != "colpali":  # transformers would build a random model of the default size, gigabytes, first
-                raise ValueError(f"its config.json is of model type {kind!r}, not 'colpali'")
-            model, report = ColPaliForRetrieval.from_pretrained(
-                name,
-                # float32 from the start: halves cast up would keep Gemma's embedding scale rounded
-                dtype=torch.float32 if dtype == torch.float32 else "auto",
-                local_files_only=local_files_only,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they come out in the report, and are refused by name below
-            )
-            processor = ColPaliProcessor.from_pretrained(name, local_files_only=local_files_only)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:240]
-            raise InputError(
-                f"model {name!r} can't be loaded ({reason}); name a ColPali in transformers format, such as "
-                "vidore/colpali-v1.3-hf, or a folder that holds one"
-            ) from None
-        lost = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
-        if lost:
-            raise InputError(
-                f"model {name!r} lacks {len(lost)} weights or has them in another size, first {lost[0]}; "
-                "they would be random. "
-                "Use a checkpoint made for this transformers version"
-            )
-        model.vlm.to(dtype)  # the projection keeps its stored values, so its hash does not depend on dtype
-        return cls(model.to(device), processor, name)
+    def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What `hidden_states` needs of a batch of queries; has `attention_mask` (B, M)."""
+        raise NotImplementedError
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
+    def hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Last hidden states (B, N, H) without gradient, what the projection is applied to (METHOD section 1)."""
+        raise NotImplementedError
 
     @property
     def hidden_size(self) -> int:
@@ -146,45 +106,6 @@ class Retriever:
     def current_projector(self) -> Projector:
         """The projection in use, as float32 copies on the CPU."""
         return Projector(*(t.detach().float().cpu().clone() for t in (self.projector.weight, self.projector.bias)))
-
-    def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Everything the model needs of a batch of RGB images; labels, which retrieval has no use for, are left out."""
-        inputs = self.processor(images=list(images))
-        return {name: value for name, value in inputs.items() if name != "labels"}
-
-    def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Everything the model needs of a batch of queries."""
-        if isinstance(texts, str):
-            raise InputError("query_inputs takes a list of texts; a single text would be read letter by letter")
-        return dict(self.processor(text=list(texts)))
-
-    @torch.no_grad()
-    def hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Last hidden states, what the projection is applied to (METHOD section 1).
-
-        Args:
-            inputs: from `image_inputs` or `query_inputs`, forwarded whole (`token_type_ids` keeps attention full).
-
-        Returns:
-            (B, N, H) in the model's dtype, without gradient.
-
-        Raises:
-            InputError: a non-finite value at a valid position.
-        """
-        inputs = {name: value.to(self.device) for name, value in inputs.items()}
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        hidden = self.model.vlm(**inputs, use_cache=False).last_hidden_state
-        # padding may hold anything (a fully masked row is NaN); valid positions may not
-        hidden = torch.where(inputs["attention_mask"].bool()[..., None], hidden, 0)
-        if not torch.isfinite(hidden.sum()):
-            rows = (~torch.isfinite(hidden.float().sum((1, 2)))).nonzero()
-            if len(rows):
-                raise InputError(
-                    f"{self.name} gave NaN or infinite features for item {int(rows[0])} of a batch; "
-                    "use bfloat16 or float32 instead of float16"
-                )
-        return hidden
 
     def project(self, hidden: Tensor) -> Tensor:
         """Unit tokens (..., D) in float32 of hidden states (..., H) (METHOD section 1)."""
@@ -227,7 +148,117 @@ class Retriever:
         return QueryTokens(self.project(self.hidden_states(inputs)), inputs["attention_mask"].bool().to(self.device))
 
 
-def save_projector(folder: str | Path, projector: Projector, retriever: Retriever, merge: MergeConfig) -> None:
+class Retriever(Encoder):
+    """A frozen ColPali: images and texts to hidden states, those to unit tokens through a projector."""
+
+    def __init__(self, model: ColPaliForRetrieval, processor: ColPaliProcessor, name: str) -> None:
+        self.processor = processor
+        self.model = model.eval().requires_grad_(False)
+        layer, vision = model.embedding_proj_layer, model.config.vlm_config.vision_config
+        super().__init__(
+            name,
+            Projector(*(t.detach().float().cpu().clone() for t in (layer.weight, layer.bias))),
+            vision.image_size // vision.patch_size,
+            model.config.vlm_config.image_token_id,
+            model.device,
+        )
+        ours, theirs = self.image_token_id, processor.image_token_id
+        if ours != theirs:
+            raise InputError(
+                f"{name}: the model's image token is {ours}, the processor's {theirs}; "
+                "they belong to different checkpoints"
+            )
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        local_files_only: bool = False,
+    ) -> Retriever:
+        """Loads a ColPali in transformers format, e.g. `vidore/colpali-v1.3-hf`, or a folder.
+
+        Raises:
+            InputError: not found, another architecture, or weights that the checkpoint does not hold.
+        """
+        if not sys.stderr.isatty():
+            disable_progress_bar()  # its bar would fill a log file
+        try:
+            kind = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)[0].get("model_type")
+            if kind != "colpali":  # transformers would build a random model of the default size, gigabytes, first
+                raise ValueError(f"its config.json is of model type {kind!r}, not 'colpali'")
+            model, report = ColPaliForRetrieval.from_pretrained(
+                name,
+                # float32 from the start: halves cast up would keep Gemma's embedding scale rounded
+                dtype=torch.float32 if dtype == torch.float32 else "auto",
+                local_files_only=local_files_only,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they come out in the report, and are refused by name below
+            )
+            processor = ColPaliProcessor.from_pretrained(name, local_files_only=local_files_only)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:240]
+            raise InputError(
+                f"model {name!r} can't be loaded ({reason}); name a ColPali in transformers format, such as "
+                "vidore/colpali-v1.3-hf, or a folder that holds one"
+            ) from None
+        lost = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+        if lost:
+            raise InputError(
+                f"model {name!r} lacks {len(lost)} weights or has them in another size, first {lost[0]}; "
+                "they would be random. "
+                "Use a checkpoint made for this transformers version"
+            )
+        model.vlm.to(dtype)  # the projection keeps its stored values, so its hash does not depend on dtype
+        return cls(model.to(device), processor, name)
+
+    def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
+        """Loads and prepares a batch of images, everything the model needs."""
+        return self.image_inputs([load_image(record.image_path) for record in records])
+
+    def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Everything the model needs of a batch of RGB images; labels, which retrieval has no use for, are left out."""
+        inputs = self.processor(images=list(images))
+        return {name: value for name, value in inputs.items() if name != "labels"}
+
+    def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Everything the model needs of a batch of queries."""
+        if isinstance(texts, str):
+            raise InputError("query_inputs takes a list of texts; a single text would be read letter by letter")
+        return dict(self.processor(text=list(texts)))
+
+    @torch.no_grad()
+    def hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Last hidden states, what the projection is applied to (METHOD section 1).
+
+        Args:
+            inputs: from `image_inputs` or `query_inputs`, forwarded whole (`token_type_ids` keeps attention full).
+
+        Returns:
+            (B, N, H) in the model's dtype, without gradient.
+
+        Raises:
+            InputError: a non-finite value at a valid position.
+        """
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        hidden = self.model.vlm(**inputs, use_cache=False).last_hidden_state
+        # padding may hold anything (a fully masked row is NaN); valid positions may not
+        hidden = torch.where(inputs["attention_mask"].bool()[..., None], hidden, 0)
+        if not torch.isfinite(hidden.sum()):
+            rows = (~torch.isfinite(hidden.float().sum((1, 2)))).nonzero()
+            if len(rows):
+                raise InputError(
+                    f"{self.name} gave NaN or infinite features for item {int(rows[0])} of a batch; "
+                    "use bfloat16 or float32 instead of float16"
+                )
+        return hidden
+
+
+def save_projector(folder: str | Path, projector: Projector, retriever: Encoder, merge: MergeConfig) -> None:
     """Writes `projector.safetensors` and `config.json`, each atomically, the config last."""
     folder = Path(folder)
     tensors = {"weight": projector.weight.contiguous(), "bias": projector.bias.contiguous()}
@@ -248,7 +279,7 @@ def save_projector(folder: str | Path, projector: Projector, retriever: Retrieve
     )
 
 
-def load_projector(path: str | Path, retriever: Retriever) -> Projector:
+def load_projector(path: str | Path, retriever: Encoder) -> Projector:
     """Reads a projector for `retriever`.
 
     Args:
@@ -294,7 +325,7 @@ def _as_projector(tensors: dict, file: Path) -> Projector:
     return Projector(weight.float(), bias.float())
 
 
-def _load_safetensors(folder: Path, retriever: Retriever) -> Projector:
+def _load_safetensors(folder: Path, retriever: Encoder) -> Projector:
     config = read_json(folder / "config.json")
     if config.get("format") != FORMAT or config.get("format_version") != FORMAT_VERSION:
         raise InputError(
@@ -326,7 +357,7 @@ def _load_legacy(file: Path) -> Projector:
     return _as_projector(state, file)
 
 
-def _load_adapter(folder: Path, retriever: Retriever) -> Projector:
+def _load_adapter(folder: Path, retriever: Encoder) -> Projector:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise InputError(f"{folder}: a PEFT adapter without adapter_model.safetensors; save it with safetensors")

@@ -85,9 +85,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Flickr30k-Entities on disk, and how much of it."""
+    """Flickr30k-Entities on disk, and how much of it; `features` names a feature store to train from."""
 
     root: str = ""
+    features: str = ""
     train_split: str = "train"
     eval_split: str = "val"
     limit_train_images: int | None = None
@@ -101,7 +102,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Projector-only training (METHOD section 4); batch sizes count captions per device."""
+    """Projector-only training (METHOD section 4); batch sizes count captions per device.
+
+    `budgets`: train one projector for all of these K, the loss averaged over them; written as a list in
+    merge.num_regions, whose largest is then the K of validation and index. `select_best`: keep the projector of the
+    epoch with the best validation R@1; `early_stop_patience`: stop after so many epochs without a better one.
+    """
 
     output_dir: str = "checkpoints/samer_k64_colpali"
     run_name: str = "samer_k64_colpali"
@@ -122,8 +128,14 @@ class TrainConfig:
     logging_steps: int = 10
     save_steps: int = 500
     resume: bool = True
+    budgets: tuple[int, ...] = ()
+    select_best: bool = False
+    early_stop_patience: int | None = None
 
     def __post_init__(self) -> None:
+        _require(all(k >= 1 for k in self.budgets), "merge.num_regions", "at least 1", list(self.budgets))
+        patience = self.early_stop_patience
+        _require(patience is None or patience >= 1, "train.early_stop_patience", "at least 1, or null", patience)
         at_least_one = ("train_batch_size", "eval_batch_size", "grad_accum_steps", "logging_steps", "save_steps")
         for name in at_least_one:
             _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
@@ -152,6 +164,10 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     if isinstance(kind, types.UnionType):
         inner = [k for k in typing.get_args(kind) if k is not type(None)]
         return None if value is None else _coerce(value, inner[0], key)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{key} must be a list of whole numbers; it is {value!r}")
+        return tuple(_coerce(item, int, key) for item in value)
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
@@ -225,6 +241,18 @@ def load_yaml(path: str | Path) -> Any:
         raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())[:200]})") from None
 
 
+def _spread_budgets(values: Any) -> Any:
+    """A list in merge.num_regions means: train for all of these budgets, validate and index with the largest."""
+    merge = values.get("merge") if isinstance(values, dict) else None
+    regions = merge.get("num_regions") if isinstance(merge, dict) else None
+    if not isinstance(regions, list):
+        return values
+    if not regions or not all(isinstance(k, int) and not isinstance(k, bool) for k in regions):
+        raise InputError(f"merge.num_regions must be a whole number or a list of them; it is {regions!r}")
+    train = {**(values.get("train") or {}), "budgets": regions}
+    return {**values, "merge": {**merge, "num_regions": max(regions)}, "train": train}
+
+
 def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
     """Reads a config file and applies `section.key=value` overrides, values read as YAML, text as it is.
 
@@ -240,6 +268,7 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     """
     values = load_yaml(path) if path is not None else {}
     where = str(path) if path is not None else "config"
+    values = _spread_budgets(values)
     _build(Config, values, where)  # the file is checked by itself, so that a message names it rightly
     values = dict(values or {})
     for override in overrides:
@@ -255,6 +284,7 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
             except yaml.YAMLError:
                 raise InputError(f"override {override!r}: the value is not valid YAML") from None
         values[section] = {**(values.get(section) or {}), name: value}
+    values = _spread_budgets(values)
     # the overrides are checked together: a range may hold only with the file's value or another override's
     return _build(Config, values, " ".join([f"{where} with", *overrides]) if overrides else where)
 

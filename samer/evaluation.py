@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from samer import flickr
-from samer.colpali import Retriever
+from samer.colpali import Encoder
 from samer.config import MergeConfig
 from samer.merging import merge_tokens
 from samer.metrics import bootstrap_intervals, query_metrics, retrieval_metrics
@@ -24,7 +24,7 @@ from samer.train_data import batched
 
 @torch.no_grad()
 def compress_images(
-    retriever: Retriever, records: Sequence[flickr.ImageRecord], merge: MergeConfig, batch_size: int
+    retriever: Encoder, records: Sequence[flickr.ImageRecord], merge: MergeConfig, batch_size: int
 ) -> Iterator[tuple[Sequence[flickr.ImageRecord], MergedTokens]]:
     """Encodes and merges images in batches, without boxes.
 
@@ -32,20 +32,19 @@ def compress_images(
         (records of the batch, their `MergedTokens` on the retriever's device).
     """
     for batch in batched(records, batch_size):
-        inputs = retriever.image_inputs([flickr.load_image(record.image_path) for record in batch])
-        visual = retriever.encode_images(inputs)
+        visual = retriever.encode_images(retriever.record_inputs(batch))
         yield batch, merge_tokens(visual.tokens, visual.coords, merge, mask=visual.mask)
 
 
 @torch.no_grad()
-def encode_texts(retriever: Retriever, texts: Sequence[str], batch_size: int) -> Iterator[QueryTokens]:
+def encode_texts(retriever: Encoder, texts: Sequence[str], batch_size: int) -> Iterator[QueryTokens]:
     """Encodes queries in batches."""
     for batch in batched(texts, batch_size):
         yield retriever.encode_queries(retriever.query_inputs(batch))
 
 
 def evaluate_records(
-    retriever: Retriever, records: Sequence[flickr.ImageRecord], merge: MergeConfig, *, batch_size: int
+    retriever: Encoder, records: Sequence[flickr.ImageRecord], merge: MergeConfig, *, batch_size: int
 ) -> dict[str, float]:
     """Text-to-image metrics of a split: every caption is a query, images are merged without boxes.
 

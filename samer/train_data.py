@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from samer.colpali import Retriever
+from samer.colpali import Encoder
 from samer.config import InputError, ObjectsConfig
-from samer.flickr import Caption, ImageRecord, load_image
+from samer.flickr import Caption, ImageRecord
 from samer.objects import instance_labels
 
 
@@ -61,14 +61,14 @@ class Collator:
         `labels`: (B, N) long, instance labels of METHOD section 3, 0 is background.
     """
 
-    def __init__(self, retriever: Retriever, objects: ObjectsConfig) -> None:
+    def __init__(self, retriever: Encoder, objects: ObjectsConfig) -> None:
         self.retriever = retriever
         self.objects = objects
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor | dict[str, Tensor]]:
         distinct = {row.image: row.record for row in rows}
         place = {number: k for k, number in enumerate(distinct)}
-        image_inputs = self.retriever.image_inputs([load_image(record.image_path) for record in distinct.values()])
+        image_inputs = self.retriever.record_inputs(list(distinct.values()))
         coords, _ = self.retriever.image_coords(image_inputs["input_ids"])
         image_of = torch.tensor([place[row.image] for row in rows])
         boxes, owners = zip(*(caption_boxes(row.caption) for row in rows))

@@ -8,19 +8,24 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from samer import evaluation, flickr
-from samer.colpali import Projector, Retriever, save_projector
+from samer.colpali import Encoder, Projector, Retriever, load_projector, save_projector
 from samer.config import Config, InputError, MergeConfig, dump_config, load_config
+from samer.features import FeatureStore
 from samer.losses import multi_positive_t2i_loss
 from samer.merging import merge_tokens
 from samer.objects import object_diagnostics
@@ -29,13 +34,24 @@ from samer.scoring import maxsim
 from samer.tokens import MergedTokens
 from samer.train_data import CaptionDataset, Collator
 
+CHUNK_ELEMENTS = 2**27  # floats that one slice of merging or scoring may take: 512 MB
+WINDOW_IMAGES = 4096  # 17 GB of ColPali features: the page cache holds what one window needs
+DIAGNOSED = 64  # captions of a batch that the object diagnostics look at
+
 
 class ProjectorModel(nn.Module):
     """The shared projection, the only thing that trains; the frozen retriever stands beside it, not in it."""
 
     accepts_loss_kwargs = False  # the loss is a mean over this batch; Trainer divides it by the accumulation steps
 
-    def __init__(self, retriever: Retriever, merge: MergeConfig, temperature: float, gather_negatives: bool) -> None:
+    def __init__(
+        self,
+        retriever: Encoder,
+        merge: MergeConfig,
+        temperature: float,
+        gather_negatives: bool,
+        budgets: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.embedding_proj_layer = nn.Linear(retriever.hidden_size, retriever.embedding_dim)
         with torch.no_grad():
@@ -43,6 +59,7 @@ class ProjectorModel(nn.Module):
             self.embedding_proj_layer.bias.copy_(retriever.base_projector.bias)
         self.retriever = retriever  # no nn.Module: neither registered, nor trained, nor saved
         self.merge = merge
+        self.budgets = [replace(merge, num_regions=k) for k in budgets or (merge.num_regions,)]
         self.temperature = temperature
         self.gather_negatives = gather_negatives
         self.diagnose = False
@@ -66,31 +83,109 @@ class ProjectorModel(nn.Module):
         image_numbers: Tensor,
         labels: Tensor,
     ) -> dict[str, Tensor]:
-        """The loss of METHOD section 4 for one `Collator` batch; each caption's image is merged with its own labels."""
-        image_hidden = self.retriever.hidden_states(image_inputs)  # (U, N, H)
+        """The loss of METHOD section 4 for one `Collator` batch; each caption's image is merged with its own labels.
+
+        Memory is bounded for any batch: what does not fit `CHUNK_ELEMENTS` is computed in slices, and again in the
+        backward pass.
+        """
+        image_hidden = self.retriever.hidden_states(image_inputs)  # (U, N, H), each distinct image once
         query_hidden = self.retriever.hidden_states(query_inputs)  # (B, M, H)
-        tokens = self.project(image_hidden)[image_of]  # (B, N, D)
-        coords = self.retriever.image_coords(image_inputs["input_ids"])[0][image_of]
-        mask = image_inputs["attention_mask"].bool()[image_of]
-        mask = None if bool(mask.all()) else mask
-        merged = merge_tokens(tokens, coords, self.merge, mask=mask, instance_labels=labels)
+        coords = self.retriever.image_coords(image_inputs["input_ids"])[0].to(image_hidden.device)
+        mask = image_inputs["attention_mask"].bool().to(image_hidden.device)  # (U, N)
+        query_mask = query_inputs["attention_mask"].bool().to(image_hidden.device)
+        whole = bool(mask.all())
+
+        def merge(
+            config: MergeConfig, use_labels: bool, rows: Tensor, row_labels: Tensor
+        ) -> tuple[Tensor, MergedTokens]:
+            distinct, place = rows.unique(return_inverse=True)
+            tokens = self.project(image_hidden[distinct])[place]  # (b, N, D)
+            return tokens, merge_tokens(
+                tokens,
+                coords[rows],
+                config,
+                mask=None if whole else mask[rows],
+                instance_labels=row_labels if use_labels else None,
+            )
+
         if self.diagnose:
-            self.diagnostics = _diagnostics(merged, tokens, coords, self.merge, mask, labels)
-        images, regions, numbers = merged.tokens, merged.mask, image_numbers
-        if self.gather_negatives:
-            images, numbers = gather_with_grad(images), gather_with_grad(numbers)
-            regions = gather_with_grad(regions.to(torch.uint8)).bool()
-        scores = maxsim(self.project(query_hidden), images, query_inputs["attention_mask"].bool(), regions)  # (B, I)
-        loss = multi_positive_t2i_loss(scores, image_numbers[:, None] == numbers[None], self.temperature)
-        return {"loss": loss}
+            with torch.no_grad():
+                some, some_labels = image_of[:DIAGNOSED], labels[:DIAGNOSED]
+                biased, free = (merge(self.merge, use, some, some_labels)[1] for use in (True, False))
+                self.diagnostics = _diagnostics(biased, free, some_labels, None if whole else mask[some])
+        numbers = gather_with_grad(image_numbers) if self.gather_negatives else image_numbers
+        positives = image_numbers[:, None] == numbers[None]
+        queries = self.project(query_hidden)  # (B, M, D)
+        count = image_hidden.shape[1]
+        losses = []
+        for config in self.budgets:
+
+            def regions(rows: Tensor, row_labels: Tensor, config: MergeConfig = config) -> tuple[Tensor, Tensor]:
+                merged = merge(config, True, rows, row_labels)[1]
+                return merged.tokens, merged.mask
+
+            width = image_hidden.shape[2] + 3 * queries.shape[2] + 4 * min(config.num_regions, count)
+            images, valid = _in_chunks(regions, CHUNK_ELEMENTS // (count * width), image_of, labels)
+            if self.gather_negatives:
+                images, valid = gather_with_grad(images), gather_with_grad(valid.to(torch.uint8)).bool()
+
+            def score(some: Tensor, some_mask: Tensor, images: Tensor = images, valid: Tensor = valid) -> tuple[Tensor]:
+                return (maxsim(some, images, some_mask, valid),)
+
+            pairs = images.shape[0] * images.shape[1] * queries.shape[1]
+            (scores,) = _in_chunks(score, CHUNK_ELEMENTS // pairs, queries, query_mask)  # (B, I)
+            losses.append(multi_positive_t2i_loss(scores, positives, self.temperature))
+        return {"loss": torch.stack(losses).mean()}
 
 
-@torch.no_grad()
-def _diagnostics(merged: MergedTokens, tokens: Tensor, coords: Tensor, merge: MergeConfig, mask, labels) -> dict:
-    box_free = merge_tokens(tokens, coords, merge, mask=mask)
-    values = object_diagnostics(merged, labels, mask=mask, box_free=box_free)
+def _in_chunks(function: Callable[..., tuple[Tensor, ...]], size: int, *rows: Tensor) -> tuple[Tensor, ...]:
+    """`function` over slices of at most `size` rows, its results concatenated.
+
+    One slice is a plain call. Several are recomputed in the backward pass, so that one at a time is held; values and
+    gradients are those of the plain call.
+    """
+    size = max(1, size)
+    if len(rows[0]) <= size:
+        return function(*rows)
+    parts = [
+        checkpoint(function, *(row[start : start + size] for row in rows), use_reentrant=False)
+        for start in range(0, len(rows[0]), size)
+    ]
+    return tuple(torch.cat(column) for column in zip(*parts))
+
+
+def _diagnostics(biased: MergedTokens, free: MergedTokens, labels: Tensor, mask: Tensor | None) -> dict[str, float]:
+    values = object_diagnostics(biased, labels, mask=mask, box_free=free)
     means = {name: float(value.nanmean()) for name, value in values.items()}
-    return {name: value for name, value in means.items() if math.isfinite(value)}  # no object in the whole batch: NaN
+    return {name: value for name, value in means.items() if math.isfinite(value)}
+
+
+class WindowSampler(Sampler[int]):
+    """Shuffles captions so that an image's are near each other: each image is read from disk once per epoch.
+
+    Images are shuffled, cut into windows of `WINDOW_IMAGES`, and the captions of a window shuffled: with fewer images
+    that is a plain shuffle. The order depends on the seed and the epoch only.
+    """
+
+    def __init__(self, dataset: CaptionDataset, seed: int) -> None:
+        self.seed, self.epoch, self.count = seed, 0, len(dataset)
+        self.captions: dict[int, list[int]] = {}
+        for index, row in enumerate(dataset.rows):
+            self.captions.setdefault(row.image, []).append(index)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        images = rng.permutation(list(self.captions))
+        for start in range(0, len(images), WINDOW_IMAGES):
+            window = [index for image in images[start : start + WINDOW_IMAGES] for index in self.captions[int(image)]]
+            yield from (window[int(k)] for k in rng.permutation(len(window)))
 
 
 class SamerTrainer(Trainer):
@@ -100,6 +195,9 @@ class SamerTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.validation = validation
         self.samer_config = config
+
+    def _get_train_sampler(self, train_dataset=None):
+        return WindowSampler(self.train_dataset, self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         module = self.accelerator.unwrap_model(model)
@@ -131,8 +229,21 @@ class SamerTrainer(Trainer):
             retriever.use_projector(before)
         values = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(values)
+        self._watch_best(module)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, values)
         return values
+
+    def _watch_best(self, module: ProjectorModel) -> None:
+        """Keeps the projector of the best validation R@1 in best/ and stops when it has not improved for too long."""
+        settings = self.samer_config.train
+        measured = [entry["eval_r@1"] for entry in self.state.log_history if "eval_r@1" in entry]
+        since = len(measured) - 1 - measured.index(max(measured))  # 0: the evaluation just made is the best so far
+        if settings.select_best and since == 0 and rank() == 0:
+            folder = Path(settings.output_dir) / "best"
+            save_projector(folder, module.projector(), module.retriever, self.samer_config.merge)
+        if settings.early_stop_patience is not None and since >= settings.early_stop_patience:
+            print0(f"validation R@1 has not improved in {since} evaluations; stopping")
+            self.control.should_training_stop = True
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
@@ -205,13 +316,16 @@ def train(config: Config) -> TrainResult:
             config.data.root, config.data.eval_split, boxes=False, limit_images=config.data.limit_eval_images
         )
     dataset = CaptionDataset(records)
-    retriever = Retriever.load(
-        config.model.name,
-        dtype=torch.bfloat16 if settings.bf16 else torch.float32,
-        device=arguments.device,
-        local_files_only=config.model.local_files_only,
-    )
-    model = ProjectorModel(retriever, config.merge, settings.temperature, settings.gather_negatives)
+    if config.data.features:
+        retriever: Encoder = FeatureStore(config.data.features, config.model.name, arguments.device)
+    else:
+        retriever = Retriever.load(
+            config.model.name,
+            dtype=torch.bfloat16 if settings.bf16 else torch.float32,
+            device=arguments.device,
+            local_files_only=config.model.local_files_only,
+        )
+    model = ProjectorModel(retriever, config.merge, settings.temperature, settings.gather_negatives, settings.budgets)
     trainable = sum(p.numel() for p in model.parameters())
     dropped = 5 * len(records) - len(dataset)
     print0(
@@ -236,7 +350,7 @@ def train(config: Config) -> TrainResult:
     trainer.remove_callback(PrinterCallback)
     checkpoint = _last_checkpoint(output) if settings.resume else None
     started = time.monotonic()
-    if checkpoint is not None and _is_finished(checkpoint):
+    if checkpoint is not None and (_is_finished(checkpoint) or (output / "history.json").is_file()):
         print0(f"{checkpoint} is the end of this run; nothing is left to train")
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(checkpoint))
@@ -249,10 +363,15 @@ def train(config: Config) -> TrainResult:
     if validation and trainer.state.global_step not in measured:
         trainer.evaluate()  # the last checkpoint is older than the last evaluation: resuming from it skips that
     if rank() == 0:
-        save_projector(output, model.projector(), retriever, config.merge)
+        best = load_projector(output / "best", retriever) if settings.select_best and validation else None
+        save_projector(output, best or model.projector(), retriever, config.merge)
         with atomic_path(output / "history.json") as temporary:
             temporary.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
-    final = next((entry for entry in reversed(trainer.state.log_history) if "eval_r@1" in entry), {})
+    evaluations = [entry for entry in trainer.state.log_history if "eval_r@1" in entry]
+    final = evaluations[-1] if evaluations else {}
+    if settings.select_best and evaluations:
+        final = max(evaluations, key=lambda entry: entry["eval_r@1"])  # the first of equals, as in best/
+        print0(f"keeping the projector of step {final['step']}, validation R@1 {final['eval_r@1']:.1f}")
     metrics = {name.removeprefix("eval_"): value for name, value in final.items() if name.startswith("eval_")}
     return TrainResult(output, trainer.state.global_step, seconds, metrics)
 

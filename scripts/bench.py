@@ -5,8 +5,11 @@ python scripts/bench.py maxsim    exact scoring against the bare matrix product
 """
 
 import argparse
+import multiprocessing
+import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,13 +58,63 @@ def score(runs):
     print(f"  the blocked product alone: {floor:.0f} ms, ratio {ours / floor:.2f}")
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def epoch(words):
+    """Seconds, captions and peak memory (GB) of one training run in a process of its own."""
+    from samer.config import load_config
+    from samer.training import train
+
+    config = load_config(ROOT / "configs" / "demo.yaml", words)
+    result = train(config)
+    return (
+        result.seconds,
+        result.steps * config.train.train_batch_size,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    )
+
+
+def training(runs):
+    """Captions per second with the demo's settings, 100 images with 500 captions, no validation."""
+    from samer.colpali import Retriever
+    from samer.features import write_features
+    from samer.scenes import write_world
+
+    rows = {"pixels": [], "features": []}
+    with tempfile.TemporaryDirectory() as place:
+        place, model = Path(place), str(ROOT / "assets" / "retriever")
+        write_world(place / "world", {"train": 100})
+        started = time.perf_counter()
+        write_features(place / "store", place / "world", ["train"], Retriever.load(model), dtype="float32")
+        once = time.perf_counter() - started
+        size = sum(file.stat().st_size for file in place.glob("store/*/*.safetensors"))
+        for turn in range(max(3, runs // 60)):
+            for source, row in rows.items():
+                words = [f"data.root={place / 'world'}", f"model.name={model}", "data.eval_split="]
+                words += ["train.num_train_epochs=2", f"train.output_dir={place / f'{source}-{turn}'}"]
+                words += [f"data.features={place / 'store'}"] if source == "features" else []
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    row.append(pool.apply(epoch, (words,)))
+    speeds = {}
+    for source, row in rows.items():
+        pace = speeds[source] = statistics.median(captions / seconds for seconds, captions, _ in row)
+        memory = statistics.median(gigabytes for _, _, gigabytes in row)
+        print(f"from {source}: {pace:.0f} captions/s, {500 / pace:.2f} s per epoch, peak {memory:.2f} GB")
+    print(
+        f"ratio {speeds['features'] / speeds['pixels']:.1f}; the store: {once:.1f} s once, {size / 1e6:.0f} MB, mapped"
+    )
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["merge", "maxsim"])
-    parser.add_argument("--runs", type=int, default=200, help="timed calls (200; maxsim takes a fortieth)")
+    parser.add_argument("what", choices=["merge", "maxsim", "train"])
+    parser.add_argument("--runs", type=int, default=200, help="timed calls (200; maxsim a fortieth, train a sixtieth)")
     options = parser.parse_args(argv)
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    if options.what == "train":
+        return training(options.runs)
     with torch.no_grad():
         {"merge": merge, "maxsim": score}[options.what](options.runs)
 

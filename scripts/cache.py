@@ -28,6 +28,7 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=int, default=32, help="images and captions per forward pass (32)")
     parser.add_argument("--cache-dtype", default="bfloat16", help="float32, bfloat16 (default) or float16")
     parser.add_argument("--limit-images", type=int, help="the first so many images of each split")
+    parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
     parser.add_argument("--device", default="auto", help="e.g. cpu, cuda:0; default: a GPU if there is one")
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
@@ -51,12 +52,16 @@ def main(argv=None):
 
     from samer.cache_io import build_cache, describe
     from samer.colpali import Retriever, load_projector
+    from samer.features import FeatureStore
 
     with process_group():
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        retriever = Retriever.load(
-            config.model.name, dtype=dtype, device=device, local_files_only=config.model.local_files_only
-        )
+        if options.features:
+            retriever = FeatureStore(options.features, config.model.name, device)
+        else:
+            retriever = Retriever.load(
+                config.model.name, dtype=dtype, device=device, local_files_only=config.model.local_files_only
+            )
         if options.adapter_path:
             retriever.use_projector(load_projector(options.adapter_path, retriever))
         print0(f"writing the index to {options.cache_dir} ({options.adapter_path or 'projection untouched'})")

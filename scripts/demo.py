@@ -24,11 +24,11 @@ ROWS = (  # name, what the index is merged with, what the projector was trained 
     ("merged, farthest, trained", "merge.center_init=farthest", "merge.center_init=farthest"),
     ("all tokens, same training", ALL, ALL),
 )
-SIZES = {False: (500, 60, 400), True: (80, 20, 60)}  # quick -> images in train, val, test
+SIZES = {False: (800, 60, 400), True: (80, 20, 60)}  # quick -> images in train, val, test
 
 
 def main(argv=None):
-    from scripts import cache, scenes, train
+    from scripts import cache, features, scenes, train
     from scripts import eval as evaluate
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,17 +50,33 @@ def main(argv=None):
     world = out / "world"
     counts = (word for pair in zip(("--train", "--val", "--test"), SIZES[options.quick]) for word in pair)
     step("generate scenes with captions and boxes", scenes, "--out", world, *counts)
+    store = out / "features"
+    step(
+        "compute the frozen features, once for everything below", features, "--out", store, "--data-root", world, model
+    )
     results = []
     for name, merge, training in ROWS:
         label = name.replace(", ", "-").replace(" ", "-")
         adapter = []
         if training is not None:
             folder = out / "checkpoints" / label
-            words = (f"data.root={world}", model, f"train.output_dir={folder}", training)
+            words = (f"data.root={world}", f"data.features={store}", model, f"train.output_dir={folder}", training)
             step(f"train the projector: {name}", train, "--config", config, *words)
             adapter = ["--adapter-path", folder]
         index = out / "caches" / label
-        words = ("--config", config, "--data-root", world, "--cache-dir", index, "--splits", "test", *adapter)
+        words = (
+            "--config",
+            config,
+            "--data-root",
+            world,
+            "--features",
+            store,
+            "--cache-dir",
+            index,
+            "--splits",
+            "test",
+            *adapter,
+        )
         step(f"build the index: {name}", cache, *words, model, merge)
         report = step(
             "evaluate", evaluate, "--cache-dir", index, "--split", "test", "--output-json", index / "metrics.json"

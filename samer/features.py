@@ -1,0 +1,375 @@
+"""Frozen hidden states, computed once and kept on disk; training, caching and evaluation read them instead of pixels.
+
+    DIR/manifest.json                      what made it (stamp), written last; splits appear when they are complete
+    DIR/base.safetensors                   the base's own projection: weight, bias
+    DIR/<split>/images-00000.safetensors   hidden (sum N, H), input_ids (sum N,), lengths (n,); int8: scales (sum N,)
+    DIR/<split>/texts-00000.safetensors    hidden (sum M, H), lengths (t,) of distinct captions; int8: scales (sum M,)
+
+Shards are mapped, never loaded whole: the page cache is the cache. Shape letters: B images, N tokens, M query tokens,
+H hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors
+import tokenizers
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from samer import flickr
+from samer.colpali import Encoder, Projector, Retriever
+from samer.config import InputError
+from samer.runtime import atomic_path, file_hash, gather_objects, print0, rank, read_json, world_size, write_json
+from samer.train_data import batched
+
+FORMAT = "samer_features"
+FORMAT_VERSION = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+IMAGES_PER_SHARD = 128  # 540 MB at 1,030 x 2,048 bfloat16: what a kill can cost, and what one process holds
+TEXTS_PER_SHARD = 4096
+
+
+def quantise(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (n, H) as int8 with one scale each: value = int8 * scale. The largest magnitude maps to 127.
+
+    Returns:
+        (n, H) int8 and (n,) float32.
+    """
+    values = hidden.float()
+    scale = values.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (values / scale[:, None]).round().to(torch.int8), scale
+
+
+def fingerprint(name: str) -> dict[str, str] | None:
+    """Hashes of a model's weight files and of its processor's files, as they lie in a folder or the hub's cache.
+
+    Returns:
+        `{"weights": sha256, "processor": sha256}`, or None if the files are not on this machine.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.json", "*.safetensors"]))
+        except (LocalEntryNotFoundError, HFValidationError, OSError):
+            return None
+    result = {}
+    for part, files in (("weights", folder.glob("*.safetensors")), ("processor", folder.glob("*.json"))):
+        digest = hashlib.sha256()
+        for file in sorted(files):
+            digest.update(f"{file.name}\n{file_hash(file)}\n".encode())
+        result[part] = digest.hexdigest()
+    return result
+
+
+def write_features(
+    folder: str | Path,
+    data_root: str | Path,
+    splits: Sequence[str],
+    retriever: Retriever,
+    *,
+    batch_size: int = 32,
+    dtype: str = "bfloat16",
+    limit_images: int | None = None,
+) -> dict[str, dict]:
+    """Computes the hidden states of splits once and keeps them; complete shards of an earlier try are kept.
+
+    Bytes depend on the data, the model and the batch size, not on the number of processes or on interruptions.
+
+    Args:
+        folder: the store; made if missing.
+        data_root: Flickr30k-Entities; its Annotations folder is not opened.
+        splits: e.g. ["train", "val", "test"].
+        retriever: the frozen model.
+        batch_size: images, and captions, per forward pass.
+        dtype: float32, bfloat16, float16, or int8 with a scale per token.
+        limit_images: the first so many images of each split.
+
+    Returns:
+        The manifest's entry of each split.
+
+    Raises:
+        InputError: bad data, too little disk, or a folder that holds a store of another model or setting.
+    """
+    folder = Path(folder)
+    if dtype not in DTYPES:
+        raise InputError(f"features dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    if batch_size < 1:
+        raise InputError(f"batch size must be at least 1; it is {batch_size}")
+    if len(set(splits)) != len(splits):
+        raise InputError(f"splits {' '.join(splits)}: a split is named twice")
+    stamp = _stamp(retriever, dtype)
+    records = {split: flickr.load_split(data_root, split, boxes=False, limit_images=limit_images) for split in splits}
+    manifest = _open_for_writing(folder, stamp)
+    _announce(folder, records, retriever, dtype)
+    if rank() == 0:
+        for stray in folder.glob("**/.*.tmp"):  # what a killed writer left
+            stray.unlink()
+        base = {"weight": retriever.base_projector.weight, "bias": retriever.base_projector.bias}
+        _write(folder / "base.safetensors", base, {})
+    gather_objects(None)
+    for split, rows in records.items():
+        images = _write_shards(
+            folder / split, "images", list(batched(rows, IMAGES_PER_SHARD)), retriever, batch_size, dtype, stamp
+        )
+        texts = list(dict.fromkeys(caption.text for record in rows for caption in record.captions))
+        captions = _write_shards(
+            folder / split, "texts", list(batched(texts, TEXTS_PER_SHARD)), retriever, batch_size, dtype, stamp
+        )
+        manifest["splits"][split] = {"images": images, "texts": captions}
+        if rank() == 0:
+            write_json(folder / "manifest.json", manifest)
+        gather_objects(None)
+    return {split: manifest["splits"][split] for split in splits}
+
+
+def _stamp(retriever: Retriever, dtype: str) -> dict:
+    files = fingerprint(retriever.name)
+    if files is None:
+        raise InputError(
+            f"model {retriever.name!r}: its files are not in a folder or the hub's cache; can't stamp a store"
+        )
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        **files,
+        "base_projector": retriever.base_projector.hash,
+        "computed_in": str(retriever.model.dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "hidden_size": retriever.hidden_size,
+        "grid": retriever.grid,
+        "image_token_id": retriever.image_token_id,
+        "libraries": {
+            "torch": torch.__version__.split("+")[0],
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    }
+
+
+def _open_for_writing(folder: Path, stamp: dict) -> dict:
+    path = folder / "manifest.json"
+    if path.is_file():
+        manifest = read_json(path)
+        for key, value in stamp.items():
+            if manifest.get(key) != value:
+                raise InputError(
+                    f"{folder} holds features with {key}={manifest.get(key)!r}, now {value!r}; "
+                    "name another folder, or remove it to compute them anew"
+                )
+        return manifest
+    if folder.exists() and any(
+        not entry.is_dir() and entry.name != "base.safetensors"
+        for entry in folder.iterdir()
+        if not entry.name.startswith(".")
+    ):
+        raise InputError(f"{folder} holds files that are no feature store; name another folder")
+    return {**stamp, "splits": {}}
+
+
+def _announce(folder: Path, records: dict[str, list], retriever: Retriever, dtype: str) -> None:
+    """Says what the store will take, and refuses to start where the disk has less than what is still missing."""
+    first = next(iter(records.values()))[:1]
+    per_image = retriever.record_inputs(first)["input_ids"].shape[1]
+    images = sum(len(rows) for rows in records.values())
+    texts = {caption.text for rows in records.values() for record in rows for caption in record.captions}
+    lengths = 0
+    for batch in batched(sorted(texts), 1024):
+        lengths += int(retriever.query_inputs(batch)["attention_mask"].sum())
+    width = retriever.hidden_size * DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0)
+    need = (images * per_image + lengths) * width + images * per_image * 4
+    have = sum(file.stat().st_size for file in folder.glob("*/*.safetensors")) if folder.is_dir() else 0
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    print0(
+        f"features of {images:,} images ({per_image:,} tokens each) and {len(texts):,} distinct captions in {dtype}: "
+        f"{need / 1e9:.2f} GB in {folder} ({have / 1e9:.2f} GB there already, {free / 1e9:.1f} GB free)"
+    )
+    if need - have > free:
+        raise InputError(
+            f"{folder}: the features need {(need - have) / 1e9:.1f} GB more, the disk has {free / 1e9:.1f} GB free; "
+            "name another disk, use int8, or limit the images"
+        )
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}, metadata=metadata or None))
+
+
+def _write_shards(folder: Path, kind: str, jobs: list, retriever: Retriever, batch_size: int, dtype: str, stamp: dict):
+    """Writes this process's share of the shards and returns the manifest entries of all of them."""
+    own = []
+    mine = range(rank(), len(jobs), world_size())
+    for number in tqdm(mine, desc=f"{folder.name} {kind}", unit="shard", disable=True if rank() else None):
+        path = folder / f"{kind}-{number:05d}.safetensors"
+        names = [item if kind == "texts" else item.image_id for item in jobs[number]]
+        mark = json.dumps({**stamp, "names": names}, sort_keys=True, ensure_ascii=False)
+        if not _complete(path, mark):
+            prepare = retriever.query_inputs if kind == "texts" else retriever.record_inputs
+            _write(path, _encode(jobs[number], prepare, retriever, batch_size, dtype, kind), {"stamp": mark})
+        own.append((number, {"file": path.name, "count": len(names), "sha256": file_hash(path)}))
+    return [entry for _, entry in sorted(row for part in gather_objects(own) for row in part)]
+
+
+def _complete(path: Path, mark: str) -> bool:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return (handle.metadata() or {}).get("stamp") == mark
+    except (OSError, SafetensorError):
+        return False
+
+
+def _encode(
+    items: Sequence, prepare, retriever: Retriever, batch_size: int, dtype: str, kind: str
+) -> dict[str, Tensor]:
+    hidden, ids, lengths = [], [], []
+    for batch in batched(items, batch_size):
+        inputs = prepare(batch)
+        mask = inputs["attention_mask"].bool()
+        hidden.append(retriever.hidden_states(inputs).cpu()[mask])  # (sum of the batch's tokens, H)
+        ids.append(inputs["input_ids"][mask].to(torch.int32))
+        lengths.append(mask.sum(1))
+    tensors = {"lengths": torch.cat(lengths)}
+    if kind == "images":
+        tensors["input_ids"] = torch.cat(ids)
+    flat = torch.cat(hidden)
+    if dtype == "int8":
+        tensors["hidden"], tensors["scales"] = quantise(flat)
+    else:
+        tensors["hidden"] = flat.to(DTYPES[dtype])
+    return tensors
+
+
+class FeatureStore(Encoder):
+    """A finished store that stands in for the retriever: the same tokens, without a backbone pass.
+
+    Args:
+        folder: made by `write_features`.
+        model: the model that the features must come from (its name in the settings).
+
+    Raises:
+        InputError: no manifest, another format, features of another model or processor.
+    """
+
+    def __init__(self, folder: str | Path, model: str, device: torch.device | str = "cpu") -> None:
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            raise InputError(f"{self.folder}: no manifest.json; finish the features with bash/features.sh (it goes on)")
+        self.manifest = read_json(path)
+        found = (self.manifest.get("format"), self.manifest.get("format_version"))
+        if found != (FORMAT, FORMAT_VERSION):
+            raise InputError(
+                f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {FORMAT} {FORMAT_VERSION}"
+            )
+        now = fingerprint(model)
+        for part in ("weights", "processor") if now else ():
+            if now[part] != self.manifest[part]:
+                raise InputError(
+                    f"{self.folder}: stale, its {part} are not those of {model!r}; "
+                    "compute the features anew in another folder"
+                )
+        if now is None:
+            print0(f"note: {model} is not on this machine, so {self.folder} is taken at its word")
+        tensors, _ = _map(self.folder / "base.safetensors")
+        super().__init__(
+            model,
+            Projector(tensors["weight"], tensors["bias"]),
+            self.manifest["grid"],
+            self.manifest["image_token_id"],
+            device,
+        )
+        self._places: dict[str, dict[str, tuple[int, int]]] = {"images": {}, "texts": {}}
+        self._shards: list[tuple[dict[str, Tensor], Tensor]] = []
+        for split, entry in self.manifest["splits"].items():
+            for kind in ("images", "texts"):
+                for shard in entry[kind]:
+                    tensors, names = _map(self.folder / split / shard["file"])
+                    starts = torch.cat([torch.zeros(1, dtype=torch.long), tensors["lengths"].cumsum(0)])
+                    for row, name in enumerate(names):
+                        self._places[kind].setdefault(name, (len(self._shards), row))
+                    self._shards.append((tensors, starts))
+
+    def _rows(self, kind: str, names: Sequence[str]) -> dict[str, Tensor]:
+        missing = [name for name in names if name not in self._places[kind]]
+        if missing:
+            raise InputError(
+                f"{self.folder}: no features of {missing[0]!r} ({kind}); it holds the splits "
+                f"{', '.join(self.manifest['splits'])}: run bash/features.sh for the one you need"
+            )
+        hidden, ids = [], []
+        for name in names:
+            shard, row = self._places[kind][name]
+            tensors, starts = self._shards[shard]
+            span = slice(int(starts[row]), int(starts[row + 1]))
+            part = tensors["hidden"][span]
+            hidden.append(part * tensors["scales"][span, None] if "scales" in tensors else part)
+            ids.append(
+                tensors["input_ids"][span].long() if kind == "images" else torch.zeros(len(part), dtype=torch.long)
+            )
+        pad = torch.nn.utils.rnn.pad_sequence
+        mask = pad([torch.ones(len(part), dtype=torch.long) for part in hidden], batch_first=True)
+        return {
+            "hidden": pad(hidden, batch_first=True),
+            "input_ids": pad(ids, batch_first=True),
+            "attention_mask": mask,
+        }
+
+    def record_inputs(self, records: Sequence[flickr.ImageRecord]) -> dict[str, Tensor]:
+        """Stored hidden states of images (B, N, H), right-padded, with token ids and mask."""
+        return self._rows("images", [record.image_id for record in records])
+
+    def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Stored hidden states of captions (B, M, H), right-padded, with mask."""
+        return self._rows("texts", texts)
+
+    def hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What `record_inputs` or `query_inputs` read, on the device."""
+        return inputs["hidden"].to(self.device)
+
+    def verify(self) -> int:
+        """Reads every shard and compares its checksum.
+
+        Returns:
+            Bytes read.
+
+        Raises:
+            InputError: names the first damaged file.
+        """
+        total = 0
+        for split, entry in self.manifest["splits"].items():
+            for shard in [*entry["images"], *entry["texts"]]:
+                path = self.folder / split / shard["file"]
+                if file_hash(path) != shard["sha256"]:
+                    raise InputError(
+                        f"{path}: contents differ from the manifest's checksum; remove it and run features again"
+                    )
+                total += path.stat().st_size
+        return total
+
+
+def _map(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """A shard's tensors, mapped from the file, and the names of its rows."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            stamp = (handle.metadata() or {}).get("stamp")
+            return tensors, json.loads(stamp)["names"] if stamp else []
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: not readable ({str(error)[:120]}); remove it and run features again") from None

@@ -1,0 +1,69 @@
+"""Computes the frozen hidden states of images and captions once, for training, caching and evaluation to read.
+
+    python scripts/features.py --data-root /data/flickr30k_entities --out features/colpali --splits train val test
+    torchrun --nproc-per-node 4 scripts/features.py ...
+    python scripts/features.py --verify --out features/colpali      (reads everything, compares checksums)
+
+Everything before the projection is frozen, so this replaces every later pass through the backbone: give the folder to
+training as data.features=DIR and to scripts/cache.py as --features DIR. Says what it will take and checks the disk
+first (Flickr30k-Entities with ColPali: about 130 GB in bfloat16, half in int8); run again, it goes on where it stopped.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from samer.config import InputError, load_config
+from samer.runtime import pick_device, print0, process_group, run
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder of the store")
+    parser.add_argument("--data-root", help="Flickr30k-Entities folder; Annotations are not needed")
+    parser.add_argument("--splits", nargs="+", default=["train", "val", "test"], help="default: train val test")
+    parser.add_argument("--batch-size", type=int, default=32, help="images and captions per forward pass (32)")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 or int8; default: as the model computes")
+    parser.add_argument("--limit-images", type=int, help="the first so many images of each split")
+    parser.add_argument("--device", default="auto", help="e.g. cpu, cuda:0; default: a GPU if there is one")
+    parser.add_argument("--verify", action="store_true", help="only check a finished store")
+    parser.add_argument("--config", help="YAML file with model settings")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=assets/retriever")
+    options = parser.parse_args(argv)
+    config = load_config(options.config, options.overrides)
+    device = pick_device(options.device)
+    import torch
+
+    from samer.colpali import Retriever
+    from samer.features import FeatureStore, write_features
+
+    if options.verify:
+        total = FeatureStore(options.out, config.model.name).verify()
+        print(f"{options.out}: {total / 1e9:.2f} GB read, every checksum holds")
+        return None
+    if not options.data_root:
+        raise InputError("--data-root is not set; give the Flickr30k-Entities folder")
+    with process_group():
+        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+        retriever = Retriever.load(
+            config.model.name, dtype=compute, device=device, local_files_only=config.model.local_files_only
+        )
+        entries = write_features(
+            options.out,
+            options.data_root,
+            options.splits,
+            retriever,
+            batch_size=options.batch_size,
+            dtype=options.dtype or str(compute).removeprefix("torch."),
+            limit_images=options.limit_images,
+        )
+        for split, entry in entries.items():
+            images, texts = (sum(shard["count"] for shard in entry[kind]) for kind in ("images", "texts"))
+            print0(f"{split}: {images:,} images, {texts:,} distinct captions -> {Path(options.out) / split}")
+    return entries
+
+
+if __name__ == "__main__":
+    run(main)

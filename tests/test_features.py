@@ -1,0 +1,377 @@
+"""The feature store: what is read equals what the model gives; nothing is lost by a kill; nothing stale is read."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from samer import features, flickr
+from samer.colpali import Retriever
+from samer.config import InputError, MergeConfig, ObjectsConfig, load_config
+from samer.features import FeatureStore, quantise, write_features
+from samer.train_data import CaptionDataset, Collator
+from samer.training import ProjectorModel, WindowSampler, train
+
+SPLITS = ["train", "val", "test"]
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def shards():
+    """Small shards, so that a world has several."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(features, "IMAGES_PER_SHARD", 4)
+    patch.setattr(features, "TEXTS_PER_SHARD", 16)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def store(shards, base, world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features") / "store"
+    write_features(folder, world, SPLITS, Retriever.load(str(base)), batch_size=4, dtype="float32")
+    return folder
+
+
+def test_stored_tokens_equal_the_models(store, base, world):
+    frozen, stored = Retriever.load(str(base)), FeatureStore(store, str(base))
+    for split in SPLITS:
+        records = flickr.load_split(world, split, boxes=False)
+        ours = stored.encode_images(stored.record_inputs(records))
+        theirs = frozen.encode_images(frozen.record_inputs(records))
+        torch.testing.assert_close(ours.tokens, theirs.tokens, atol=1e-5, rtol=0)
+        assert torch.equal(ours.coords, theirs.coords)
+        texts = [caption.text for record in records for caption in record.captions]
+        ours, theirs = (e.encode_queries(e.query_inputs(texts)) for e in (stored, frozen))
+        assert torch.equal(ours.mask.sum(1), theirs.mask.sum(1))
+        for mine, mask, other, other_mask in zip(ours.tokens, ours.mask, theirs.tokens, theirs.mask):
+            torch.testing.assert_close(mine[mask], other[other_mask], atol=1e-5, rtol=0)
+
+
+def test_texts_are_stored_once(store, world):
+    for split in SPLITS:
+        texts = [c.text for r in flickr.load_split(world, split, boxes=False) for c in r.captions]
+        entry = json.loads((store / "manifest.json").read_text())["splits"][split]
+        assert sum(shard["count"] for shard in entry["texts"]) == len(set(texts))
+
+
+def test_verify_reads_everything_and_names_a_damaged_shard(store, base, tmp_path):
+    size = sum(p.stat().st_size for p in store.glob("*/*.safetensors"))
+    assert FeatureStore(store, str(base)).verify() == size
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    victim = sorted(copy.glob("val/images-*.safetensors"))[0]
+    data = bytearray(victim.read_bytes())
+    data[-5] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(InputError, match=f"{victim}.*checksum"):
+        FeatureStore(copy, str(base)).verify()
+    victim.write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match=f"{victim}"):
+        FeatureStore(copy, str(base))
+
+
+def test_int8_error_is_bounded_by_half_a_step():
+    hidden = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 50)[:, None]
+    codes, scales = quantise(hidden)
+    assert codes.dtype == torch.int8
+    assert ((codes * scales[:, None] - hidden).abs() <= scales[:, None] * 0.5001).all()
+    assert torch.equal(scales, hidden.abs().amax(1) / 127)
+    assert torch.equal(quantise(torch.zeros(2, 4))[0], torch.zeros(2, 4, dtype=torch.int8))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.05)])
+def test_smaller_dtypes_stay_close(shards, base, world, store, tmp_path, dtype, tolerance):
+    write_features(tmp_path / "small", world, ["val"], Retriever.load(str(base)), batch_size=4, dtype=dtype)
+    records = flickr.load_split(world, "val", boxes=False)
+    exact, small = (FeatureStore(folder, str(base)) for folder in (store, tmp_path / "small"))
+    exact, small = (s.encode_images(s.record_inputs(records)).tokens for s in (exact, small))
+    assert 1e-6 < (exact - small).abs().max() < tolerance
+    bytes_of = lambda folder: sum(p.stat().st_size for p in (folder / "val").glob("images-*"))
+    assert bytes_of(tmp_path / "small") < 0.75 * bytes_of(store)
+
+
+KILLER = """
+import json, os, signal, sys, time
+sys.path.insert(0, {root!r})
+from samer import features
+from samer.colpali import Retriever
+features.IMAGES_PER_SHARD, features.TEXTS_PER_SHARD = 4, 16
+
+def write():  # in a child of its own, forked before torch starts a thread
+    started, finished = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(finished)
+        os.read(started, 1)  # the model is loaded, writing begins
+        return child
+    retriever = Retriever.load({base!r})
+    os.write(finished, b"!")
+    features.write_features({out!r}, {world!r}, ["train", "val", "test"], retriever, batch_size=4, dtype="float32")
+    os._exit(0)
+
+killed = 0
+for delay in {delays!r}:
+    child = write()
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    found = sum(name.endswith(".safetensors") for _, _, names in os.walk({out!r}) for name in names)
+    print(json.dumps([delay, found, os.path.exists({out!r} + "/manifest.json")]), flush=True)
+assert os.waitstatus_to_exitcode(os.waitpid(write(), 0)[1]) == 0
+print(json.dumps(killed))
+"""
+
+
+def test_ten_kills_lose_nothing(store, base, world, tmp_path):
+    """Killed again and again at random moments, then left to finish: byte-identical to the undisturbed store."""
+    root = str(features.__file__).rsplit("/samer/", 1)[0]
+    delays = torch.rand(10, generator=torch.Generator().manual_seed(3)).mul(0.15).tolist()
+    code = KILLER.format(root=root, base=str(base), out=str(tmp_path / "killed"), world=str(world), delays=delays)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
+    *moments, killed = map(json.loads, (line for line in done.stdout.splitlines() if line[0] in "[0123456789"))
+    assert killed >= 5  # the others were done before the signal came
+    assert [found for _, found, _ in moments] == sorted(found for _, found, _ in moments)  # nothing finished is lost
+    assert contents(tmp_path / "killed") == contents(store)
+
+
+def test_two_processes_write_the_same_store(base, world, tmp_path, command):
+    words = ["scripts/features.py", "--data-root", world, "--batch-size", "4", f"model.name={base}"]
+    one = command(sys.executable, *words, "--out", tmp_path / "one", env={"OMP_NUM_THREADS": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = command(*torchrun, *words, "--out", tmp_path / "two", env={"OMP_NUM_THREADS": "1"})
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert two.stdout.count("features of 26 images (70 tokens each)") == 1  # said once, beforehand
+    check = command(sys.executable, "scripts/features.py", "--verify", "--out", tmp_path / "two", f"model.name={base}")
+    assert "every checksum holds" in check.stdout
+
+
+def test_a_second_run_keeps_every_shard(store, shards, base, world):
+    before = {p: p.stat().st_mtime_ns for p in store.glob("*/*.safetensors")}
+    write_features(store, world, SPLITS, Retriever.load(str(base)), batch_size=4, dtype="float32")
+    assert {p: p.stat().st_mtime_ns for p in store.glob("*/*.safetensors")} == before
+
+
+def test_a_stale_store_is_refused_by_name(store, base, world, tmp_path):
+    changed = tmp_path / "changed"
+    shutil.copytree(base, changed)
+    tensors = load_file(changed / "model.safetensors")
+    name = next(key for key in tensors if "vision" in key and key.endswith("weight"))
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"{store}: stale, its weights are not those of '{changed}'"):
+        FeatureStore(store, str(changed))
+    with pytest.raises(InputError, match=rf"{store} holds features with weights="):
+        write_features(store, world, ["val"], Retriever.load(str(changed)), batch_size=4, dtype="float32")
+    other = tmp_path / "processor"
+    shutil.copytree(base, other)
+    settings = json.loads((other / "processor_config.json").read_text())
+    settings["image_processor"]["image_mean"] = [0.4, 0.5, 0.5]
+    (other / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="stale, its processor"):
+        FeatureStore(store, str(other))
+    with pytest.raises(InputError, match="holds features with dtype='float32', now 'int8'"):
+        write_features(store, world, ["val"], Retriever.load(str(base)), batch_size=4, dtype="int8")
+
+
+def test_bad_folders_are_refused(base, world, tmp_path):
+    with pytest.raises(InputError, match=r"no manifest\.json"):
+        FeatureStore(tmp_path, str(base))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="no feature store"):
+        write_features(tmp_path, world, ["val"], Retriever.load(str(base)), dtype="float32")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt"]
+
+
+def test_too_little_disk_is_said_beforehand(base, world, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000))
+    with pytest.raises(InputError, match=r"the disk has 0\.0 GB free"):
+        write_features(tmp_path / "store", world, ["val"], Retriever.load(str(base)), dtype="float32")
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def test_a_missing_split_is_named(shards, base, world, tmp_path):
+    write_features(tmp_path / "s", world, ["val"], Retriever.load(str(base)), batch_size=4, dtype="float32")
+    record = flickr.load_split(world, "test", boxes=False)[0]
+    with pytest.raises(InputError, match=f"no features of '{record.image_id}'.*holds the splits val"):
+        FeatureStore(tmp_path / "s", str(base)).record_inputs([record])
+
+
+# --- training from the store ----------------------------------------------------------------------------------------
+
+
+def settings(base, world, out, **changes):
+    words = {
+        "data.root": world,
+        "model.name": base,
+        "merge.num_regions": 8,
+        "train.output_dir": out,
+        "train.train_batch_size": 10,
+        "train.grad_accum_steps": 1,
+        "train.num_train_epochs": 2,
+        "train.learning_rate": 1e-3,
+        "train.bf16": "false",
+        "train.logging_steps": 1,
+        "train.dataloader_num_workers": 0,
+        **changes,
+    }
+    return load_config(None, [f"{key}={value}" for key, value in words.items()])
+
+
+def losses(out):
+    return [entry["loss"] for entry in json.loads((out / "history.json").read_text()) if "loss" in entry]
+
+
+def test_training_from_the_store_gives_the_same_curve(store, base, world, tmp_path):
+    pixels = train(settings(base, world, tmp_path / "pixels"))
+    stored = train(settings(base, world, tmp_path / "stored", **{"data.features": store}))
+    assert pixels.steps == stored.steps == 12
+    torch.testing.assert_close(
+        torch.tensor(losses(tmp_path / "pixels")), torch.tensor(losses(tmp_path / "stored")), atol=1e-4, rtol=0
+    )
+    assert pixels.validation == pytest.approx(stored.validation, abs=1e-6)
+
+
+def test_the_index_from_the_store_equals_the_one_from_pixels(store, base, world, tmp_path, script):
+    cache = script("cache")
+    words = ["--data-root", world, "--splits", "test", f"model.name={base}", "merge.num_regions=8"]
+    for name, more in (("pixels", []), ("stored", ["--features", store])):
+        folder = ["--cache-dir", tmp_path / name, "--batch-size", 4, "--cache-dtype", "float32"]
+        cache.main([str(word) for word in (*folder, *more, *words)])
+    from samer.cache_io import Cache
+
+    ours, theirs = (Cache(tmp_path / name).scores("test")[0] for name in ("stored", "pixels"))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def batch_loss(model, batch):
+    model.zero_grad()
+    loss = model(**batch)["loss"]
+    loss.backward()
+    return loss.detach(), model.embedding_proj_layer.weight.grad.clone(), model.embedding_proj_layer.bias.grad.clone()
+
+
+def test_chunked_loss_and_gradients_equal_the_plain_ones(store, base, world, monkeypatch):
+    from samer import training
+
+    stored = FeatureStore(store, str(base))
+    dataset = CaptionDataset(flickr.load_split(world, "train", boxes=True))
+    batch = Collator(stored, ObjectsConfig())([dataset[k] for k in range(50)])
+    model = ProjectorModel(stored, MergeConfig(num_regions=8), 0.07, gather_negatives=True)
+    plain = batch_loss(model, batch)
+    calls = []
+    original = training.checkpoint
+    monkeypatch.setattr(training, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(training, "CHUNK_ELEMENTS", 60_000)
+    chunked = batch_loss(model, batch)
+    assert len(calls) > 4  # it was cut
+    for ours, theirs in zip(chunked, plain):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_budgets_train_together(store, base, world, tmp_path):
+    stored = FeatureStore(store, str(base))
+    dataset = CaptionDataset(flickr.load_split(world, "train", boxes=True))
+    batch = Collator(stored, ObjectsConfig())([dataset[k] for k in range(10)])
+    singles = [batch_loss(ProjectorModel(stored, MergeConfig(num_regions=k), 0.07, True), batch) for k in (4, 8, 16)]
+    nested = batch_loss(ProjectorModel(stored, MergeConfig(num_regions=16), 0.07, True, budgets=(4, 8, 16)), batch)
+    for position, ours in enumerate(nested):
+        mean = torch.stack([single[position] for single in singles]).mean(0)
+        torch.testing.assert_close(ours, mean, atol=1e-6, rtol=1e-5)
+    config = settings(base, world, tmp_path / "run", **{"merge.num_regions": "[4, 8]", "data.features": store})
+    assert (config.merge.num_regions, config.train.budgets) == (8, (4, 8))
+    train(config)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["merge"]["num_regions"] == 8
+
+
+def test_the_best_epoch_is_kept_and_training_stops_early(store, base, world, tmp_path, monkeypatch):
+    from samer import evaluation, training
+
+    script = iter([30.0, 50.0, 40.0, 45.0, 60.0])
+    seen = []
+
+    def fake(retriever, records, merge, *, batch_size):
+        seen.append(retriever.current_projector().hash)
+        value = next(script)
+        return {"r@1": value, "r@5": value, "r@10": value}
+
+    monkeypatch.setattr(evaluation, "evaluate_records", fake)
+    more = {"data.features": store, "train.select_best": "true", "train.early_stop_patience": 2}
+    result = training.train(settings(base, world, tmp_path / "run", **more, **{"train.num_train_epochs": 5}))
+    assert len(seen) == 4  # 50 was the best; two epochs without a better one end it
+    assert result.validation["r@1"] == 50.0
+    stored = FeatureStore(store, str(base))
+    from samer.colpali import load_projector
+
+    assert load_projector(tmp_path / "run", stored).hash == seen[1]
+
+
+def test_the_sampler_reads_each_image_in_one_window(world, monkeypatch):
+    from samer import training
+
+    dataset = CaptionDataset(flickr.load_split(world, "train", boxes=False))
+    plain = list(WindowSampler(dataset, seed=1))
+    assert sorted(plain) == list(range(len(dataset)))
+    monkeypatch.setattr(training, "WINDOW_IMAGES", 3)
+    sampler = WindowSampler(dataset, seed=1)
+    order = list(sampler)
+    assert sorted(order) == list(range(len(dataset)))
+    assert order == list(sampler)
+    windows = [{dataset[k].image for k in order[start : start + 15]} for start in range(0, len(order), 15)]
+    assert [len(window) for window in windows] == [3, 3, 3, 3]
+    assert not set.intersection(*windows)
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+    assert list(WindowSampler(dataset, seed=2)) != order
+
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import torch
+from samer.colpali import Encoder, Projector
+from samer.config import MergeConfig
+from samer.training import ProjectorModel
+torch.manual_seed(0)
+captions, tokens, hidden, words = 1024, 262, 128, 40
+
+class Random(Encoder):
+    def hidden_states(self, inputs):
+        return inputs["hidden"]
+
+frozen = Random("random", Projector(torch.randn(64, hidden) / hidden**0.5, torch.zeros(64)), 16, 7, "cpu")
+ids = torch.full((captions, tokens), 7)
+ids[:, 256:] = 1
+full = lambda rows: torch.ones(captions, rows, dtype=torch.long)
+batch = {{
+    "image_inputs": {{
+        "hidden": torch.randn(captions, tokens, hidden), "input_ids": ids, "attention_mask": full(tokens)
+    }},
+    "query_inputs": {{"hidden": torch.randn(captions, words, hidden), "attention_mask": full(words)}},
+    "image_of": torch.arange(captions),
+    "image_numbers": torch.arange(captions),
+    "labels": torch.randint(0, 4, (captions, tokens)),
+}}
+model = ProjectorModel(frozen, MergeConfig(num_regions=16), 0.07, True)
+model(**batch)["loss"].backward()
+assert model.embedding_proj_layer.weight.grad.isfinite().all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+
+
+def test_a_batch_of_1024_captions_trains_within_4_gb():
+    root = str(features.__file__).rsplit("/samer/", 1)[0]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY.format(root=root)], capture_output=True, text=True, env={**os.environ}, check=True
+    )
+    assert float(done.stdout) < 4.0
