@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import ColPaliForRetrieval, ColPaliProcessor, PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
+from samer import flickr
 from samer.config import InputError, MergeConfig
 from samer.coords import visual_coords
-from samer.flickr import ImageRecord, load_image
 from samer.runtime import atomic_path, read_json, write_json
 from samer.tokens import QueryTokens, VisualTokens
 
@@ -64,7 +64,7 @@ class Encoder:
         self.projector = nn.Linear(base.weight.shape[1], base.weight.shape[0])
         self.use_projector(base)
 
-    def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
+    def record_inputs(self, records: Sequence[flickr.ImageRecord]) -> dict[str, Tensor]:
         """What `hidden_states` needs of a batch of images; has `input_ids` and `attention_mask` (B, N)."""
         raise NotImplementedError
 
@@ -214,9 +214,9 @@ class Retriever(Encoder):
         model.vlm.to(dtype)  # the projection keeps its stored values, so its hash does not depend on dtype
         return cls(model.to(device), processor, name)
 
-    def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
+    def record_inputs(self, records: Sequence[flickr.ImageRecord]) -> dict[str, Tensor]:
         """Loads and prepares a batch of images, everything the model needs."""
-        return self.image_inputs([load_image(record.image_path) for record in records])
+        return self.image_inputs([flickr.load_image(record.image_path) for record in records])
 
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Everything the model needs of a batch of RGB images; labels, which retrieval has no use for, are left out."""

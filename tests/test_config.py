@@ -82,7 +82,7 @@ def test_whole_numbers(write, written, value):
         ("merge", "num_regions", "3.5", "a whole number"),
         ("merge", "num_regions", "true", "a whole number"),
         ("merge", "num_regions", "'64'", "a whole number"),
-        ("merge", "num_regions", "[64]", "a whole number"),
+        ("merge", "cluster_iters", "[64]", "a whole number"),
         ("merge", "num_regions", ".inf", "a whole number"),
         ("merge", "num_regions", "-.inf", "a whole number"),
         ("merge", "num_regions", ".nan", "a whole number"),
@@ -344,3 +344,16 @@ def test_a_key_given_twice_is_refused(tmp_path):
 @pytest.mark.parametrize("text", ["/data/a: b", "[x]", "2024", "yes", "~/flickr", "#1"])
 def test_text_overrides_stay_as_typed(text):
     assert load_config(None, [f"data.root={text}"]).data.root == text
+
+
+def test_a_list_of_budgets_trains_them_together(write):
+    config = load_config(write("merge: {num_regions: [16, 64, 32]}\n"))
+    assert (config.merge.num_regions, config.train.budgets) == (64, (16, 64, 32))
+    assert load_config(write(dump_config(config))) == config
+    assert load_config(None, ["merge.num_regions=[4, 8]"]).train.budgets == (4, 8)
+    assert load_config(None, ["merge.num_regions=8"]).train.budgets == ()
+
+
+@pytest.mark.parametrize("text", ["[]", "[a]", "[1.5]", "[true]", "[[64]]", "[0]"])
+def test_bad_budgets_are_refused(text):
+    assert "merge.num_regions" in refuse(None, [f"merge.num_regions={text}"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from samer import flickr, train_data
+from samer import flickr
 from samer.config import InputError, ObjectsConfig
 from samer.flickr import Caption, ImageRecord, Phrase
 from samer.train_data import CaptionDataset, Collator, Row, batched, caption_boxes
@@ -115,8 +115,8 @@ def test_a_chain_named_twice_counts_once():
 
 def test_an_image_is_prepared_once_however_many_captions_it_has(collator, records, monkeypatch):
     opened = []
-    load = train_data.load_image
-    monkeypatch.setattr(train_data, "load_image", lambda path: opened.append(path) or load(path))
+    load = flickr.load_image
+    monkeypatch.setattr(flickr, "load_image", lambda path: opened.append(path) or load(path))
     pick = [(3, 0), (1, 2), (3, 4), (0, 1), (1, 0), (3, 1)]
     rows = [Row(image, records[image], records[image].captions[caption]) for image, caption in pick]
     batch = collator(rows)
