@@ -5,12 +5,13 @@ Shape letters: B rows of this process, W processes.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,18 @@ def file_hash(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def split_words(parser: argparse.ArgumentParser, splits: Sequence[str], overrides: Sequence[str]):
+    """Splits and overrides told apart: section.key=value right after --splits is taken for a split by argparse.
+
+    Returns:
+        (split names, overrides); no split left is a usage error.
+    """
+    names = [word for word in splits if "=" not in word]
+    if not names:
+        parser.error("argument --splits: expected at least one split")
+    return names, [*(word for word in splits if "=" in word), *overrides]
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import InputError, load_config
-from samer.runtime import pick_device, print0, process_group, read_json, run
+from samer.runtime import pick_device, print0, process_group, read_json, run, split_words
 
 
 def main(argv=None):
@@ -33,11 +33,7 @@ def main(argv=None):
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
-    splits = [word for word in options.splits if "=" not in word]
-    # overrides that follow --splits at once are taken for splits
-    overrides = [*(word for word in options.splits if "=" in word), *options.overrides]
-    if not splits:
-        parser.error("argument --splits: expected at least one split")
+    splits, overrides = split_words(parser, options.splits, options.overrides)
     if options.adapter_path and not Path(options.adapter_path).exists():
         raise InputError(f"{options.adapter_path}: no such projector; name the folder that scripts/train.py wrote")
     if options.adapter_path and not options.config and (Path(options.adapter_path) / "projector.safetensors").is_file():

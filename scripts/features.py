@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import InputError, load_config
-from samer.runtime import pick_device, print0, process_group, run
+from samer.runtime import pick_device, print0, process_group, run, split_words
 
 
 def main(argv=None):
@@ -32,7 +32,8 @@ def main(argv=None):
     parser.add_argument("--config", help="YAML file with model settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=assets/retriever")
     options = parser.parse_args(argv)
-    config = load_config(options.config, options.overrides)
+    splits, overrides = split_words(parser, options.splits, options.overrides)
+    config = load_config(options.config, overrides)
     device = pick_device(options.device)
     import torch
 
@@ -53,7 +54,7 @@ def main(argv=None):
         entries = write_features(
             options.out,
             options.data_root,
-            options.splits,
+            splits,
             retriever,
             batch_size=options.batch_size,
             dtype=options.dtype or str(compute).removeprefix("torch."),
