@@ -99,7 +99,8 @@ class ProjectorModel(nn.Module):
             config: MergeConfig, use_labels: bool, rows: Tensor, row_labels: Tensor
         ) -> tuple[Tensor, MergedTokens]:
             distinct, place = rows.unique(return_inverse=True)
-            tokens = self.project(image_hidden[distinct])[place]  # (b, N, D)
+            hidden = image_hidden if len(distinct) == len(image_hidden) else image_hidden[distinct]
+            tokens = self.project(hidden).index_select(0, place)  # (b, N, D)
             return tokens, merge_tokens(
                 tokens,
                 coords[rows],
