@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the compressed index; reads no box file. Variables (default) and any section.key=value override:
+# Builds the compressed index; reads no box file. Variables (default) and any flag or section.key=value override:
 #   DATA_ROOT (required)   ADAPTER_PATH (empty: projection untouched)   CACHE_DIR (outputs/flickr_samer_k64)
 #   SPLITS ("val test")   BATCH_SIZE (32)   CACHE_DTYPE (bfloat16)   NPROC_PER_NODE (1; more: torchrun)
 #   FEATURES_DIR (empty: encode the images; else a store made by bash/features.sh)
@@ -12,4 +12,4 @@ prepare requirements.txt
 # shellcheck disable=SC2086
 launch scripts/cache.py --data-root "$DATA_ROOT" --adapter-path "${ADAPTER_PATH:-}" \
     --cache-dir "${CACHE_DIR:-outputs/flickr_samer_k64}" --batch-size "${BATCH_SIZE:-32}" \
-    --cache-dtype "${CACHE_DTYPE:-bfloat16}" --features "${FEATURES_DIR:-}" --splits ${SPLITS:-val test} -- "$@"
+    --cache-dtype "${CACHE_DTYPE:-bfloat16}" --features "${FEATURES_DIR:-}" --splits ${SPLITS:-val test} "$@"

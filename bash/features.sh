@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Computes the frozen hidden states once. Variables (default) and any section.key=value override:
+# Computes the frozen hidden states once. Variables (default) and any flag or section.key=value override:
 #   DATA_ROOT (required)   FEATURES_DIR (features/flickr_colpali)   SPLITS ("train val test")   BATCH_SIZE (32)
 #   FEATURES_DTYPE (as the model computes: bfloat16 on a GPU)   NPROC_PER_NODE (1; more: torchrun)
 # Then: DATA_ROOT=... bash bash/train.sh data.features=features/flickr_colpali
@@ -10,4 +10,4 @@ prepare requirements.txt
 # SPLITS is a list of words on purpose
 # shellcheck disable=SC2086
 launch scripts/features.py --data-root "$DATA_ROOT" --out "${FEATURES_DIR:-features/flickr_colpali}" \
-    --batch-size "${BATCH_SIZE:-32}" ${FEATURES_DTYPE:+--dtype "$FEATURES_DTYPE"} --splits ${SPLITS:-train val test} -- "$@"
+    --batch-size "${BATCH_SIZE:-32}" ${FEATURES_DTYPE:+--dtype "$FEATURES_DTYPE"} --splits ${SPLITS:-train val test} "$@"

@@ -5,8 +5,10 @@
     DIR/<split>/queries-00000.safetensors   tokens (sum M, D), lengths (q,), image (q,); valid tokens only
     in each shard's header, one key "samer": what it was made from, its manifest entry, a checksum of its tensors
 
-No pickle anywhere; a reader maps the files. Bytes depend on the input, the projector and the batch size only, not on
-the number of processes, nor on when it was made. Shape letters: I images, K regions, D embedding, Q queries, M tokens.
+No pickle anywhere; a reader maps the files. Bytes depend on the input, where its hidden states come from, the projector
+and the batch size only, not on the number of processes, nor on when it was made.
+
+Shape letters: I images, K regions, D embedding, Q queries, M tokens.
 """
 
 from __future__ import annotations
@@ -86,6 +88,7 @@ def build_cache(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "base_projector": retriever.base_projector.hash,
+        "hidden_states": retriever.source,
         "projector": retriever.current_projector().hash,
         "merge": asdict(merge),
         "dtype": dtype,

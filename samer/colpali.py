@@ -57,6 +57,7 @@ class Encoder:
 
     def __init__(self, name: str, base: Projector, grid: int, image_token_id: int, device: torch.device | str) -> None:
         self.name = name
+        self.source: dict[str, str] = {}  # where hidden states come from, as an index records it
         self.base_projector = base
         self.grid = grid
         self.image_token_id = image_token_id
@@ -162,6 +163,7 @@ class Retriever(Encoder):
             model.config.vlm_config.image_token_id,
             model.device,
         )
+        self.source = {"computed_in": str(model.dtype).removeprefix("torch."), "stored_in": "nothing"}
         ours, theirs = self.image_token_id, processor.image_token_id
         if ours != theirs:
             raise InputError(

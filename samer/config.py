@@ -158,6 +158,13 @@ class Config:
     objects: ObjectsConfig = field(default_factory=ObjectsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        budgets = self.train.budgets
+        rule = "the largest of train.budgets; give the list as merge.num_regions instead"
+        _require(
+            not budgets or max(budgets) == self.merge.num_regions, "merge.num_regions", rule, self.merge.num_regions
+        )
+
 
 def _coerce(value: Any, kind: Any, key: str) -> Any:
     """`value` as type `kind`, or InputError; numbers written as text (PyYAML reads 5e-5 so) are read as numbers."""
@@ -249,7 +256,9 @@ def _spread_budgets(values: Any) -> Any:
         return values
     if not regions or not all(isinstance(k, int) and not isinstance(k, bool) for k in regions):
         raise InputError(f"merge.num_regions must be a whole number or a list of them; it is {regions!r}")
-    train = {**(values.get("train") or {}), "budgets": regions}
+    train = values.get("train") or {}
+    if isinstance(train, dict):  # else it is refused by name when the settings are built
+        train = {**train, "budgets": regions}
     return {**values, "merge": {**merge, "num_regions": max(regions)}, "train": train}
 
 
@@ -284,6 +293,8 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
             except yaml.YAMLError:
                 raise InputError(f"override {override!r}: the value is not valid YAML") from None
         values[section] = {**(values.get(section) or {}), name: value}
+        if key == "merge.num_regions" and isinstance(values.get("train"), dict):
+            values["train"] = {k: v for k, v in values["train"].items() if k != "budgets"}  # it replaces a list too
     values = _spread_budgets(values)
     # the overrides are checked together: a range may hold only with the file's value or another override's
     return _build(Config, values, " ".join([f"{where} with", *overrides]) if overrides else where)

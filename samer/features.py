@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 IMAGES_PER_SHARD = 128  # 540 MB at 1,030 x 2,048 bfloat16: what a kill can cost, and what one process holds
 TEXTS_PER_SHARD = 4096
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def quantise(hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,11 +66,14 @@ def fingerprint(name: str) -> dict[str, str] | None:
             folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.json", "*.safetensors"]))
         except (LocalEntryNotFoundError, HFValidationError, OSError):
             return None
+    index = folder / "model.safetensors.index.json"
+    weights = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
     result = {}
-    for part, files in (("weights", folder.glob("*.safetensors")), ("processor", folder.glob("*.json"))):
+    for part, names in (("weights", ["config.json", *weights]), ("processor", PROCESSOR_FILES)):
         digest = hashlib.sha256()
-        for file in sorted(files):
-            digest.update(f"{file.name}\n{file_hash(file)}\n".encode())
+        for file in (folder / name for name in names):
+            if file.is_file():
+                digest.update(f"{file.name}\n{file_hash(file)}\n".encode())
         result[part] = digest.hexdigest()
     return result
 
@@ -112,7 +116,7 @@ def write_features(
         raise InputError(f"splits {' '.join(splits)}: a split is named twice")
     stamp = _stamp(retriever, dtype)
     records = {split: flickr.load_split(data_root, split, boxes=False, limit_images=limit_images) for split in splits}
-    manifest = _open_for_writing(folder, stamp)
+    manifest = _open_for_writing(folder, stamp, retriever.name)
     _announce(folder, records, retriever, dtype)
     if rank() == 0:
         for stray in folder.glob("**/.*.tmp"):  # what a killed writer left
@@ -160,7 +164,7 @@ def _stamp(retriever: Retriever, dtype: str) -> dict:
     }
 
 
-def _open_for_writing(folder: Path, stamp: dict) -> dict:
+def _open_for_writing(folder: Path, stamp: dict, base_model: str) -> dict:
     path = folder / "manifest.json"
     if path.is_file():
         manifest = read_json(path)
@@ -171,13 +175,10 @@ def _open_for_writing(folder: Path, stamp: dict) -> dict:
                     "name another folder, or remove it to compute them anew"
                 )
         return manifest
-    if folder.exists() and any(
-        not entry.is_dir() and entry.name != "base.safetensors"
-        for entry in folder.iterdir()
-        if not entry.name.startswith(".")
-    ):
-        raise InputError(f"{folder} holds files that are no feature store; name another folder")
-    return {**stamp, "splits": {}}
+    foreign = lambda entry: not (entry.is_dir() or entry.name == "base.safetensors" or entry.name.startswith("."))
+    if folder.exists() and (not folder.is_dir() or any(map(foreign, folder.iterdir()))):
+        raise InputError(f"{folder} is or holds what is no feature store; name another folder")
+    return {**stamp, "base_model": base_model, "splits": {}}
 
 
 def _announce(folder: Path, records: dict[str, list], retriever: Retriever, dtype: str) -> None:
@@ -268,17 +269,8 @@ class FeatureStore(Encoder):
     """
 
     def __init__(self, folder: str | Path, model: str, device: torch.device | str = "cpu") -> None:
-        self.folder = Path(folder)
-        path = self.folder / "manifest.json"
-        if not path.is_file():
-            raise InputError(f"{self.folder}: no manifest.json; finish the features with bash/features.sh (it goes on)")
-        self.manifest = read_json(path)
-        found = (self.manifest.get("format"), self.manifest.get("format_version"))
-        if found != (FORMAT, FORMAT_VERSION):
-            raise InputError(
-                f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {FORMAT} {FORMAT_VERSION}"
-            )
         now = fingerprint(model)
+        self._open(Path(folder), model, device)
         for part in ("weights", "processor") if now else ():
             if now[part] != self.manifest[part]:
                 raise InputError(
@@ -286,15 +278,38 @@ class FeatureStore(Encoder):
                     "compute the features anew in another folder"
                 )
         if now is None:
-            print0(f"note: {model} is not on this machine, so {self.folder} is taken at its word")
+            made = self.manifest["base_model"]
+            print0(f"note: {model} is not on this machine, so {self.folder} is taken at its word (made with {made})")
+
+    def __getstate__(self) -> tuple[Path, str]:
+        return self.folder, self.name  # a data loader's worker maps the files again; nothing is copied to it
+
+    def __setstate__(self, state: tuple[Path, str]) -> None:
+        self._open(*state, "cpu")
+
+    def _open(self, folder: Path, model: str, device: torch.device | str) -> None:
+        self.folder = folder
+        path = folder / "manifest.json"
+        if not path.is_file():
+            raise InputError(f"{folder}: no manifest.json; finish the features with bash/features.sh (it goes on)")
+        self.manifest = read_json(path)
+        found = (self.manifest.get("format"), self.manifest.get("format_version"))
+        if found != (FORMAT, FORMAT_VERSION):
+            raise InputError(
+                f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {FORMAT} {FORMAT_VERSION}"
+            )
+        try:
+            self._map_all(model, device)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: lacks or misstates {error}; it is damaged, compute the features anew") from None
+
+    def _map_all(self, model: str, device: torch.device | str) -> None:
         tensors, _ = _map(self.folder / "base.safetensors")
-        super().__init__(
-            model,
-            Projector(tensors["weight"], tensors["bias"]),
-            self.manifest["grid"],
-            self.manifest["image_token_id"],
-            device,
-        )
+        base = Projector(tensors["weight"], tensors["bias"])
+        if base.hash != self.manifest["base_projector"]:
+            raise InputError(f"{self.folder / 'base.safetensors'}: differs from the manifest's hash; it is damaged")
+        super().__init__(model, base, self.manifest["grid"], self.manifest["image_token_id"], device)
+        self.source = {"computed_in": self.manifest["computed_in"], "stored_in": self.manifest["dtype"]}
         self._places: dict[str, dict[str, tuple[int, int]]] = {"images": {}, "texts": {}}
         self._shards: list[tuple[dict[str, Tensor], Tensor]] = []
         for split, entry in self.manifest["splits"].items():
@@ -313,23 +328,19 @@ class FeatureStore(Encoder):
                 f"{self.folder}: no features of {missing[0]!r} ({kind}); it holds the splits "
                 f"{', '.join(self.manifest['splits'])}: run bash/features.sh for the one you need"
             )
-        hidden, ids = [], []
+        parts: dict[str, list[Tensor]] = {}
         for name in names:
             shard, row = self._places[kind][name]
             tensors, starts = self._shards[shard]
             span = slice(int(starts[row]), int(starts[row + 1]))
-            part = tensors["hidden"][span]
-            hidden.append(part * tensors["scales"][span, None] if "scales" in tensors else part)
-            ids.append(
-                tensors["input_ids"][span].long() if kind == "images" else torch.zeros(len(part), dtype=torch.long)
-            )
-        pad = torch.nn.utils.rnn.pad_sequence
-        mask = pad([torch.ones(len(part), dtype=torch.long) for part in hidden], batch_first=True)
-        return {
-            "hidden": pad(hidden, batch_first=True),
-            "input_ids": pad(ids, batch_first=True),
-            "attention_mask": mask,
-        }
+            for key in ("hidden", "scales", "input_ids"):
+                if key in tensors:
+                    parts.setdefault(key, []).append(tensors[key][span])
+            parts.setdefault("attention_mask", []).append(torch.ones(span.stop - span.start, dtype=torch.long))
+        rows = {key: torch.nn.utils.rnn.pad_sequence(row, batch_first=True) for key, row in parts.items()}
+        if "input_ids" in rows:
+            rows["input_ids"] = rows["input_ids"].long()
+        return rows
 
     def record_inputs(self, records: Sequence[flickr.ImageRecord]) -> dict[str, Tensor]:
         """Stored hidden states of images (B, N, H), right-padded, with token ids and mask."""
@@ -341,7 +352,8 @@ class FeatureStore(Encoder):
 
     def hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
         """What `record_inputs` or `query_inputs` read, on the device."""
-        return inputs["hidden"].to(self.device)
+        hidden = inputs["hidden"].to(self.device)
+        return hidden * inputs["scales"].to(self.device)[..., None] if "scales" in inputs else hidden
 
     def verify(self) -> int:
         """Reads every shard and compares its checksum.

@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from samer import evaluation, flickr
 from samer.colpali import Encoder, Projector, Retriever, load_projector, save_projector
-from samer.config import Config, InputError, MergeConfig, dump_config, load_config
+from samer.config import Config, InputError, MergeConfig, TrainConfig, dump_config, load_config
 from samer.features import FeatureStore
 from samer.losses import multi_positive_t2i_loss
 from samer.merging import merge_tokens
@@ -85,8 +85,8 @@ class ProjectorModel(nn.Module):
     ) -> dict[str, Tensor]:
         """The loss of METHOD section 4 for one `Collator` batch; each caption's image is merged with its own labels.
 
-        Memory is bounded for any batch: what does not fit `CHUNK_ELEMENTS` is computed in slices, and again in the
-        backward pass.
+        Merging and scoring take bounded memory for any batch: what does not fit `CHUNK_ELEMENTS` is computed in slices,
+        and again in the backward pass. The batch's hidden states themselves are held whole.
         """
         image_hidden = self.retriever.hidden_states(image_inputs)  # (U, N, H), each distinct image once
         query_hidden = self.retriever.hidden_states(query_inputs)  # (B, M, H)
@@ -245,6 +245,7 @@ class SamerTrainer(Trainer):
         if settings.early_stop_patience is not None and since >= settings.early_stop_patience:
             print0(f"validation R@1 has not improved in {since} evaluations; stopping")
             self.control.should_training_stop = True
+            self.control.should_save = True  # the end of the run, as max_steps would be
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
@@ -308,6 +309,9 @@ def train(config: Config) -> TrainResult:
         raise InputError("data.root is not set; give the Flickr30k-Entities folder as data.root=DIR (DATA_ROOT=DIR)")
     arguments = _arguments(config)
     _check_output(output, config)
+    if settings.resume and (output / "history.json").is_file() and (output / "projector.safetensors").is_file():
+        print0(f"{output} holds this run, finished; nothing is left to train")
+        return _result(output, json.loads((output / "history.json").read_text(encoding="utf-8")), settings, 0.0)
     records = flickr.load_split(
         config.data.root, config.data.train_split, boxes=True, limit_images=config.data.limit_train_images
     )
@@ -351,7 +355,7 @@ def train(config: Config) -> TrainResult:
     trainer.remove_callback(PrinterCallback)
     checkpoint = _last_checkpoint(output) if settings.resume else None
     started = time.monotonic()
-    if checkpoint is not None and (_is_finished(checkpoint) or (output / "history.json").is_file()):
+    if checkpoint is not None and _is_finished(checkpoint):
         print0(f"{checkpoint} is the end of this run; nothing is left to train")
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._load_from_checkpoint(str(checkpoint))
@@ -368,17 +372,23 @@ def train(config: Config) -> TrainResult:
         save_projector(output, best or model.projector(), retriever, config.merge)
         with atomic_path(output / "history.json") as temporary:
             temporary.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
-    evaluations = [entry for entry in trainer.state.log_history if "eval_r@1" in entry]
+    return _result(output, trainer.state.log_history, settings, seconds)
+
+
+def _result(output: Path, history: list[dict], settings: TrainConfig, seconds: float) -> TrainResult:
+    evaluations = [entry for entry in history if "eval_r@1" in entry]
     final = evaluations[-1] if evaluations else {}
     if settings.select_best and evaluations:
         final = max(evaluations, key=lambda entry: entry["eval_r@1"])  # the first of equals, as in best/
         print0(f"keeping the projector of step {final['step']}, validation R@1 {final['eval_r@1']:.1f}")
     metrics = {name.removeprefix("eval_"): value for name, value in final.items() if name.startswith("eval_")}
-    return TrainResult(output, trainer.state.global_step, seconds, metrics)
+    return TrainResult(output, max(entry["step"] for entry in history), seconds, metrics)
 
 
 def _arguments(config: Config) -> TrainingArguments:
     settings = config.train
+    # a batch of stored features is large and quick to read: few workers, none far ahead
+    workers = min(settings.dataloader_num_workers, 2) if config.data.features else settings.dataloader_num_workers
     try:
         arguments = TrainingArguments(
             output_dir=settings.output_dir,
@@ -395,8 +405,9 @@ def _arguments(config: Config) -> TrainingArguments:
             seed=settings.seed,
             data_seed=settings.seed,
             report_to=settings.report_to,
-            dataloader_num_workers=settings.dataloader_num_workers,
-            dataloader_persistent_workers=settings.dataloader_num_workers > 0,
+            dataloader_num_workers=workers,
+            dataloader_persistent_workers=workers > 0,
+            dataloader_prefetch_factor=1 if config.data.features and workers else None,
             dataloader_pin_memory=torch.cuda.is_available(),
             logging_steps=settings.logging_steps,
             logging_nan_inf_filter=False,

@@ -201,6 +201,7 @@ def test_the_manifest_says_what_it_is_made_of_and_nothing_else(made, frozen, bas
         "format": "samer_cache",
         "format_version": 1,
         "base_projector": frozen.base_projector.hash,
+        "hidden_states": {"computed_in": "float32", "stored_in": "nothing"},
         "projector": frozen.base_projector.hash,
         "merge": {
             "num_regions": 8,

@@ -357,3 +357,12 @@ def test_a_list_of_budgets_trains_them_together(write):
 @pytest.mark.parametrize("text", ["[]", "[a]", "[1.5]", "[true]", "[[64]]", "[0]"])
 def test_bad_budgets_are_refused(text):
     assert "merge.num_regions" in refuse(None, [f"merge.num_regions={text}"])
+
+
+def test_a_single_budget_replaces_a_list(write):
+    path = write("merge: {num_regions: [16, 32]}\n")
+    assert load_config(path, ["merge.num_regions=64"]).train.budgets == ()
+    written = write(dump_config(load_config(path)))
+    assert load_config(written, ["merge.num_regions=8"]) == load_config(None, ["merge.num_regions=8"])
+    assert "train.budgets" in refuse(None, ["train.budgets=[16, 32]"])
+    assert "train must be a mapping" in refuse(write("merge: {num_regions: [16, 32]}\ntrain: 3\n"))

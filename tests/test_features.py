@@ -184,10 +184,14 @@ def test_a_stale_store_is_refused_by_name(store, base, world, tmp_path):
 
 
 def test_bad_folders_are_refused(base, world, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="what is no feature store"):
+        write_features(tmp_path / "file", world, ["val"], Retriever.load(str(base)), dtype="float32")
+    (tmp_path / "file").unlink()
     with pytest.raises(InputError, match=r"no manifest\.json"):
         FeatureStore(tmp_path, str(base))
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="no feature store"):
+    with pytest.raises(InputError, match="what is no feature store"):
         write_features(tmp_path, world, ["val"], Retriever.load(str(base)), dtype="float32")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt"]
 
@@ -314,6 +318,54 @@ def test_the_best_epoch_is_kept_and_training_stops_early(store, base, world, tmp
     from samer.colpali import load_projector
 
     assert load_projector(tmp_path / "run", stored).hash == seen[1]
+
+
+def test_an_early_stopped_run_stays_finished(store, base, world, tmp_path, monkeypatch):
+    from samer import evaluation, training
+
+    script = iter([50.0, 40.0])
+    fake = lambda *_, **__: dict.fromkeys(("r@1", "r@5", "r@10"), next(script))
+    monkeypatch.setattr(evaluation, "evaluate_records", fake)
+    changes = {"data.features": store, "train.early_stop_patience": 1, "train.num_train_epochs": 5}
+    first = training.train(settings(base, world, tmp_path / "run", **changes))
+    before = contents(tmp_path / "run")
+    again = training.train(settings(base, world, tmp_path / "run", **changes))
+    assert contents(tmp_path / "run") == before
+    assert first.steps == again.steps == 12
+    assert again.validation["r@1"] == first.validation["r@1"] == 40.0
+    assert (tmp_path / "run" / "checkpoint-12" / "trainer_state.json").is_file()
+
+
+def test_a_store_survives_the_way_to_a_worker(store, base, world):
+    import pickle
+
+    stored = FeatureStore(store, str(base))
+    sent = pickle.dumps(stored)
+    assert len(sent) < 2000  # a path, not the features
+    records = flickr.load_split(world, "val", boxes=False)
+    ours, theirs = (s.record_inputs(records) for s in (pickle.loads(sent), stored))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_damaged_base_or_manifest_is_named(store, base, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    tensors = load_file(copy / "base.safetensors")
+    save_file({**tensors, "bias": tensors["bias"] + 1}, copy / "base.safetensors")
+    with pytest.raises(InputError, match=r"base\.safetensors: differs from the manifest"):
+        FeatureStore(copy, str(base))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["base_projector"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"manifest\.json: lacks or misstates 'base_projector'"):
+        FeatureStore(copy, str(base))
+
+
+def test_a_cache_of_other_features_is_refused(store, base, world, tmp_path, script):
+    words = ["--data-root", world, "--splits", "test", "--cache-dir", tmp_path / "c", f"model.name={base}"]
+    script("cache").main([str(word) for word in words])
+    with pytest.raises(InputError, match="holds a cache with hidden_states="):
+        script("cache").main([str(word) for word in (*words, "--features", store)])
 
 
 def test_the_sampler_reads_each_image_in_one_window(world, monkeypatch):
