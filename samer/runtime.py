@@ -74,6 +74,24 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
+class _Gather(torch.autograd.Function):
+    """Rows of all processes; in the backward pass each process sums what all of them have for its own rows."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor)
+        ctx.count = len(tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        start = dist.get_rank() * ctx.count
+        return gradient[start : start + ctx.count]
+
+
 def gather_with_grad(tensor: Tensor) -> Tensor:
     """Rows of all processes in rank order, (W * B, ...); gradient flows back to the process each row came from.
 
@@ -81,9 +99,7 @@ def gather_with_grad(tensor: Tensor) -> Tensor:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return tensor
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(tensor.contiguous()))
+    return _Gather.apply(tensor.contiguous())
 
 
 def gather_objects(value: Any) -> list[Any]:
