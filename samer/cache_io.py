@@ -3,7 +3,7 @@
     DIR/manifest.json                what was built and from what; splits appear here when they are complete
     DIR/<split>/images-00000.safetensors    tokens (n, K, D), mask (n, K) bool; ids in the header
     DIR/<split>/queries-00000.safetensors   tokens (sum M, D), lengths (q,), image (q,); valid tokens only
-    in each shard's header, one key "samer": what it was made from, its manifest entry, a checksum of its tensors
+    each shard's header says what it was made from and holds a checksum (samer/shards.py)
 
 No pickle anywhere; a reader maps the files. Bytes depend on the input, where its hidden states come from, the projector
 and the batch size only, not on the number of processes, nor on when it was made.
@@ -13,15 +13,12 @@ Shape letters: I images, K regions, D embedding, Q queries, M tokens.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,8 +26,9 @@ from samer import flickr
 from samer.colpali import Encoder
 from samer.config import InputError, MergeConfig
 from samer.evaluation import compress_images, encode_texts
-from samer.runtime import atomic_path, file_hash, gather_objects, rank, read_json, world_size, write_json
+from samer.runtime import file_hash, gather_objects, rank, read_json, write_json
 from samer.scoring import maxsim
+from samer.shards import check_manifest, finished_shard, load_shard, shared_out, write_shard
 from samer.tokens import QueryTokens
 from samer.train_data import batched
 
@@ -103,7 +101,7 @@ def build_cache(
         if rank() == 0:
             manifest["splits"][split] = {"images": shards, "queries": queries}
             write_json(folder / "manifest.json", manifest)
-        _barrier()
+        gather_objects(None)  # no process goes on before the manifest is written
         regions = max(shard["regions"] for shard in shards)
         size = sum(shard["bytes"] for shard in shards) / len(rows)
         count = sum(shard["count"] for shard in queries)
@@ -111,22 +109,11 @@ def build_cache(
     return summaries
 
 
-def _barrier() -> None:
-    gather_objects(None)
-
-
 def _open_for_writing(folder: Path, identity: dict, base_model: str) -> dict:
     """The manifest to add to; a folder of another making is refused, one without a manifest is started."""
-    path = folder / "manifest.json"
-    if path.is_file():
-        manifest = read_json(path)
-        for key, value in identity.items():
-            if manifest.get(key) != value:
-                raise InputError(
-                    f"{folder} holds a cache with {key}={manifest.get(key)!r}, now {value!r}; "
-                    "name another cache folder, or remove it to build anew"
-                )
-    else:
+    remedy = "name another cache folder, or remove it to build anew"
+    manifest = check_manifest(folder / "manifest.json", identity, "a cache", remedy)
+    if manifest is None:
         foreign = lambda entry: not entry.is_dir() and not entry.name.startswith(".")  # a killed write leaves .*.tmp
         if folder.exists() and (not folder.is_dir() or any(map(foreign, folder.iterdir()))):
             raise InputError(f"{folder} is, or holds, files that are no SaMer cache; name another folder")
@@ -139,50 +126,6 @@ def _stamp(identity: dict, ids: Sequence[str], texts: Sequence[str] = ()) -> dic
     return {**identity, "ids": list(ids), "texts": list(texts)}
 
 
-def _finished(path: Path, stamp: dict) -> dict | None:
-    """The manifest entry of a complete, undamaged shard with this stamp, else None."""
-    try:
-        tensors, header = _load_shard(path)
-        if header["stamp"] != stamp or header["checksum"] != _checksum(tensors):
-            return None
-        return _entry(path, header["entry"])
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None
-
-
-def _load_shard(path: Path) -> tuple[dict[str, Tensor], dict]:
-    with safe_open(path, framework="pt") as handle:
-        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        return tensors, json.loads((handle.metadata() or {})["samer"])
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _entry(path: Path, facts: dict) -> dict:
-    return {"file": path.name, **facts, "sha256": file_hash(path)}
-
-
-def _write_shard(path: Path, tensors: dict[str, Tensor], stamp: dict, facts: dict) -> dict:
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    header = {"stamp": stamp, "entry": facts, "checksum": _checksum(tensors)}
-    # one key only: safetensors writes several in an order that differs from run to run
-    metadata = {"samer": json.dumps(header, ensure_ascii=False)}
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata=metadata))
-    return _entry(path, facts)
-
-
-def _shared_out(jobs: Sequence, label: str) -> Iterator:
-    """This process's share of the jobs, with a progress bar on the first one."""
-    mine = range(rank(), len(jobs), world_size())
-    return tqdm([(k, jobs[k]) for k in mine], desc=label, disable=True if rank() else None, unit="shard")
-
-
 def _collect(own: list[tuple[int, dict, bool]]) -> tuple[list[dict], int]:
     rows = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
     return [entry for _, entry, _ in rows], sum(reused for _, _, reused in rows)
@@ -191,10 +134,10 @@ def _collect(own: list[tuple[int, dict, bool]]) -> tuple[list[dict], int]:
 def _write_images(folder, records, retriever, merge, batch_size, dtype, identity) -> tuple[list[dict], int]:
     own = []
     jobs = list(batched(records, IMAGES_PER_SHARD))
-    for number, shard in _shared_out(jobs, f"{folder.name} images"):
+    for number, shard in shared_out(jobs, f"{folder.name} images"):
         path = folder / f"images-{number:05d}.safetensors"
         stamp = _stamp(identity, [record.image_id for record in shard])
-        entry = _finished(path, stamp)
+        entry = finished_shard(path, stamp)
         reused = entry is not None
         if entry is None:
             parts = []
@@ -207,7 +150,7 @@ def _write_images(folder, records, retriever, merge, batch_size, dtype, identity
             tokens = torch.cat([pad(part[0]) for part in parts])
             mask = torch.cat([pad(part[1]) for part in parts])
             facts = {"count": len(shard), "regions": width, "bytes": tokens.nbytes + mask.nbytes}
-            entry = _write_shard(path, {"tokens": tokens, "mask": mask}, stamp, facts)
+            entry = write_shard(path, {"tokens": tokens, "mask": mask}, stamp, facts)
         own.append((number, entry, reused))
     return _collect(own)
 
@@ -215,10 +158,10 @@ def _write_images(folder, records, retriever, merge, batch_size, dtype, identity
 def _write_queries(folder, records, retriever, batch_size, dtype, identity) -> tuple[list[dict], int]:
     rows = [(k, caption.text) for k, record in enumerate(records) for caption in record.captions]
     own = []
-    for number, shard in _shared_out(list(batched(rows, QUERIES_PER_SHARD)), f"{folder.name} queries"):
+    for number, shard in shared_out(list(batched(rows, QUERIES_PER_SHARD)), f"{folder.name} queries"):
         path = folder / f"queries-{number:05d}.safetensors"
         stamp = _stamp(identity, [records[k].image_id for k, _ in shard], [text for _, text in shard])
-        entry = _finished(path, stamp)
+        entry = finished_shard(path, stamp)
         reused = entry is not None
         if entry is None:
             flat, lengths = [], []
@@ -230,7 +173,7 @@ def _write_queries(folder, records, retriever, batch_size, dtype, identity) -> t
                 "lengths": torch.cat(lengths),
                 "image": torch.tensor([k for k, _ in shard]),
             }
-            entry = _write_shard(path, tensors, stamp, {"count": len(shard)})
+            entry = write_shard(path, tensors, stamp, {"count": len(shard)})
         own.append((number, entry, reused))
     return _collect(own)
 
@@ -272,7 +215,7 @@ class Cache:
                 raise InputError(
                     f"{path}: contents differ from the manifest's checksum; remove it and build the cache again"
                 )
-            tensors, header = _load_shard(path)
+            tensors, header = load_shard(path)
             return tensors, header["stamp"]
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             if isinstance(error, InputError):

@@ -12,7 +12,6 @@ H hidden.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +20,15 @@ import safetensors
 import tokenizers
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from samer import flickr
 from samer.colpali import Encoder, Projector, Retriever
 from samer.config import InputError
-from samer.runtime import atomic_path, file_hash, gather_objects, print0, rank, read_json, world_size, write_json
+from samer.runtime import atomic_path, file_hash, gather_objects, print0, rank, read_json, write_json
+from samer.shards import check_manifest, finished_shard, load_shard, shared_out, write_shard
 from samer.train_data import batched
 
 FORMAT = "samer_features"
@@ -122,7 +121,8 @@ def write_features(
         for stray in folder.glob("**/.*.tmp"):  # what a killed writer left
             stray.unlink()
         base = {"weight": retriever.base_projector.weight, "bias": retriever.base_projector.bias}
-        _write(folder / "base.safetensors", base, {})
+        with atomic_path(folder / "base.safetensors") as temporary:
+            temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in base.items()}))
     gather_objects(None)
     for split, rows in records.items():
         images = _write_shards(
@@ -165,15 +165,9 @@ def _stamp(retriever: Retriever, dtype: str) -> dict:
 
 
 def _open_for_writing(folder: Path, stamp: dict, base_model: str) -> dict:
-    path = folder / "manifest.json"
-    if path.is_file():
-        manifest = read_json(path)
-        for key, value in stamp.items():
-            if manifest.get(key) != value:
-                raise InputError(
-                    f"{folder} holds features with {key}={manifest.get(key)!r}, now {value!r}; "
-                    "name another folder, or remove it to compute them anew"
-                )
+    remedy = "name another folder, or remove it to compute them anew"
+    manifest = check_manifest(folder / "manifest.json", stamp, "features", remedy)
+    if manifest is not None:
         return manifest
     foreign = lambda entry: not (entry.is_dir() or entry.name == "base.safetensors" or entry.name.startswith("."))
     if folder.exists() and (not folder.is_dir() or any(map(foreign, folder.iterdir()))):
@@ -208,32 +202,20 @@ def _announce(folder: Path, records: dict[str, list], retriever: Retriever, dtyp
         )
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}, metadata=metadata or None))
-
-
 def _write_shards(folder: Path, kind: str, jobs: list, retriever: Retriever, batch_size: int, dtype: str, stamp: dict):
     """Writes this process's share of the shards and returns the manifest entries of all of them."""
     own = []
-    mine = range(rank(), len(jobs), world_size())
-    for number in tqdm(mine, desc=f"{folder.name} {kind}", unit="shard", disable=True if rank() else None):
+    for number, items in shared_out(jobs, f"{folder.name} {kind}"):
         path = folder / f"{kind}-{number:05d}.safetensors"
-        names = [item if kind == "texts" else item.image_id for item in jobs[number]]
-        mark = json.dumps({**stamp, "names": names}, sort_keys=True, ensure_ascii=False)
-        if not _complete(path, mark):
+        names = [item if kind == "texts" else item.image_id for item in items]
+        mark = {**stamp, "names": names}
+        entry = finished_shard(path, mark)
+        if entry is None:
             prepare = retriever.query_inputs if kind == "texts" else retriever.record_inputs
-            _write(path, _encode(jobs[number], prepare, retriever, batch_size, dtype, kind), {"stamp": mark})
-        own.append((number, {"file": path.name, "count": len(names), "sha256": file_hash(path)}))
-    return [entry for _, entry in sorted(row for part in gather_objects(own) for row in part)]
-
-
-def _complete(path: Path, mark: str) -> bool:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return (handle.metadata() or {}).get("stamp") == mark
-    except (OSError, SafetensorError):
-        return False
+            tensors = _encode(items, prepare, retriever, batch_size, dtype, kind)
+            entry = write_shard(path, tensors, mark, {"count": len(names)})
+        own.append((number, entry))
+    return [entry for _, entry in sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])]
 
 
 def _encode(
@@ -379,9 +361,7 @@ class FeatureStore(Encoder):
 def _map(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """A shard's tensors, mapped from the file, and the names of its rows."""
     try:
-        with safe_open(path, framework="pt") as handle:
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            stamp = (handle.metadata() or {}).get("stamp")
-            return tensors, json.loads(stamp)["names"] if stamp else []
+        tensors, header = load_shard(path)
+        return tensors, header["stamp"]["names"] if header else []
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"{path}: not readable ({str(error)[:120]}); remove it and run features again") from None

@@ -95,13 +95,11 @@ class ProjectorModel(nn.Module):
         query_mask = query_inputs["attention_mask"].bool().to(image_hidden.device)
         whole = bool(mask.all())
 
-        def merge(
-            config: MergeConfig, use_labels: bool, rows: Tensor, row_labels: Tensor
-        ) -> tuple[Tensor, MergedTokens]:
+        def merge(config: MergeConfig, use_labels: bool, rows: Tensor, row_labels: Tensor) -> MergedTokens:
             distinct, place = rows.unique(return_inverse=True)
             hidden = image_hidden if len(distinct) == len(image_hidden) else image_hidden[distinct]
             tokens = self.project(hidden).index_select(0, place)  # (b, N, D)
-            return tokens, merge_tokens(
+            return merge_tokens(
                 tokens,
                 coords[rows],
                 config,
@@ -112,7 +110,7 @@ class ProjectorModel(nn.Module):
         if self.diagnose:
             with torch.no_grad():
                 some, some_labels = image_of[:DIAGNOSED], labels[:DIAGNOSED]
-                biased, free = (merge(self.merge, use, some, some_labels)[1] for use in (True, False))
+                biased, free = (merge(self.merge, use, some, some_labels) for use in (True, False))
                 self.diagnostics = _diagnostics(biased, free, some_labels, None if whole else mask[some])
         numbers = gather_with_grad(image_numbers) if self.gather_negatives else image_numbers
         positives = image_numbers[:, None] == numbers[None]
@@ -122,7 +120,7 @@ class ProjectorModel(nn.Module):
         for config in self.budgets:
 
             def regions(rows: Tensor, row_labels: Tensor, config: MergeConfig = config) -> tuple[Tensor, Tensor]:
-                merged = merge(config, True, rows, row_labels)[1]
+                merged = merge(config, True, rows, row_labels)
                 return merged.tokens, merged.mask
 
             width = image_hidden.shape[2] + 3 * queries.shape[2] + 4 * min(config.num_regions, count)

@@ -72,8 +72,8 @@ def one_of_two(base, world, folder):
     for name, value in SHARDS.items():
         setattr(cache_io, name, value)
     written = []
-    original = cache_io._write_shard
-    cache_io._write_shard = lambda path, *more: written.append(path.name) or original(path, *more)
+    original = cache_io.write_shard
+    cache_io.write_shard = lambda path, *more: written.append(path.name) or original(path, *more)
     importlib.import_module("scripts.cache").main(cache_words(base, world, folder / "cache"))
     (folder / f"written-{runtime.rank()}.json").write_text(json.dumps(written))
 

@@ -161,6 +161,17 @@ def test_a_second_run_keeps_every_shard(store, shards, base, world):
     assert {p: p.stat().st_mtime_ns for p in store.glob("*/*.safetensors")} == before
 
 
+def test_a_damaged_shard_is_made_anew(store, shards, base, world, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    victim = copy / "val" / "images-00000.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-5] ^= 1  # the header stays as it was
+    victim.write_bytes(data)
+    write_features(copy, world, SPLITS, Retriever.load(str(base)), batch_size=4, dtype="float32")
+    assert contents(copy) == contents(store)
+
+
 def test_a_stale_store_is_refused_by_name(store, base, world, tmp_path):
     changed = tmp_path / "changed"
     shutil.copytree(base, changed)
