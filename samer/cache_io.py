@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from samer import flickr
 from samer.colpali import Encoder
+from samer.compressors import Compressor, make_compressor
 from samer.config import InputError, MergeConfig
-from samer.evaluation import compress_images, encode_texts
+from samer.evaluation import compress_images, encode_texts, fitted_compressor
 from samer.runtime import file_hash, gather_objects, rank, read_json, write_json
 from samer.scoring import maxsim
 from samer.shards import check_manifest, finished_shard, load_shard, shared_out, write_shard
@@ -69,7 +70,8 @@ def build_cache(
         data_root: Flickr30k-Entities; its Annotations folder is never opened.
         splits: e.g. ["val", "test"].
         retriever: with the projector to use.
-        merge: K and the other settings; the object prior plays no part here.
+        merge: compressor, K and the other settings; the object prior plays no part here. A compressor that learns
+            from a corpus is fitted on each split.
         batch_size: images, and captions, per forward pass.
         dtype: of the stored tokens: float32, bfloat16 or float16.
         limit_images: the first so many images of each split.
@@ -80,6 +82,7 @@ def build_cache(
     folder = Path(folder)
     if dtype not in DTYPES:
         raise InputError(f"cache dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    make_compressor(merge)  # an unknown name is refused before any work
     if batch_size < 1:
         raise InputError(f"batch size must be at least 1; it is {batch_size}")
     identity = {
@@ -96,7 +99,8 @@ def build_cache(
     manifest = _open_for_writing(folder, identity, retriever.name)
     summaries = []
     for split, rows in records.items():
-        shards, reused = _write_images(folder / split, rows, retriever, merge, batch_size, dtype, identity)
+        compressor = fitted_compressor(retriever, rows, merge, batch_size)
+        shards, reused = _write_images(folder / split, rows, retriever, compressor, batch_size, dtype, identity)
         queries, kept = _write_queries(folder / split, rows, retriever, batch_size, dtype, identity)
         if rank() == 0:
             manifest["splits"][split] = {"images": shards, "queries": queries}
@@ -131,7 +135,9 @@ def _collect(own: list[tuple[int, dict, bool]]) -> tuple[list[dict], int]:
     return [entry for _, entry, _ in rows], sum(reused for _, _, reused in rows)
 
 
-def _write_images(folder, records, retriever, merge, batch_size, dtype, identity) -> tuple[list[dict], int]:
+def _write_images(
+    folder, records, retriever, compressor: Compressor, batch_size, dtype, identity
+) -> tuple[list[dict], int]:
     own = []
     jobs = list(batched(records, IMAGES_PER_SHARD))
     for number, shard in shared_out(jobs, f"{folder.name} images"):
@@ -141,7 +147,7 @@ def _write_images(folder, records, retriever, merge, batch_size, dtype, identity
         reused = entry is not None
         if entry is None:
             parts = []
-            batches = compress_images(retriever, shard, merge, batch_size)
+            batches = compress_images(retriever, shard, compressor, batch_size)
             total = -(-len(shard) // batch_size)
             for _, merged in tqdm(batches, total=total, desc=path.name, disable=True if rank() else None, leave=False):
                 parts.append((merged.tokens.to(DTYPES[dtype]).cpu(), merged.mask.cpu()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,15 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from transformers import ColPaliForRetrieval, ColPaliProcessor, PretrainedConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    ColPaliForRetrieval,
+    ColPaliProcessor,
+    PretrainedConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
 from samer import flickr
@@ -25,6 +34,12 @@ from samer.config import InputError, MergeConfig
 from samer.coords import visual_coords
 from samer.runtime import atomic_path, read_json, write_json
 from samer.tokens import QueryTokens, VisualTokens
+
+# How much attention a patch receives from the patches of its image, by name (METHOD section 7): summed over the rows
+# of a layer's attention, mean or max over heads, mean over the middle layers or the last layer alone.
+ATTENTION = ("middle_mean", "middle_max", "last")
+NO_OFFSET = -1
+_BESIDE = ("seeds", "offsets")  # in the inputs for our own use; the model is not given them
 
 FORMAT = "samer_projector"
 FORMAT_VERSION = 1
@@ -66,16 +81,31 @@ class Encoder:
         self.use_projector(base)
 
     def record_inputs(self, records: Sequence[flickr.ImageRecord]) -> dict[str, Tensor]:
-        """What `hidden_states` needs of a batch of images; has `input_ids` and `attention_mask` (B, N)."""
+        """What `hidden_states` needs of a batch of images; has `input_ids`, `attention_mask` (B, N), `seeds` (B,)."""
         raise NotImplementedError
 
     def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """What `hidden_states` needs of a batch of queries; has `attention_mask` (B, M)."""
+        """What `hidden_states` needs of a batch of queries; has `attention_mask` (B, M) and `offsets` (B, M, 2).
+
+        Offsets are each token's first and last + 1 character in its text, -1 for tokens that are not of the text.
+        """
         raise NotImplementedError
 
     def hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, N, H) without gradient, what the projection is applied to (METHOD section 1)."""
         raise NotImplementedError
+
+    def image_states(self, inputs: dict[str, Tensor], needs: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """Hidden states of images (B, N, H), and the attention signals named in `needs`, (B, N) float32 each.
+
+        A signal is 0 at prompt tokens and padding.
+
+        Raises:
+            InputError: a signal that is not known, or not there.
+        """
+        if needs:
+            raise InputError(f"{self.name}: no attention signal {needs[0]!r} can be had from this encoder")
+        return self.hidden_states(inputs), {}
 
     @property
     def hidden_size(self) -> int:
@@ -137,12 +167,19 @@ class Encoder:
         coords[patches] = grid.repeat(len(input_ids), 1)
         return coords, patches
 
-    def encode_images(self, inputs: dict[str, Tensor]) -> VisualTokens:
-        """Images to unit tokens: every output of the fixed grid is kept, patches and prompt (METHOD section 1)."""
-        tokens = self.project(self.hidden_states(inputs))
-        coords, _ = self.image_coords(inputs["input_ids"].to(self.device))
+    def encode_images(self, inputs: dict[str, Tensor], needs: Sequence[str] = ()) -> VisualTokens:
+        """Images to unit tokens: every output of the fixed grid is kept, patches and prompt (METHOD section 1).
+
+        Args:
+            inputs: from `record_inputs`.
+            needs: names of attention signals to go with them.
+        """
+        hidden, attention = self.image_states(inputs, needs)
+        coords, patches = self.image_coords(inputs["input_ids"].to(self.device))
         mask = inputs["attention_mask"].bool().to(self.device)
-        return VisualTokens(tokens, coords, None if bool(mask.all()) else mask)
+        seeds = inputs["seeds"].to(self.device) if "seeds" in inputs else None
+        tokens = self.project(hidden)
+        return VisualTokens(tokens, coords, None if bool(mask.all()) else mask, patches, seeds, attention)
 
     def encode_queries(self, inputs: dict[str, Tensor]) -> QueryTokens:
         """Queries to unit tokens; prompt and augmentation tokens count, padding does not (METHOD section 4)."""
@@ -218,7 +255,8 @@ class Retriever(Encoder):
 
     def record_inputs(self, records: Sequence[flickr.ImageRecord]) -> dict[str, Tensor]:
         """Loads and prepares a batch of images, everything the model needs."""
-        return self.image_inputs([flickr.load_image(record.image_path) for record in records])
+        inputs = self.image_inputs([flickr.load_image(record.image_path) for record in records])
+        return {**inputs, "seeds": image_seeds(records)}
 
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Everything the model needs of a batch of RGB images; labels, which retrieval has no use for, are left out."""
@@ -226,10 +264,17 @@ class Retriever(Encoder):
         return {name: value for name, value in inputs.items() if name != "labels"}
 
     def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Everything the model needs of a batch of queries."""
+        """Everything the model needs of a batch of queries, and `offsets`."""
         if isinstance(texts, str):
             raise InputError("query_inputs takes a list of texts; a single text would be read letter by letter")
-        return dict(self.processor(text=list(texts)))
+        inputs = dict(self.processor(text=list(texts), return_offsets_mapping=True))
+        # the processor writes <bos>, a prefix, the text, augmentation tokens
+        before = len(self.processor.tokenizer.bos_token) + len(self.processor.query_prefix)
+        lengths = torch.tensor([len(text) for text in texts])
+        offsets = inputs.pop("offset_mapping") - before  # (B, M, 2)
+        first, last = offsets.clamp(min=0).minimum(lengths[:, None, None]).unbind(-1)
+        inputs["offsets"] = torch.where((first < last)[..., None], torch.stack([first, last], -1), NO_OFFSET)
+        return inputs
 
     @torch.no_grad()
     def hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -244,7 +289,7 @@ class Retriever(Encoder):
         Raises:
             InputError: a non-finite value at a valid position.
         """
-        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        inputs = {name: value.to(self.device) for name, value in inputs.items() if name not in _BESIDE}
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         hidden = self.model.vlm(**inputs, use_cache=False).last_hidden_state
@@ -258,6 +303,105 @@ class Retriever(Encoder):
                     "use bfloat16 or float32 instead of float16"
                 )
         return hidden
+
+    def image_states(self, inputs: dict[str, Tensor], needs: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `Encoder.image_states`; attention is read layer by layer, an image at a time, and never kept."""
+        if not needs:
+            return self.hidden_states(inputs), {}
+        check_signals(needs)
+        patches = (inputs["input_ids"] == self.image_token_id).to(self.device)  # padding holds another id
+        layers = self.model.vlm.language_model.layers
+        with column_sums(self.model.vlm.language_model, signal_layers(len(layers)), patches) as sums:
+            hidden = self.hidden_states(inputs)
+        *middle, last = (sums[layer] for layer in signal_layers(len(layers)))
+        signals = {
+            "middle_mean": torch.stack([columns.mean(1) for columns in middle]).mean(0),
+            "middle_max": torch.stack([columns.amax(1) for columns in middle]).mean(0),
+            "last": last.mean(1),
+        }
+        return hidden, {name: signals[name] for name in needs}
+
+
+def image_seeds(records: Sequence[flickr.ImageRecord]) -> Tensor:
+    """A number per image, (B,) long, that depends on its id alone."""
+    digests = [hashlib.sha256(record.image_id.encode()).digest() for record in records]
+    return torch.tensor([int.from_bytes(digest[:8], "little", signed=True) for digest in digests])
+
+
+def signal_layers(count: int) -> list[int]:
+    """Layers whose attention is read, of a language model with `count`: floor(0.4 L)..floor(0.6 L), then the last."""
+    return [*range(int(count * 2 // 5), min(int(count * 3 // 5), count - 1) + 1), count - 1]
+
+
+def check_signals(needs: Sequence[str]) -> None:
+    """Refuses a name that is not in `ATTENTION`."""
+    unknown = [name for name in needs if name not in ATTENTION]
+    if unknown:
+        raise InputError(f"attention signal {unknown[0]!r} is unknown; there are {', '.join(ATTENTION)}")
+
+
+_COLUMNS = "samer_columns"  # an attention of transformers' registry: sdpa, and a look at the chosen layers
+
+
+def _columns_attention(module, query, key, value, attention_mask, **kwargs):
+    """sdpa as transformers computes it; where a layer carries a reader, it sees queries, keys and mask before."""
+    reader = getattr(module, "samer_reader", None)
+    if reader is not None:
+        reader(query, key, attention_mask, kwargs.get("scaling"))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(_COLUMNS, _columns_attention)
+AttentionMaskInterface.register(_COLUMNS, sdpa_mask)
+
+
+@contextmanager
+def column_sums(language_model: nn.Module, layers: Sequence[int], patches: Tensor):
+    """Within the block, a forward pass leaves the column sums of patch-to-patch attention of `layers`.
+
+    What flows through the model is what sdpa computes; probabilities are computed beside it, in float32, for one image
+    and layer at a time (heads x N x N), summed over the patches' rows and dropped.
+
+    Args:
+        language_model: whose `layers[k].self_attn` are read.
+        layers: their numbers; one may stand twice.
+        patches: (B, N) bool.
+
+    Yields:
+        A dict, layer -> (B, heads, N) float32, 0 at columns that are no patch; filled by the forward pass.
+    """
+    sums: dict[int, Tensor] = {}
+
+    def reader_of(layer: int):
+        def read(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+            # query (B, heads, N, d), key (B, key heads, N, d); mask (B or 1, 1, N, N), bool or added; None: full
+            groups = query.shape[1] // key.shape[1]
+            scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+            columns = torch.zeros(query.shape[:3], device=query.device)
+            for image in range(len(query)):
+                own = patches[image]
+                keys = key[image].float().repeat_interleave(groups, dim=0)
+                logits = query[image][:, own].float() @ keys.transpose(1, 2) * scale  # (heads, patches, N)
+                if mask is not None:
+                    rule = mask[min(image, len(mask) - 1)][:, own]  # (1, patches, N)
+                    logits = logits.masked_fill(~rule, float("-inf")) if rule.dtype == torch.bool else logits + rule
+                columns[image] = logits.softmax(-1).sum(1) * own
+            sums[layer] = columns
+
+        return read
+
+    attentions = {layer: language_model.layers[layer].self_attn for layer in layers}
+    config = language_model.config
+    before = config._attn_implementation
+    config._attn_implementation = _COLUMNS
+    for layer, attention in attentions.items():
+        attention.samer_reader = reader_of(layer)
+    try:
+        yield sums
+    finally:
+        config._attn_implementation = before
+        for attention in attentions.values():
+            del attention.samer_reader
 
 
 def save_projector(folder: str | Path, projector: Projector, retriever: Encoder, merge: MergeConfig) -> None:

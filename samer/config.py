@@ -28,7 +28,7 @@ def _require(holds: bool, key: str, rule: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """The merge of METHOD sections 2-3.
+    """How images are compressed: the merge of METHOD sections 2-3, or another compressor at the same budget.
 
     Attributes:
         num_regions: K, the budget of vectors per image.
@@ -37,6 +37,7 @@ class MergeConfig:
         assignment_temperature: tau_a of the soft assignment.
         object_penalty: eta, weight of the instance inconsistency (training with labels only).
         center_init: "raster" (published) or "farthest".
+        compressor: a name in `samer.compressors.COMPRESSORS`; all but "samer" take `num_regions` only.
 
     Raises:
         InputError: a value outside its range.
@@ -48,6 +49,7 @@ class MergeConfig:
     assignment_temperature: float = 0.07
     object_penalty: float = 1.0
     center_init: str = "raster"
+    compressor: str = "samer"
 
     def __post_init__(self) -> None:
         _require(self.num_regions >= 1, "merge.num_regions", "at least 1", self.num_regions)

@@ -13,27 +13,44 @@ from torch import Tensor
 
 from samer import flickr
 from samer.colpali import Encoder
+from samer.compressors import Compressor, make_compressor
 from samer.config import MergeConfig
-from samer.merging import merge_tokens
 from samer.metrics import bootstrap_intervals, query_metrics, retrieval_metrics
 from samer.runtime import gather_objects, rank, world_size
 from samer.scoring import maxsim
 from samer.tokens import MergedTokens, QueryTokens
 from samer.train_data import batched
 
+FIT_IMAGES = 256  # what a compressor with a codebook is fitted on, evenly spaced over the corpus
+
+
+@torch.no_grad()
+def fitted_compressor(
+    retriever: Encoder, records: Sequence[flickr.ImageRecord], merge: MergeConfig, batch_size: int
+) -> Compressor:
+    """The compressor that `merge` names, fitted on the corpus `records` where it has something to learn from one.
+
+    The same corpus gives the same compressor in every process.
+    """
+    compressor = make_compressor(merge)
+    if compressor.needs_corpus:
+        steps = np.linspace(0, len(records) - 1, min(FIT_IMAGES, len(records))).round().astype(int)
+        batches = batched([records[k] for k in steps], batch_size)
+        compressor.fit(retriever.encode_images(retriever.record_inputs(batch), compressor.needs) for batch in batches)
+    return compressor
+
 
 @torch.no_grad()
 def compress_images(
-    retriever: Encoder, records: Sequence[flickr.ImageRecord], merge: MergeConfig, batch_size: int
+    retriever: Encoder, records: Sequence[flickr.ImageRecord], compressor: Compressor, batch_size: int
 ) -> Iterator[tuple[Sequence[flickr.ImageRecord], MergedTokens]]:
-    """Encodes and merges images in batches, without boxes.
+    """Encodes and compresses images in batches, without boxes.
 
     Yields:
         (records of the batch, their `MergedTokens` on the retriever's device).
     """
     for batch in batched(records, batch_size):
-        visual = retriever.encode_images(retriever.record_inputs(batch))
-        yield batch, merge_tokens(visual.tokens, visual.coords, merge, mask=visual.mask)
+        yield batch, compressor(retriever.encode_images(retriever.record_inputs(batch), compressor.needs))
 
 
 @torch.no_grad()
@@ -46,15 +63,16 @@ def encode_texts(retriever: Encoder, texts: Sequence[str], batch_size: int) -> I
 def evaluate_records(
     retriever: Encoder, records: Sequence[flickr.ImageRecord], merge: MergeConfig, *, batch_size: int
 ) -> dict[str, float]:
-    """Text-to-image metrics of a split: every caption is a query, images are merged without boxes.
+    """Text-to-image metrics of a split: every caption is a query, images are compressed without boxes.
 
     The images are shared out over the processes; every process returns the same metrics.
     """
     texts = [caption.text for record in records for caption in record.captions]
     queries = list(encode_texts(retriever, texts, batch_size))
+    compressor = fitted_compressor(retriever, records, merge, batch_size)
     own = [
         torch.cat([maxsim(query.tokens, merged.tokens, query.mask, merged.mask).cpu() for query in queries])
-        for _, merged in compress_images(retriever, records[rank() :: world_size()], merge, batch_size)
+        for _, merged in compress_images(retriever, records[rank() :: world_size()], compressor, batch_size)
     ]
     scores = torch.empty(len(texts), len(records))
     for number, columns in enumerate(gather_objects(own)):

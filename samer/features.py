@@ -2,8 +2,10 @@
 
     DIR/manifest.json                      what made it (stamp), written last; splits appear when they are complete
     DIR/base.safetensors                   the base's own projection: weight, bias
-    DIR/<split>/images-00000.safetensors   hidden (sum N, H), input_ids (sum N,), lengths (n,); int8: scales (sum N,)
-    DIR/<split>/texts-00000.safetensors    hidden (sum M, H), lengths (t,) of distinct captions; int8: scales (sum M,)
+    DIR/<split>/images-00000.safetensors   hidden (sum N, H), input_ids (sum N,), lengths (n,), attention (sum N, 3),
+                                           int8: scales (sum N,)
+    DIR/<split>/texts-00000.safetensors    hidden (sum M, H), offsets (sum M, 2), lengths (t,) of distinct
+                                           captions; int8: scales (sum M,)
 
 Shards are mapped, never loaded whole: the page cache is the cache. Shape letters: B images, N tokens, M query tokens,
 H hidden.
@@ -25,14 +27,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from samer import flickr
-from samer.colpali import Encoder, Projector, Retriever
+from samer.colpali import ATTENTION, Encoder, Projector, Retriever, check_signals, image_seeds
 from samer.config import InputError
 from samer.runtime import atomic_path, file_hash, gather_objects, print0, rank, read_json, write_json
 from samer.shards import check_manifest, finished_shard, load_shard, shared_out, write_shard
 from samer.train_data import batched
 
 FORMAT = "samer_features"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had neither attention nor offsets
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 IMAGES_PER_SHARD = 128  # 540 MB at 1,030 x 2,048 bfloat16: what a kill can cost, and what one process holds
 TEXTS_PER_SHARD = 4096
@@ -185,7 +187,7 @@ def _announce(folder: Path, records: dict[str, list], retriever: Retriever, dtyp
     for batch in batched(sorted(texts), 1024):
         lengths += int(retriever.query_inputs(batch)["attention_mask"].sum())
     width = retriever.hidden_size * DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0)
-    need = (images * per_image + lengths) * width + images * per_image * 4
+    need = images * per_image * (width + 4 + 4 * len(ATTENTION)) + lengths * (width + 8)
     have = sum(file.stat().st_size for file in folder.glob("*/*.safetensors")) if folder.is_dir() else 0
     place = folder
     while not place.exists():
@@ -221,17 +223,24 @@ def _write_shards(folder: Path, kind: str, jobs: list, retriever: Retriever, bat
 def _encode(
     items: Sequence, prepare, retriever: Retriever, batch_size: int, dtype: str, kind: str
 ) -> dict[str, Tensor]:
-    hidden, ids, lengths = [], [], []
+    rows: dict[str, list[Tensor]] = {}
     for batch in batched(items, batch_size):
         inputs = prepare(batch)
         mask = inputs["attention_mask"].bool()
-        hidden.append(retriever.hidden_states(inputs).cpu()[mask])  # (sum of the batch's tokens, H)
-        ids.append(inputs["input_ids"][mask].to(torch.int32))
-        lengths.append(mask.sum(1))
-    tensors = {"lengths": torch.cat(lengths)}
-    if kind == "images":
-        tensors["input_ids"] = torch.cat(ids)
-    flat = torch.cat(hidden)
+        if kind == "images":
+            hidden, attention = retriever.image_states(inputs, ATTENTION)
+            per_token = {
+                "input_ids": inputs["input_ids"].to(torch.int32),
+                "attention": torch.stack([attention[name] for name in ATTENTION], dim=-1).cpu(),  # (B, N, 3)
+            }
+        else:
+            hidden, per_token = retriever.hidden_states(inputs), {"offsets": inputs["offsets"].to(torch.int32)}
+        per_token["hidden"] = hidden.cpu()
+        for name, value in per_token.items():
+            rows.setdefault(name, []).append(value[mask])  # (sum of the batch's tokens, ...)
+        rows.setdefault("lengths", []).append(mask.sum(1))
+    tensors = {name: torch.cat(parts) for name, parts in rows.items()}
+    flat = tensors["hidden"]
     if dtype == "int8":
         tensors["hidden"], tensors["scales"] = quantise(flat)
     else:
@@ -315,27 +324,35 @@ class FeatureStore(Encoder):
             shard, row = self._places[kind][name]
             tensors, starts = self._shards[shard]
             span = slice(int(starts[row]), int(starts[row + 1]))
-            for key in ("hidden", "scales", "input_ids"):
+            for key in ("hidden", "scales", "input_ids", "attention", "offsets"):
                 if key in tensors:
                     parts.setdefault(key, []).append(tensors[key][span])
             parts.setdefault("attention_mask", []).append(torch.ones(span.stop - span.start, dtype=torch.long))
         rows = {key: torch.nn.utils.rnn.pad_sequence(row, batch_first=True) for key, row in parts.items()}
-        if "input_ids" in rows:
-            rows["input_ids"] = rows["input_ids"].long()
+        for key in ("input_ids", "offsets"):
+            if key in rows:
+                rows[key] = rows[key].long()
         return rows
 
     def record_inputs(self, records: Sequence[flickr.ImageRecord]) -> dict[str, Tensor]:
-        """Stored hidden states of images (B, N, H), right-padded, with token ids and mask."""
-        return self._rows("images", [record.image_id for record in records])
+        """Stored hidden states of images (B, N, H), right-padded, with token ids, attention (B, N, 3), mask, seeds."""
+        rows = self._rows("images", [record.image_id for record in records])
+        return {**rows, "seeds": image_seeds(records)}
 
     def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Stored hidden states of captions (B, M, H), right-padded, with mask."""
+        """Stored hidden states of captions (B, M, H), right-padded, with offsets and mask."""
         return self._rows("texts", texts)
 
     def hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
         """What `record_inputs` or `query_inputs` read, on the device."""
         hidden = inputs["hidden"].to(self.device)
         return hidden * inputs["scales"].to(self.device)[..., None] if "scales" in inputs else hidden
+
+    def image_states(self, inputs: dict[str, Tensor], needs: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `record_inputs` read, hidden states and signals, on the device."""
+        check_signals(needs)
+        attention = inputs["attention"].to(self.device) if needs else None
+        return self.hidden_states(inputs), {name: attention[..., ATTENTION.index(name)] for name in needs}
 
     def verify(self) -> int:
         """Reads every shard and compares its checksum.

@@ -22,7 +22,7 @@ from samer.config import InputError, MergeConfig
 from samer.objects import instance_inconsistency
 from samer.tokens import MergedTokens
 
-__all__ = ["MergeConfig", "merge_tokens"]
+__all__ = ["MergeConfig", "check_tokens", "keep_short", "keep_tokens", "merge_tokens"]
 
 
 def merge_tokens(
@@ -51,7 +51,9 @@ def merge_tokens(
     Raises:
         InputError: shapes that do not fit, an image without a valid token, a non-finite token, a negative label.
     """
-    _check(tokens, coords, mask, instance_labels)
+    check_tokens(tokens, coords, mask, instance_labels)
+    if config.compressor != "samer":
+        raise InputError(f"merge_tokens is samer's; for {config.compressor!r} use samer.compressors.make_compressor")
     dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
     with torch.autocast(tokens.device.type, enabled=False):
         tokens = tokens.to(dtype)
@@ -60,7 +62,7 @@ def merge_tokens(
             tokens = torch.where(mask[..., None], tokens, 0)
             coords = torch.where(mask[..., None], coords, 0)
         if tokens.shape[1] <= config.num_regions:
-            return _keep(tokens, coords, mask)
+            return keep_tokens(tokens, coords, mask)
         one = torch.ones_like(coords[..., :1]) if mask is None else mask[..., None].to(dtype)
         augmented = torch.cat([tokens, coords, one], dim=-1)  # a: (B, N, D + 3), zero at padding
         centres, assignments = _cluster(augmented.detach(), config, mask)
@@ -79,10 +81,11 @@ def merge_tokens(
         full = torch.ones(merged.shape[:2], dtype=torch.bool, device=merged.device)
         visible = assignments if mask is None else assignments.masked_fill(~mask, -1)
         result = MergedTokens(merged, places, full, weights, visible)
-        return result if mask is None else _keep_short(result, tokens, coords, mask)
+        return result if mask is None else keep_short(result, tokens, coords, mask)
 
 
-def _check(tokens: Tensor, coords: Tensor, mask: Tensor | None, labels: Tensor | None) -> None:
+def check_tokens(tokens: Tensor, coords: Tensor, mask: Tensor | None, labels: Tensor | None = None) -> None:
+    """Refuses tokens, coordinates, mask and labels that do not fit each other, as `merge_tokens` describes them."""
     if tokens.dim() != 3 or 0 in tokens.shape or not tokens.is_floating_point():
         raise InputError(f"tokens must be floating (B, N, D) with at least one token; got {tuple(tokens.shape)}")
     if coords.shape not in ((*tokens.shape[:2], 2), (tokens.shape[1], 2)):
@@ -166,7 +169,7 @@ def _farthest(augmented: Tensor, config: MergeConfig, mask: Tensor | None) -> Te
     return torch.stack(chosen, dim=1)
 
 
-def _keep(tokens: Tensor, coords: Tensor, mask: Tensor | None) -> MergedTokens:
+def keep_tokens(tokens: Tensor, coords: Tensor, mask: Tensor | None) -> MergedTokens:
     """At most K tokens, nothing to compress: valid tokens in order, each its own region."""
     batch, count, _ = tokens.shape
     valid = torch.ones(batch, count, dtype=torch.bool, device=tokens.device) if mask is None else mask
@@ -178,8 +181,8 @@ def _keep(tokens: Tensor, coords: Tensor, mask: Tensor | None) -> MergedTokens:
     return MergedTokens(weights.transpose(1, 2) @ tokens, weights.transpose(1, 2) @ coords, kept, weights, slot)
 
 
-def _keep_short(result: MergedTokens, tokens: Tensor, coords: Tensor, mask: Tensor) -> MergedTokens:
-    """`result`, but for images of a padded batch with at most K valid tokens: those keep their tokens."""
+def keep_short(result: MergedTokens, tokens: Tensor, coords: Tensor, mask: Tensor) -> MergedTokens:
+    """`result` of K regions, but for images of a padded batch with at most K valid tokens: those keep their tokens."""
     regions = result.tokens.shape[1]
     lengths = mask.sum(1)
     short = lengths <= regions  # (B,)
@@ -189,7 +192,7 @@ def _keep_short(result: MergedTokens, tokens: Tensor, coords: Tensor, mask: Tens
     return MergedTokens(
         torch.where(alone, one_hot.transpose(1, 2) @ tokens, result.tokens),
         torch.where(alone, one_hot.transpose(1, 2) @ coords, result.coords),
-        torch.arange(regions, device=tokens.device) < torch.where(short, lengths, regions)[:, None],
+        torch.where(short[:, None], torch.arange(regions, device=tokens.device) < lengths[:, None], result.mask),
         torch.where(alone, one_hot, result.weights),
         torch.where(short[:, None], slot, result.assignments),
     )

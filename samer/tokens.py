@@ -5,7 +5,8 @@ Shape letters: B images, N tokens per image, K regions, D embedding, Q queries, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -18,11 +19,17 @@ class VisualTokens:
         tokens: (B, N, D), unit norm.
         coords: (B, N, 2) or (N, 2), (x, y) in the unit square.
         mask: (B, N) bool, False at padding; None if nothing is padded.
+        patches: (B, N) bool, True at image patches, False at prompt tokens and padding; None if all are patches.
+        seeds: (B,) long, one per image, made from its id: what a random choice about an image depends on.
+        attention: signals by name, (B, N) float each: how much attention a patch receives (`colpali.Attention`).
     """
 
     tokens: Tensor
     coords: Tensor
     mask: Tensor | None = None
+    patches: Tensor | None = None
+    seeds: Tensor | None = None
+    attention: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,8 @@ class MergedTokens:
         tokens: (B, K, D), unit norm where valid, zero elsewhere.
         coords: (B, K, 2), weighted mean positions.
         mask: (B, K) bool, False where an image has fewer vectors than K.
-        weights: (B, N, K), the soft assignment; rows sum to 1, rows of padding are 0.
-        assignments: (B, N) long, the hard cluster of each token, -1 at padding.
+        weights: (B, N, K), the assignment, soft or hard; rows sum to 1, rows of padding and of dropped tokens are 0.
+        assignments: (B, N) long, the hard cluster of each token, -1 at padding and at dropped tokens.
     """
 
     tokens: Tensor

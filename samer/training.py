@@ -24,14 +24,14 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from samer import evaluation, flickr
 from samer.colpali import Encoder, Projector, Retriever, load_projector, save_projector
+from samer.compressors import Compressor, make_compressor
 from samer.config import Config, InputError, MergeConfig, TrainConfig, dump_config, load_config
 from samer.features import FeatureStore
 from samer.losses import multi_positive_t2i_loss
-from samer.merging import merge_tokens
 from samer.objects import object_diagnostics
 from samer.runtime import atomic_path, gather_objects, gather_with_grad, print0, rank, read_json, world_size
 from samer.scoring import maxsim
-from samer.tokens import MergedTokens
+from samer.tokens import MergedTokens, VisualTokens
 from samer.train_data import CaptionDataset, Collator
 
 CHUNK_ELEMENTS = 2**27  # floats that one slice of merging or scoring may take: 512 MB
@@ -59,7 +59,9 @@ class ProjectorModel(nn.Module):
             self.embedding_proj_layer.bias.copy_(retriever.base_projector.bias)
         self.retriever = retriever  # no nn.Module: neither registered, nor trained, nor saved
         self.merge = merge
-        self.budgets = [replace(merge, num_regions=k) for k in budgets or (merge.num_regions,)]
+        every = [replace(merge, num_regions=k) for k in budgets or (merge.num_regions,)]
+        self.compressors = [make_compressor(each).for_training() for each in every]
+        self.largest = max(self.compressors, key=lambda each: each.settings.num_regions)  # what diagnostics look at
         self.temperature = temperature
         self.gather_negatives = gather_negatives
         self.diagnose = False
@@ -85,45 +87,51 @@ class ProjectorModel(nn.Module):
     ) -> dict[str, Tensor]:
         """The loss of METHOD section 4 for one `Collator` batch; each caption's image is merged with its own labels.
 
-        Merging and scoring take bounded memory for any batch: what does not fit `CHUNK_ELEMENTS` is computed in slices,
-        and again in the backward pass. The batch's hidden states themselves are held whole.
+        A compressor that labels do not change compresses each distinct image once. Merging and scoring take bounded
+        memory for any batch: what does not fit `CHUNK_ELEMENTS` is computed in slices, and again in the backward pass.
+        The batch's hidden states themselves are held whole.
         """
-        image_hidden = self.retriever.hidden_states(image_inputs)  # (U, N, H), each distinct image once
+        needs = self.compressors[0].needs
+        image_hidden, attention = self.retriever.image_states(image_inputs, needs)  # (U, N, H), distinct images
         query_hidden = self.retriever.hidden_states(query_inputs)  # (B, M, H)
-        coords = self.retriever.image_coords(image_inputs["input_ids"])[0].to(image_hidden.device)
+        coords, patches = (t.to(image_hidden.device) for t in self.retriever.image_coords(image_inputs["input_ids"]))
+        seeds = image_inputs.get("seeds")
         mask = image_inputs["attention_mask"].bool().to(image_hidden.device)  # (U, N)
         query_mask = query_inputs["attention_mask"].bool().to(image_hidden.device)
         whole = bool(mask.all())
 
-        def merge(config: MergeConfig, use_labels: bool, rows: Tensor, row_labels: Tensor) -> MergedTokens:
+        def compress(compressor: Compressor, rows: Tensor, row_labels: Tensor | None) -> MergedTokens:
             distinct, place = rows.unique(return_inverse=True)
             hidden = image_hidden if len(distinct) == len(image_hidden) else image_hidden[distinct]
             tokens = self.project(hidden).index_select(0, place)  # (b, N, D)
-            return merge_tokens(
-                tokens,
-                coords[rows],
-                config,
-                mask=None if whole else mask[rows],
-                instance_labels=row_labels if use_labels else None,
+            signals = {name: value[rows] for name, value in attention.items()}
+            some_mask = None if whole else mask[rows]
+            visual = VisualTokens(
+                tokens, coords[rows], some_mask, patches[rows], None if seeds is None else seeds[rows], signals
             )
+            return compressor(visual, row_labels)
 
-        if self.diagnose:
+        if self.diagnose and self.largest.uses_labels:
             with torch.no_grad():
                 some, some_labels = image_of[:DIAGNOSED], labels[:DIAGNOSED]
-                biased, free = (merge(self.merge, use, some, some_labels) for use in (True, False))
+                biased, free = (compress(self.largest, some, use) for use in (some_labels, None))
                 self.diagnostics = _diagnostics(biased, free, some_labels, None if whole else mask[some])
         numbers = gather_with_grad(image_numbers) if self.gather_negatives else image_numbers
         positives = image_numbers[:, None] == numbers[None]
         queries = self.project(query_hidden)  # (B, M, D)
         count = image_hidden.shape[1]
         losses = []
-        for config in self.budgets:
+        for compressor in self.compressors:
 
-            def regions(rows: Tensor, row_labels: Tensor, config: MergeConfig = config) -> tuple[Tensor, Tensor]:
-                merged = merge(config, True, rows, row_labels)
-                return merged.tokens, merged.mask
+            def regions(rows: Tensor, row_labels: Tensor, compressor: Compressor = compressor) -> tuple[Tensor, Tensor]:
+                if compressor.uses_labels:
+                    merged = compress(compressor, rows, row_labels)
+                    return merged.tokens, merged.mask
+                distinct, place = rows.unique(return_inverse=True)
+                merged = compress(compressor, distinct, None)
+                return merged.tokens.index_select(0, place), merged.mask[place]
 
-            width = image_hidden.shape[2] + 3 * queries.shape[2] + 4 * min(config.num_regions, count)
+            width = image_hidden.shape[2] + 3 * queries.shape[2] + 4 * min(compressor.settings.num_regions, count)
             images, valid = _in_chunks(regions, CHUNK_ELEMENTS // (count * width), image_of, labels)
             if self.gather_negatives:
                 images, valid = gather_with_grad(images), gather_with_grad(valid.to(torch.uint8)).bool()
@@ -305,6 +313,7 @@ def train(config: Config) -> TrainResult:
     output = Path(settings.output_dir)
     if not config.data.root:
         raise InputError("data.root is not set; give the Flickr30k-Entities folder as data.root=DIR (DATA_ROOT=DIR)")
+    make_compressor(config.merge)  # an unknown name is refused before any work
     arguments = _arguments(config)
     _check_output(output, config)
     if settings.resume and (output / "history.json").is_file() and (output / "projector.safetensors").is_file():

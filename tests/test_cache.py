@@ -210,6 +210,7 @@ def test_the_manifest_says_what_it_is_made_of_and_nothing_else(made, frozen, bas
             "assignment_temperature": 0.07,
             "object_penalty": 1.0,
             "center_init": "raster",
+            "compressor": "samer",
         },
         "dtype": "float32",
         "embedding_dim": DIM,

@@ -1,0 +1,39 @@
+"""Every way from N to K tokens behind one protocol. A new one is a file beside these and a line in `COMPRESSORS`."""
+
+from __future__ import annotations
+
+from samer.compressors.base import Compressor
+from samer.compressors.grid import GridPooling
+from samer.compressors.hpc import HPC
+from samer.compressors.hpool import HPool
+from samer.compressors.kmeans import KMeans
+from samer.compressors.none import NoCompression
+from samer.compressors.random import RandomPruning
+from samer.compressors.samer import Samer
+from samer.compressors.sap import SapMax, SapMean
+from samer.config import InputError, MergeConfig
+
+COMPRESSORS: dict[str, type[Compressor]] = {
+    "none": NoCompression,
+    "samer": Samer,
+    "hpool": HPool,
+    "hpc": HPC,
+    "sap-mean": SapMean,
+    "sap-max": SapMax,
+    "random": RandomPruning,
+    "grid": GridPooling,
+    "kmeans": KMeans,
+}
+
+
+def make_compressor(settings: MergeConfig) -> Compressor:
+    """The compressor that `settings.compressor` names.
+
+    Raises:
+        InputError: a name that is not in the registry.
+    """
+    kind = COMPRESSORS.get(settings.compressor)
+    if kind is None:
+        known = ", ".join(COMPRESSORS)
+        raise InputError(f"merge.compressor {settings.compressor!r} is unknown; use one of {known}")
+    return kind(settings)

@@ -1,0 +1,130 @@
+"""The protocol of every compressor, and the two things that most of them are: a choice of tokens, a hard clustering.
+
+Shape letters: B images, N tokens, K regions, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from samer.config import InputError, MergeConfig
+from samer.merging import check_tokens, keep_short, keep_tokens
+from samer.tokens import MergedTokens, VisualTokens
+
+
+class Compressor:
+    """A way from N tokens per image to at most K: subclass, write `compress`, add a line to the registry.
+
+    What holds for all (a test runs over the registry): float32 inside, unit vectors out, an image with at most K tokens
+    keeps them as they are, and an image's result depends on neither its batch nor its padding.
+
+    Attributes:
+        needs: the attention signals that `VisualTokens.attention` must hold.
+        uses_labels: whether instance labels change the result; the others ignore them.
+        needs_corpus: whether `fit` must be called before use.
+        stored_bytes: bytes that an index needs per vector; None: D components of 2 bytes.
+    """
+
+    needs: tuple[str, ...] = ()
+    uses_labels = False
+    needs_corpus = False
+    stored_bytes: int | None = None
+
+    def __init__(self, settings: MergeConfig) -> None:
+        self.settings = settings
+
+    def fit(self, corpus: Iterable[VisualTokens]) -> None:
+        """Learns from a corpus what `compress` needs of it; only where `needs_corpus` says so."""
+
+    def for_training(self) -> Compressor:
+        """What a projector is trained through: the compressor itself, unless it has a part that no gradient passes."""
+        return self
+
+    def __call__(self, visual: VisualTokens, instance_labels: Tensor | None = None) -> MergedTokens:
+        """Compresses a batch.
+
+        Args:
+            visual: tokens (B, N, D) of unit norm, and what the compressor needs beside them.
+            instance_labels: (B, N) long, for a compressor that `uses_labels`; training only.
+
+        Returns:
+            `MergedTokens` with min(K, N) places, `mask` says which are filled.
+
+        Raises:
+            InputError: shapes that do not fit, an image without a valid token, non-finite tokens, a signal that is
+                not there, or `fit` not called.
+        """
+        check_tokens(visual.tokens, visual.coords, visual.mask, instance_labels)
+        missing = [name for name in self.needs if name not in visual.attention]
+        if missing:
+            raise InputError(
+                f"compressor {self.settings.compressor!r} needs the attention signal {missing[0]!r} of each image; "
+                "encode the images with it, or compute the features anew"
+            )
+        mask = visual.mask
+        tokens = visual.tokens.to(torch.promote_types(visual.tokens.dtype, torch.float32))
+        coords = visual.coords.to(tokens).expand(len(tokens), -1, -1)
+        patches = visual.patches if visual.patches is not None else torch.ones_like(tokens[..., 0], dtype=torch.bool)
+        if mask is not None:
+            tokens = torch.where(mask[..., None], tokens, 0)
+            coords = torch.where(mask[..., None], coords, 0)
+            patches = patches & mask
+        if tokens.shape[1] <= self.settings.num_regions:
+            return keep_tokens(tokens, coords, mask)
+        with torch.autocast(tokens.device.type, enabled=False):
+            clean = VisualTokens(tokens, coords, mask, patches, visual.seeds, visual.attention)
+            result = self.compress(clean, instance_labels)
+        return result if mask is None else keep_short(result, tokens, coords, mask)
+
+    def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
+        """The work itself, for more than K tokens: float32, padding zeroed, coords (B, N, 2), patches a tensor."""
+        raise NotImplementedError
+
+
+def keep_best(visual: VisualTokens, salience: Tensor, regions: int) -> MergedTokens:
+    """Keeps the K tokens of highest salience in positional order, patches before prompt tokens; ties go to the first.
+
+    Args:
+        visual: as `Compressor.compress` gets it.
+        salience: (B, N) float; NaN counts as lowest.
+        regions: K < N.
+    """
+    tokens, valid = visual.tokens, visual.mask
+    salience = salience.double().nan_to_num(nan=float("-inf"))
+    salience = salience.masked_fill(~visual.patches, float("-inf"))
+    order = salience.argsort(dim=1, descending=True, stable=True)
+    if valid is not None:  # padding behind everything else, -inf or not
+        behind = (~valid).gather(1, order).to(torch.uint8).argsort(dim=1, stable=True)
+        order = order.gather(1, behind)
+    chosen = order[:, :regions].sort(dim=1).values  # (B, K)
+    take = lambda rows: rows.gather(1, chosen[..., None].expand(-1, -1, rows.shape[2]))
+    filled = torch.ones_like(chosen, dtype=torch.bool) if valid is None else valid.gather(1, chosen)
+    slots = torch.arange(regions, device=tokens.device).expand(len(tokens), -1)
+    assignments = torch.full(tokens.shape[:2], -1, device=tokens.device).scatter(1, chosen, slots)
+    weights = torch.zeros(*tokens.shape[:2], regions, dtype=tokens.dtype, device=tokens.device)
+    weights = weights.scatter(1, chosen[:, None], torch.diag_embed(filled.to(tokens.dtype)))
+    if valid is not None:
+        assignments = assignments.masked_fill(~valid, -1)
+    return MergedTokens(take(tokens) * filled[..., None], take(visual.coords), filled, weights, assignments)
+
+
+def hard_merge(visual: VisualTokens, assignments: Tensor, regions: int) -> MergedTokens:
+    """Replaces each cluster by the normalised mean of its tokens; a cluster without tokens is masked out.
+
+    Args:
+        visual: as `Compressor.compress` gets it.
+        assignments: (B, N) long in [0, K), or -1 for a token that is dropped.
+        regions: K.
+    """
+    tokens = visual.tokens
+    if visual.mask is not None:
+        assignments = assignments.masked_fill(~visual.mask, -1)
+    weights = F.one_hot(assignments.clamp(min=0), regions).to(tokens.dtype) * (assignments >= 0)[..., None]
+    size = weights.sum(1)[..., None]  # (B, K, 1)
+    merged = F.normalize(weights.transpose(1, 2) @ tokens, dim=-1)
+    places = weights.transpose(1, 2) @ visual.coords / size.clamp(min=1)
+    return MergedTokens(merged, places, size[..., 0] > 0, weights, assignments)
