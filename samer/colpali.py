@@ -183,7 +183,8 @@ class Encoder:
 
     def encode_queries(self, inputs: dict[str, Tensor]) -> QueryTokens:
         """Queries to unit tokens; prompt and augmentation tokens count, padding does not (METHOD section 4)."""
-        return QueryTokens(self.project(self.hidden_states(inputs)), inputs["attention_mask"].bool().to(self.device))
+        mask = inputs["attention_mask"].bool().to(self.device)
+        return QueryTokens(self.project(self.hidden_states(inputs)), mask, inputs.get("offsets"))
 
 
 class Retriever(Encoder):

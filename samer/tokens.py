@@ -39,10 +39,13 @@ class QueryTokens:
     Attributes:
         tokens: (Q, M, D), unit norm where valid.
         mask: (Q, M) bool; prompt and augmentation tokens count, padding does not.
+        offsets: (Q, M, 2) long, first and last + 1 character of each token in its text, -1 if it is not of the text;
+            None where nobody kept them.
     """
 
     tokens: Tensor
     mask: Tensor
+    offsets: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,179 @@
+"""Grounding of scores in boxes: BoxMass, RegionHit, CoverageIoU, and OSR (METHOD sections 6 and 7).
+
+Shape letters: B images, N tokens per image, K vectors, D embedding, T query tokens that concern an image, P phrases,
+C captions, G patches (h * w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samer import flickr
+from samer.config import InputError
+from samer.tokens import MergedTokens, QueryTokens
+
+HIT_IOU = 0.1  # RegionHit counts phrases whose regions overlap their boxes at least so much
+
+
+def box_coverage(boxes: Sequence[flickr.Box], rows: int, columns: int) -> np.ndarray:
+    """How much of each patch's cell lies in the union of boxes, exactly.
+
+    Args:
+        boxes: (n, 4), x1, y1, x2, y2 as shares of the image.
+        rows, columns: the patch grid; cells tile the image.
+
+    Returns:
+        (rows * columns,) float32 in [0, 1], row-major.
+    """
+    box = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).clip(0, 1)
+    # every edge of a box or cell cuts the image; a piece between neighbouring cuts is covered wholly or not at all
+    cuts = [
+        np.unique(np.concatenate([box[:, [axis, axis + 2]].ravel(), np.arange(count + 1) / count]))
+        for axis, count in ((0, columns), (1, rows))
+    ]
+    middles = [(cut[1:] + cut[:-1]) / 2 for cut in cuts]
+    inside = [(box[:, axis, None] < middle) & (middle < box[:, axis + 2, None]) for axis, middle in enumerate(middles)]
+    covered = (inside[1][:, :, None] & inside[0][:, None, :]).any(0)  # (pieces down, pieces across)
+    pieces = covered * np.outer(np.diff(cuts[1]), np.diff(cuts[0]))
+    cells = [np.floor(middle * count).astype(int) for middle, count in zip(middles, (columns, rows))]
+    area = np.zeros((rows, columns))
+    np.add.at(area, (cells[1][:, None], cells[0][None, :]), pieces)
+    return (area * rows * columns).clip(0, 1).astype(np.float32).ravel()
+
+
+@dataclass(frozen=True)
+class OwnTokens:
+    """The query tokens of a batch's own captions.
+
+    Attributes:
+        tokens: (B, T, D).
+        captions: (B, T) long, each token's caption, numbered over the split; -1 at padding.
+        phrases: (B, T) long, its phrase, numbered over the split; -1 where it belongs to none with boxes.
+    """
+
+    tokens: Tensor
+    captions: Tensor
+    phrases: Tensor
+
+
+class PhraseIndex:
+    """The phrases with boxes of a split, the query tokens that name them, and where on the patch grid their boxes lie.
+
+    Attributes:
+        coverage: (P, G) float32, `box_coverage` of each phrase's boxes.
+    """
+
+    def __init__(self, records: Sequence[flickr.ImageRecord], queries: Sequence[QueryTokens], grid: int) -> None:
+        """Reads phrases and offsets.
+
+        Args:
+            records: of the split, with boxes.
+            queries: batches that hold all captions in order, with offsets.
+            grid: patches per side.
+
+        Raises:
+            InputError: queries without offsets, or another number of them than of captions.
+        """
+        if any(query.offsets is None for query in queries):
+            raise InputError("grounding needs each query token's character offsets; encode the captions anew")
+        spans = [offsets[mask].cpu() for q in queries for offsets, mask in zip(q.offsets, q.mask)]
+        captions = [(image, caption) for image, record in enumerate(records) for caption in record.captions]
+        if len(spans) != len(captions):
+            raise InputError(f"{len(spans)} encoded queries for {len(captions)} captions")
+        coverage = []
+        self._entries: list[list[tuple[int, int, int]]] = [[] for _ in records]  # caption, token, phrase
+        for number, ((image, caption), span) in enumerate(zip(captions, spans)):
+            named = [phrase for phrase in caption.phrases if phrase.boxes]
+            phrase_of = [-1] * len(span)
+            for phrase in named:
+                tokens = ((span[:, 0] < phrase.end) & (span[:, 1] > phrase.start)).nonzero()[:, 0].tolist()
+                for token in tokens:
+                    phrase_of[token] = len(coverage)
+                if tokens:
+                    coverage.append(box_coverage(phrase.boxes, grid, grid))
+            self._entries[image] += [(number, token, phrase) for token, phrase in enumerate(phrase_of)]
+        self.coverage = torch.from_numpy(np.stack(coverage)) if coverage else torch.zeros(0, grid * grid)
+
+    def own_tokens(self, images: Sequence[int], tokens: Sequence[Tensor]) -> OwnTokens:
+        """Query tokens of the captions of some images.
+
+        Args:
+            images: their numbers, B of them.
+            tokens: the valid tokens (m, D) of every caption of the split, as a projector made them.
+        """
+        rows = [torch.tensor(self._entries[image]) for image in images]  # each (t, 3)
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # (B, T, 3)
+        vectors = [torch.cat([tokens[number] for number in row[:, 0].unique().tolist()]) for row in rows]
+        vectors = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True)
+        return OwnTokens(vectors, padded[..., 0].to(vectors.device), padded[..., 2].to(vectors.device))
+
+
+@torch.no_grad()
+def ground(merged: MergedTokens, own: OwnTokens, index: PhraseIndex, patches: Tensor) -> dict[str, Tensor]:
+    """What each phrase's winning vectors stand on, and how well each caption is matched by its own image.
+
+    A vector's evidence is its weight over patches, renormalised; a vector without any patch (a prompt token kept as it
+    is) has none, so it counts 0 in mass and overlap. Areas are those of patch cells.
+
+    Args:
+        merged: of B images.
+        own: query tokens of their captions.
+        index: of the split.
+        patches: (B, N) bool.
+
+    Returns:
+        `phrases` (p,) the phrases seen, in order; `box_mass` (p,) in [0, 1], mean over the phrase's tokens; `iou` (p,)
+        of the union of the regions with the boxes; `captions` (c,) and `match` (c,), the sum over a caption's tokens of
+        the best similarity, what OSR compares.
+
+    Source: METHOD section 6 (definitions ours); RegionHit is the share of `iou` >= `HIT_IOU`.
+    """
+    products = own.tokens.to(merged.tokens) @ merged.tokens.transpose(1, 2)  # (B, T, K)
+    products = products.masked_fill(~merged.mask[:, None], torch.finfo(products.dtype).min)
+    best, chosen = products.max(dim=2)  # (B, T)
+    real = own.captions >= 0
+    captions, place = own.captions[real].unique(return_inverse=True)
+    match = torch.zeros(len(captions), dtype=best.dtype, device=best.device).index_add_(0, place, best[real])
+    images, tokens = (own.phrases >= 0).nonzero(as_tuple=True)  # (n,) phrase tokens
+    phrases, place = own.phrases[images, tokens].unique(return_inverse=True)
+    winner = chosen[images, tokens]
+    on_patch = patches[images]  # (n, N)
+    evidence = merged.weights.transpose(1, 2)[images, winner] * on_patch  # (n, N)
+    evidence = evidence / evidence.sum(1, keepdim=True).clamp(min=torch.finfo(evidence.dtype).tiny)
+    covered = torch.zeros(len(phrases), patches.shape[1], dtype=evidence.dtype, device=evidence.device)
+    home = torch.empty_like(phrases)
+    home[place] = images  # the image of each phrase
+    grid = index.coverage[phrases.cpu()].to(covered)  # (p, G)
+    covered[patches[home]] = grid.flatten()
+    add = lambda values: torch.zeros(len(phrases), *values.shape[1:]).to(values).index_add_(0, place, values)
+    size = add(torch.ones_like(place, dtype=evidence.dtype))
+    mass = add((evidence * covered[place]).sum(1)) / size
+    region = add(((merged.assignments[images] == winner[:, None]) & on_patch).to(evidence.dtype)) > 0  # (p, N)
+    overlap = (region * covered).sum(1)
+    union = region.sum(1) + covered.sum(1) - overlap
+    return {"phrases": phrases, "box_mass": mass, "iou": overlap / union, "captions": captions, "match": match}
+
+
+def size_thirds(smallest: np.ndarray) -> tuple[tuple[float, float], np.ndarray]:
+    """Captions in three equal parts by the smallest object they name.
+
+    Args:
+        smallest: (C,) areas, NaN where a caption names no box.
+
+    Returns:
+        The two edges (areas), and (C,) int: 0 small, 1 middle, 2 large, -1 none. Equal areas share a part.
+
+    Raises:
+        InputError: no caption names a box.
+    """
+    named = np.isfinite(smallest)
+    if not named.any():
+        raise InputError("no caption names an object with a box")
+    low, high = (float(edge) for edge in np.quantile(smallest[named], [1 / 3, 2 / 3]))
+    part = (smallest > low).astype(int) + (smallest > high)
+    return (low, high), np.where(named, part, -1)

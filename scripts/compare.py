@@ -1,0 +1,63 @@
+"""Compares every compressor at one budget and with the same training, and takes SaMer's gain apart.
+
+    bash bash/compare.sh                                                     (the built-in world)
+    python scripts/compare.py --data-root /data/flickr30k_entities --out outputs/compare_flickr \\
+        --config configs/samer_k64_colpali.yaml --features features/flickr_colpali
+
+Writes results.json, results.md and plots to --out; run again, it goes on where it stopped. Without --features the
+frozen hidden states are computed first, into OUT/features (its size is said beforehand). Trained rows use the recipe of
+--config, one run per seed.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from samer.config import load_config
+from samer.runtime import pick_device, run
+
+SECTIONS = ["untouched", "adapted", "budgets", "components", "crossed", "cost"]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", required=True, help="Flickr30k-Entities folder, with boxes")
+    parser.add_argument("--out", required=True, help="folder for projectors, measurements and results")
+    parser.add_argument("--config", required=True, help="YAML file: model, K and recipe; see configs/")
+    parser.add_argument("--features", default="", help="feature store with the splits needed (scripts/features.py)")
+    parser.add_argument("--split", default="test", help="what is measured on (test)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the trained rows (0 1 2)")
+    parser.add_argument("--sections", nargs="+", default=SECTIONS, help=f"some of: {' '.join(SECTIONS)}")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
+    options = parser.parse_args(argv)
+    sections = [word for word in options.sections if "=" not in word]  # argparse takes overrides after it for more
+    overrides = [*(word for word in options.sections if "=" in word), *options.overrides]
+    config = load_config(options.config, overrides)
+    features = options.features or str(Path(options.out) / "features")
+    started = time.monotonic()
+    if not options.features:
+        from scripts import features as write
+
+        limits = config.data.limit_train_images, config.data.limit_eval_images
+        for split, limit in zip((config.data.train_split, options.split), limits):
+            words = ["--out", features, "--data-root", options.data_root, "--config", options.config, "--splits", split]
+            write.main([*words, *(["--limit-images", str(limit)] if limit else []), *overrides])
+    from samer.comparison import compare
+    from samer.features import FeatureStore
+    from samer.tables import write_tables
+
+    config = replace(config, data=replace(config.data, root=options.data_root, features=features))
+    store = FeatureStore(features, config.model.name, pick_device())
+    results = compare(config, options.out, store, seeds=options.seeds, sections=sections, split=options.split)
+    files = write_tables(results, options.out)
+    files = [Path(options.out) / "results.json", *files]
+    print(f"{time.monotonic() - started:.0f} s; wrote {', '.join(map(str, files))}")
+    return results
+
+
+if __name__ == "__main__":
+    run(main)
