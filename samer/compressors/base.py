@@ -106,7 +106,7 @@ def keep_best(visual: VisualTokens, salience: Tensor, regions: int) -> MergedTok
     slots = torch.arange(regions, device=tokens.device).expand(len(tokens), -1)
     assignments = torch.full(tokens.shape[:2], -1, device=tokens.device).scatter(1, chosen, slots)
     weights = torch.zeros(*tokens.shape[:2], regions, dtype=tokens.dtype, device=tokens.device)
-    weights = weights.scatter(1, chosen[:, None], torch.diag_embed(filled.to(tokens.dtype)))
+    weights = weights.scatter(1, chosen[:, None], filled[:, None].to(tokens.dtype))
     if valid is not None:
         assignments = assignments.masked_fill(~valid, -1)
     return MergedTokens(take(tokens) * filled[..., None], take(visual.coords), filled, weights, assignments)
