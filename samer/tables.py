@@ -334,6 +334,7 @@ def _recall_by_budget(axes, results: dict) -> bool:
 def _recall_by_bytes(axes, results: dict) -> bool:
     if not _draw_lines(axes, results, lambda row: _bytes(row, results)):
         return False
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("bytes per image in the index (2 per component; HPC: 1 per vector)")
     axes.set_title(f"Recall against bytes, {results['about']['data']}")
     return True

@@ -15,14 +15,21 @@ from samer.config import load_config
 from samer.runtime import run, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-ALL = "merge.num_regions=4096"  # more than an image has: nothing is merged
-ROWS = (  # name, what the index is merged with, what the projector was trained under (None: untouched)
-    ("all tokens", ALL, None),
-    ("merged, raster", "merge.center_init=raster", None),
-    ("merged, farthest", "merge.center_init=farthest", None),
-    ("merged, raster, trained", "merge.center_init=raster", "merge.center_init=raster"),
-    ("merged, farthest, trained", "merge.center_init=farthest", "merge.center_init=farthest"),
-    ("all tokens, same training", ALL, ALL),
+ROWS = (  # name, compressor of the index, what the projector was trained through (None: untouched)
+    ("all tokens", "none", None),
+    ("SaMer, raster", "samer raster", None),
+    ("SaMer, farthest", "samer farthest", None),
+    ("H-Pool", "hpool", None),
+    ("K-means", "kmeans", None),
+    ("SAP-mean", "sap-mean", None),
+    ("HPC", "hpc", None),
+    ("grid", "grid", None),
+    ("random", "random", None),
+    ("SaMer, raster, trained", "samer raster", "samer raster"),
+    ("SaMer, farthest, trained", "samer farthest", "samer farthest"),
+    ("H-Pool, trained", "hpool", "hpool"),
+    ("SAP-mean, trained", "sap-mean", "sap-mean"),
+    ("all tokens, same training", "none", "none"),
 )
 SIZES = {False: (800, 60, 400), True: (80, 20, 60)}  # quick -> images in train, val, test
 
@@ -55,13 +62,13 @@ def main(argv=None):
         "compute the frozen features, once for everything below", features, "--out", store, "--data-root", world, model
     )
     results = []
-    for name, merge, training in ROWS:
-        label = name.replace(", ", "-").replace(" ", "-")
+    for name, compressor, training in ROWS:
+        label = name.replace(", ", "-").replace(" ", "-").lower()
         adapter = []
         if training is not None:
             folder = out / "checkpoints" / label
-            words = (f"data.root={world}", f"data.features={store}", model, f"train.output_dir={folder}", training)
-            step(f"train the projector: {name}", train, "--config", config, *words)
+            words = (f"data.root={world}", f"data.features={store}", model, f"train.output_dir={folder}")
+            step(f"train the projector: {name}", train, "--config", config, *words, *settings(training))
             adapter = ["--adapter-path", folder]
         index = out / "caches" / label
         words = (
@@ -77,7 +84,7 @@ def main(argv=None):
             "test",
             *adapter,
         )
-        step(f"build the index: {name}", cache, *words, model, merge)
+        step(f"build the index: {name}", cache, *words, model, *settings(compressor))
         report = step(
             "evaluate", evaluate, "--cache-dir", index, "--split", "test", "--output-json", index / "metrics.json"
         )
@@ -87,6 +94,12 @@ def main(argv=None):
     print(f"\n{time.monotonic() - started:.0f} s. Projectors in {out / 'checkpoints'}, indexes in {out / 'caches'},")
     print(f"scenes in {world}, these figures in {out / 'results.json'}.")
     return results
+
+
+def settings(compressor):
+    """The overrides that choose a compressor."""
+    name, _, centres = compressor.partition(" ")
+    return [f"merge.compressor={name}", *([f"merge.center_init={centres}"] if centres else [])]
 
 
 def table(results):

@@ -13,10 +13,12 @@ SCRIPTS = sorted(path for path in ROOT.glob("scripts/*.py") if path.name != "__i
 # rules only.
 RANKS = [
     {"tokens", "config", "coords"},
-    {"merging", "objects", "scoring", "losses", "metrics"},
+    {"merging", "objects", "scoring", "losses", "metrics", "grounding", "tables"},
     {"colpali"},
     {"train_data", "features", "compressors"},
+    {"evaluation"},
     {"training", "cache_io", "report"},
+    {"comparison"},
 ]
 # What a room may import of samer, where the house says so. `merging` takes labels, so it needs the penalty.
 ALLOWED = {
