@@ -30,7 +30,7 @@ from samer import flickr
 from samer.colpali import Encoder, load_projector
 from samer.compressors import COMPRESSORS, make_compressor
 from samer.config import Config, InputError, MergeConfig
-from samer.evaluation import encode_texts, fitted_compressor
+from samer.evaluation import encode_texts, fitted_compressor, join_queries
 from samer.features import FeatureStore
 from samer.grounding import HIT_IOU, PhraseIndex, ground, size_thirds
 from samer.metrics import bootstrap_intervals, query_metrics
@@ -245,6 +245,7 @@ def measure(
     texts = [caption.text for record in records for caption in record.captions]
     owner = torch.tensor([k for k, record in enumerate(records) for _ in record.captions])
     queries = list(encode_texts(encoder, texts, batch_size))
+    joined = join_queries(queries)
     flat = [tokens[mask] for query in queries for tokens, mask in zip(query.tokens, query.mask)]
     index = PhraseIndex(records, queries, encoder.grid)
     compressors = {key: fitted_compressor(encoder, records, merge, batch_size) for key, merge in merges.items()}
@@ -262,9 +263,8 @@ def measure(
         whole.append(ground(everything(visual), own, index, visual.patches)["match"].cpu())
         for key, compressor in compressors.items():
             merged = compressor(visual)
-            scores[key][:, images.start : images.stop] = torch.cat(
-                [maxsim(query.tokens, merged.tokens, query.mask, merged.mask).cpu() for query in queries]
-            )
+            found_scores = maxsim(joined.tokens, merged.tokens, joined.mask, merged.mask)
+            scores[key][:, images.start : images.stop] = found_scores.cpu()
             found = ground(merged, own, index, visual.patches)
             mixing = object_diagnostics(merged, labels.to(merged.assignments.device))
             for name in ("mixed_clusters", "purity"):

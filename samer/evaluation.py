@@ -60,6 +60,14 @@ def encode_texts(retriever: Encoder, texts: Sequence[str], batch_size: int) -> I
         yield retriever.encode_queries(retriever.query_inputs(batch))
 
 
+def join_queries(batches: Sequence[QueryTokens]) -> QueryTokens:
+    """Batches of queries as one, padded to the longest, without offsets: scored in one call, images are read once."""
+    width = max(batch.mask.shape[1] for batch in batches)
+    fill = lambda batch: width - batch.mask.shape[1]
+    tokens = torch.cat([torch.nn.functional.pad(batch.tokens, (0, 0, 0, fill(batch))) for batch in batches])
+    return QueryTokens(tokens, torch.cat([torch.nn.functional.pad(batch.mask, (0, fill(batch))) for batch in batches]))
+
+
 def evaluate_records(
     retriever: Encoder, records: Sequence[flickr.ImageRecord], merge: MergeConfig, *, batch_size: int
 ) -> dict[str, float]:
@@ -68,10 +76,10 @@ def evaluate_records(
     The images are shared out over the processes; every process returns the same metrics.
     """
     texts = [caption.text for record in records for caption in record.captions]
-    queries = list(encode_texts(retriever, texts, batch_size))
+    queries = join_queries(list(encode_texts(retriever, texts, batch_size)))
     compressor = fitted_compressor(retriever, records, merge, batch_size)
     own = [
-        torch.cat([maxsim(query.tokens, merged.tokens, query.mask, merged.mask).cpu() for query in queries])
+        maxsim(queries.tokens, merged.tokens, queries.mask, merged.mask).cpu()
         for _, merged in compress_images(retriever, records[rank() :: world_size()], compressor, batch_size)
     ]
     scores = torch.empty(len(texts), len(records))

@@ -73,8 +73,15 @@ def maxsim(
     with torch.autocast(queries.device.type, enabled=False):  # it would run the product in half precision
         clean_queries = _clean(queries, query_mask, dtype)
         _check_finite("queries", [_finite_rows(clean_queries)])
-        query_blocks = clean_queries.split(queries_per_block)  # each (q, M, D)
-        query_masks = _split(query_mask, queries_per_block, len(query_blocks))
+        ragged = query_mask is not None and not (queries.requires_grad or images.requires_grad or queries.is_cuda)
+        if ragged:  # padding is left out of the products, not only out of the mean
+            valid = _ValidTokens(
+                clean_queries, query_mask, min(_BLOCK_QUERY_TOKENS, block_elements // tokens_per_image)
+            )
+            images_per_block = max(1, block_elements // (valid.columns * tokens_per_image))
+        else:
+            query_blocks = clean_queries.split(queries_per_block)  # each (q, M, D)
+            query_masks = _split(query_mask, queries_per_block, len(query_blocks))
 
         image_blocks = images.split(images_per_block)
         image_masks = _split(image_mask, images_per_block, len(image_blocks))
@@ -82,14 +89,39 @@ def maxsim(
         for block, block_mask in zip(image_blocks, image_masks):
             block = _clean(block, block_mask, dtype)  # (b, K, D)
             finite.append(_finite_rows(block))
-            columns.append(
-                torch.cat([_score_block(q, block, q_mask, block_mask) for q, q_mask in zip(query_blocks, query_masks)])
-            )
+            if ragged:
+                columns.append(valid.score(block, block_mask))
+            else:
+                rows = zip(query_blocks, query_masks)
+                columns.append(torch.cat([_score_block(q, block, q_mask, block_mask) for q, q_mask in rows]))
         _check_finite("images", finite)
         scores = torch.cat(columns, dim=1)  # (Q, I)
     if not scores.detach().isfinite().all():
         raise InputError(f"the scores overflow {dtype}; MaxSim expects tokens of about unit length")
     return scores
+
+
+class _ValidTokens:
+    """The valid tokens of a ragged query batch side by side; on a CPU only, where sums by index keep their order."""
+
+    def __init__(self, queries: Tensor, mask: Tensor, columns: int) -> None:
+        """(Q, M, D) clean tokens and their (Q, M) mask; at most `columns` tokens go into one product."""
+        self.lengths = mask.sum(1)  # (Q,)
+        flat = queries[mask]  # (n, D)
+        self.columns = max(1, min(columns, len(flat)))
+        self.blocks = flat.split(self.columns)
+        owners = torch.arange(len(mask), device=mask.device).repeat_interleave(self.lengths)
+        self.owners = owners.split(self.columns)
+
+    def score(self, images: Tensor, image_mask: Tensor | None) -> Tensor:
+        """(Q, b) scores against one block of clean image tokens (b, K, D)."""
+        totals = images.new_zeros(len(self.lengths), len(images))
+        for tokens, owner in zip(self.blocks, self.owners):
+            products = (images.flatten(0, 1) @ tokens.t()).view(images.shape[0], images.shape[1], -1)  # (b, K, c)
+            if image_mask is not None:
+                products.masked_fill_(~image_mask[..., None], torch.finfo(products.dtype).min)
+            totals.index_add_(0, owner, products.amax(dim=1).t())
+        return totals / self.lengths[:, None]
 
 
 def _score_block(queries: Tensor, images: Tensor, query_mask: Tensor | None, image_mask: Tensor | None) -> Tensor:
