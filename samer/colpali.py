@@ -268,6 +268,9 @@ class Retriever(Encoder):
         """Everything the model needs of a batch of queries, and `offsets`."""
         if isinstance(texts, str):
             raise InputError("query_inputs takes a list of texts; a single text would be read letter by letter")
+        marked = [text for text in texts if self.processor.image_token in text]
+        if marked:
+            raise InputError(f"query {marked[0][:80]!r} holds {self.processor.image_token}, which stands for an image")
         inputs = dict(self.processor(text=list(texts), return_offsets_mapping=True))
         # the processor writes <bos>, a prefix, the text, augmentation tokens
         before = len(self.processor.tokenizer.bos_token) + len(self.processor.query_prefix)
@@ -310,6 +313,8 @@ class Retriever(Encoder):
         if not needs:
             return self.hidden_states(inputs), {}
         check_signals(needs)
+        if "token_type_ids" not in inputs:  # the model would turn causal without a mask that says so
+            raise InputError("attention signals need all that the processor returns, token_type_ids too")
         patches = (inputs["input_ids"] == self.image_token_id).to(self.device)  # padding holds another id
         layers = self.model.vlm.language_model.layers
         with column_sums(self.model.vlm.language_model, signal_layers(len(layers)), patches) as sums:

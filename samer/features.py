@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from samer import flickr
-from samer.colpali import ATTENTION, Encoder, Projector, Retriever, check_signals, image_seeds
+from samer.colpali import ATTENTION, NO_OFFSET, Encoder, Projector, Retriever, check_signals, image_seeds
 from samer.config import InputError
 from samer.runtime import atomic_path, file_hash, gather_objects, print0, rank, read_json, write_json
 from samer.shards import check_manifest, finished_shard, load_shard, shared_out, write_shard
@@ -328,7 +328,11 @@ class FeatureStore(Encoder):
                 if key in tensors:
                     parts.setdefault(key, []).append(tensors[key][span])
             parts.setdefault("attention_mask", []).append(torch.ones(span.stop - span.start, dtype=torch.long))
-        rows = {key: torch.nn.utils.rnn.pad_sequence(row, batch_first=True) for key, row in parts.items()}
+        fill = {"offsets": NO_OFFSET}
+        rows = {
+            key: torch.nn.utils.rnn.pad_sequence(row, batch_first=True, padding_value=fill.get(key, 0))
+            for key, row in parts.items()
+        }
         for key in ("input_ids", "offsets"):
             if key in rows:
                 rows[key] = rows[key].long()

@@ -59,6 +59,7 @@ class Compressor:
                 not there, or `fit` not called.
         """
         check_tokens(visual.tokens, visual.coords, visual.mask, instance_labels)
+        self._check_sides(visual)
         missing = [name for name in self.needs if name not in visual.attention]
         if missing:
             raise InputError(
@@ -80,6 +81,15 @@ class Compressor:
             result = self.compress(clean, instance_labels)
         return result if mask is None else keep_short(result, tokens, coords, mask)
 
+    @staticmethod
+    def _check_sides(visual: VisualTokens) -> None:
+        batch, count = visual.tokens.shape[:2]
+        sides = {"patches": visual.patches, **{f"attention {name!r}": row for name, row in visual.attention.items()}}
+        expected = dict.fromkeys(sides, (batch, count)) | {"seeds": (batch,)}
+        for name, value in {**sides, "seeds": visual.seeds}.items():
+            if value is not None and tuple(value.shape) != expected[name]:
+                raise InputError(f"{name} of shape {tuple(value.shape)} for tokens {tuple(visual.tokens.shape)}")
+
     def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
         """The work itself, for more than K tokens: float32, padding zeroed, coords (B, N, 2), patches a tensor."""
         raise NotImplementedError
@@ -94,7 +104,8 @@ def keep_best(visual: VisualTokens, salience: Tensor, regions: int) -> MergedTok
         regions: K < N.
     """
     tokens, valid = visual.tokens, visual.mask
-    salience = salience.double().nan_to_num(nan=float("-inf"))
+    lowest = torch.finfo(torch.float64).min
+    salience = salience.double().nan_to_num(nan=lowest, neginf=lowest)
     salience = salience.masked_fill(~visual.patches, float("-inf"))
     order = salience.argsort(dim=1, descending=True, stable=True)
     if valid is not None:  # padding behind everything else, -inf or not

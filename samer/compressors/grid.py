@@ -10,12 +10,15 @@ from samer.tokens import MergedTokens, VisualTokens
 
 
 class GridPooling(Compressor):
-    """The mean of each cell of a coarser grid with at most K cells; prompt tokens, which have no place, are dropped."""
+    """The mean of each cell of a coarser grid with at most K cells; prompt tokens, which have no place, are dropped.
+
+    The coarser grid does not know the patches': with nearly as many cells as patches some stay empty.
+    """
 
     def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
         rows, columns = cells(self.settings.num_regions)
         size = torch.tensor([columns, rows], device=visual.coords.device)
-        cell = (visual.coords * size).long().clamp(min=torch.zeros_like(size), max=size - 1)  # (B, N, 2)
+        cell = (visual.coords * size + 1e-4).long().clamp(min=torch.zeros_like(size), max=size - 1)  # (B, N, 2)
         number = cell[..., 1] * columns + cell[..., 0]
         return hard_merge(visual, number.masked_fill(~visual.patches, -1), self.settings.num_regions)
 

@@ -19,7 +19,12 @@ class KMeans(Compressor):
 
     def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
         settings = replace(
-            self.settings, compressor="samer", cluster_iters=ITERATIONS, spatial_weight=0.0, center_init="farthest"
+            self.settings,
+            compressor="samer",
+            cluster_iters=ITERATIONS,
+            spatial_weight=0.0,
+            center_init="farthest",
+            assignment_temperature=1.0,  # only the nearest centre is taken from the weights
         )
         with torch.no_grad():
             clustered = merge_tokens(visual.tokens, visual.coords, settings, mask=visual.mask)
