@@ -794,7 +794,7 @@ def test_bad_input_is_named(bench, tmp_path, rest, message):
 
 @pytest.mark.parametrize("rest", [["--sections", "graphs"], ["--seeds", "0", "0"], ["--seeds", "-1"]])
 def test_sections_and_seeds_are_checked_before_features_are_made(bench, tmp_path, rest):
-    with pytest.raises(InputError, match="sections|seeds"):
+    with pytest.raises(InputError, match=r"sections|seeds"):
         bench.script(bench.words(tmp_path / "out", *rest))
     assert not (tmp_path / "out").exists()
 
