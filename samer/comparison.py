@@ -320,7 +320,6 @@ def summarise(
         runs = [measured[slug(row.trained), seed][slug(row.merge)] for seed in (seeds if row.trained else [0])]
         per_query[row.section, row.name] = np.stack([run["r@1"] for run in runs])  # (seeds, Q)
         r1 = per_query[row.section, row.name].mean(0)
-        low, high = bootstrap_intervals({"r@1": r1}, groups=owner)["r@1"]
         by_seed = [float(run["r@1"].mean()) for run in runs]
         entry = {
             "section": row.section,
@@ -331,7 +330,7 @@ def summarise(
             "vectors": _mean([run["vectors"].mean() for run in runs]),
             "stored_bytes_per_vector": COMPRESSORS[row.merge.compressor].stored_bytes,
             "r@1": _mean([run["r@1"].mean() for run in runs]),
-            "interval": [round(low, 4), round(high, 4)],
+            "interval": None,  # all rows' at once, below
             "seeds": [round(value, 4) for value in by_seed],
             "spread": round(statistics.stdev(by_seed), 4) if len(by_seed) > 1 else None,
         }
@@ -342,10 +341,10 @@ def summarise(
         entry["region_hit"] = _mean([100 * (run["iou"] >= HIT_IOU).mean() for run in runs])
         entry["r@1_by_size"] = [_mean([r1[part == k].mean()]) if (part == k).any() else None for k in range(3)]
         table.append(entry)
-    differences = [
-        {"of": of, "minus": minus, **_difference(per_query[of], per_query[minus], owner, part, count)}
-        for of, minus in _pairs(per_query)
-    ]
+    intervals = _intervals({key: runs.mean(0) for key, runs in per_query.items()}, owner)
+    for entry in table:
+        entry["interval"] = intervals[entry["section"], entry["name"]]
+    differences = _differences(per_query, owner, part, count)
     sizes = {"edges": [round(edge, 6) for edge in edges], "captions": [int((part == k).sum()) for k in range(3)]}
     return {"sizes": sizes, "rows": table, "differences": differences}
 
@@ -385,27 +384,47 @@ def _pairs(rows: dict[tuple[str, str], np.ndarray]) -> list[tuple[tuple[str, str
     return [pair for pair in dict.fromkeys(asked) if pair[0] in rows and pair[1] in rows]
 
 
-def _difference(a: np.ndarray, b: np.ndarray, owner: np.ndarray, part: np.ndarray, count: np.ndarray) -> dict:
-    """Paired difference of R@1, (seeds or 1, Q) each, in all and by what the captions name.
+def _intervals(values: dict[tuple, np.ndarray], owner: np.ndarray) -> dict[tuple, list[float]]:
+    """95 % intervals of means, (Q,) each, over images; all of them see the same resamples."""
+    found = bootstrap_intervals({str(k): value for k, value in enumerate(values.values())}, groups=owner)
+    return {key: [round(edge, 4) for edge in found[str(k)]] for k, key in enumerate(values)}
+
+
+def _differences(
+    rows: dict[tuple[str, str], np.ndarray], owner: np.ndarray, part: np.ndarray, count: np.ndarray
+) -> list[dict]:
+    """Paired differences of R@1, in all and by what the captions name.
 
     Seeds are averaged, the 95 % interval is over images; `seeds` has the difference seed by seed.
+
+    Args:
+        rows: (seeds or 1, Q) each.
+        owner, part, count: (Q,), each caption's image, size third and number of boxed phrases.
     """
-    seeds = (a - b).mean(1)
-    a, b = a.mean(0), b.mean(0)
+    pairs = _pairs(rows)
+    values = {pair: rows[pair[0]].mean(0) - rows[pair[1]].mean(0) for pair in pairs}  # (Q,) each
 
-    def on(chosen: np.ndarray) -> dict | None:
-        if not chosen.any():
-            return None
-        values = {"d": (a - b)[chosen]}
-        low, high = bootstrap_intervals(values, groups=owner[chosen])["d"]
-        return {"r@1": _mean([values["d"].mean()]), "interval": [round(low, 4), round(high, 4)]}
+    def on(chosen: np.ndarray) -> dict[tuple, dict | None]:
+        if not chosen.any() or not pairs:
+            return dict.fromkeys(pairs)
+        some = {pair: value[chosen] for pair, value in values.items()}
+        intervals = _intervals(some, owner[chosen])
+        return {pair: {"r@1": _mean([some[pair].mean()]), "interval": intervals[pair]} for pair in pairs}
 
-    return {
-        **on(np.ones(len(a), dtype=bool)),
-        "seeds": [round(float(value), 4) for value in seeds],
-        "by_size": [on(part == k) for k in range(3)],
-        "by_objects": {name: on(chosen) for name, chosen in (("1", count == 1), ("2", count == 2), ("3+", count > 2))},
-    }
+    whole = on(np.ones(len(owner), dtype=bool))
+    by_size = [on(part == k) for k in range(3)]
+    by_objects = {name: on(chosen) for name, chosen in (("1", count == 1), ("2", count == 2), ("3+", count > 2))}
+    return [
+        {
+            "of": pair[0],
+            "minus": pair[1],
+            **whole[pair],
+            "seeds": [round(float(value), 4) for value in (rows[pair[0]] - rows[pair[1]]).mean(1)],
+            "by_size": [third[pair] for third in by_size],
+            "by_objects": {name: found[pair] for name, found in by_objects.items()},
+        }
+        for pair in pairs
+    ]
 
 
 def _mean(values: Sequence[float]) -> float | None:
