@@ -199,7 +199,7 @@ def test_the_manifest_says_what_it_is_made_of_and_nothing_else(made, frozen, bas
     splits = manifest.pop("splits")
     assert manifest == {
         "format": "samer_cache",
-        "format_version": 1,
+        "format_version": 2,
         "base_projector": frozen.base_projector.hash,
         "hidden_states": {"computed_in": "float32", "stored_in": "nothing"},
         "projector": frozen.base_projector.hash,
@@ -214,6 +214,8 @@ def test_the_manifest_says_what_it_is_made_of_and_nothing_else(made, frozen, bas
         },
         "dtype": "float32",
         "embedding_dim": DIM,
+        "assignments": False,
+        "scale": None,
         "base_model": str(base),  # as the user named it: a hub id, or here a folder
     }
     assert list(splits) == ["val", "test"]
