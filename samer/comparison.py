@@ -5,7 +5,8 @@
     DIR/measured/<name>-seed<s>.safetensors    per-query, per-phrase and per-image values of all rows of one projector
     DIR/results.json, results.md, *.png, *.svg (samer/tables.py)
 
-Each image is encoded once per projector and shared by all compressors measured with it; what is finished is kept.
+Each image is encoded once per projector and shared by all compressors measured with it; what is finished is kept. The
+rows of one projector are measured together, so another set of rows measures that projector's anew.
 
 Shape letters: Q queries (captions), I images, P phrases, N tokens, K budget, D embedding.
 """
@@ -59,6 +60,11 @@ class Row:
     trained: MergeConfig | None = None
 
 
+def budgets(tokens_per_image: int) -> list[int]:
+    """N / 2 to N / 32, each once, largest first."""
+    return list(dict.fromkeys(max(1, tokens_per_image // share) for share in SHARES))
+
+
 def variants(base: MergeConfig) -> dict[str, MergeConfig]:
     """Every registered compressor at `base`'s budget; SaMer with both kinds of centres."""
     every = {}
@@ -81,8 +87,7 @@ def plan(base: MergeConfig, tokens_per_image: int) -> list[Row]:
     samer = {init: every[f"samer, {init}"] for init in CENTRES}
     rows = [Row("untouched", name, merge) for name, merge in every.items()]
     rows += [Row("adapted", name, merge, merge) for name, merge in every.items()]
-    for share in SHARES:
-        budget = max(1, tokens_per_image // share)
+    for budget in budgets(tokens_per_image):
         at = {name: replace(merge, num_regions=budget) for name, merge in every.items() if name != "none"}
         rows += [Row("budgets", f"{name} @ {budget}", merge) for name, merge in at.items()]
         trained = [at[f"samer, {init}"] for init in CENTRES]
@@ -113,6 +118,15 @@ def slug(merge: MergeConfig | None) -> str:
     return f"{merge.compressor}{centres}-{merge.num_regions}-{digest}"
 
 
+def check_request(sections: Sequence[str], seeds: Sequence[int]) -> None:
+    """Refuses an unknown section, none at all, no seed or one given twice; before anything long is done."""
+    unknown = [name for name in sections if name not in SECTIONS]
+    if unknown or not sections:
+        raise InputError(f"sections {', '.join(unknown) or '(none given)'}: use some of {', '.join(SECTIONS)}")
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise InputError(f"seeds {list(seeds)}: give at least one, each once, none below 0")
+
+
 def compare(
     config: Config,
     folder: str | Path,
@@ -139,11 +153,7 @@ def compare(
         InputError: an unknown section, no seed, bad data, or a projector of another making in `folder`.
     """
     folder = Path(folder)
-    unknown = [name for name in sections if name not in SECTIONS]
-    if unknown or not sections:
-        raise InputError(f"sections {', '.join(unknown) or '(none given)'}: use some of {', '.join(SECTIONS)}")
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise InputError(f"seeds {list(seeds)}: give at least one, each once")
+    check_request(sections, seeds)
     records = flickr.load_split(config.data.root, split, boxes=True, limit_images=config.data.limit_eval_images)
     tokens_per_image = store.record_inputs(records[:1])["input_ids"].shape[1]
     rows = [row for row in plan(config.merge, tokens_per_image) if row.section in sections]
@@ -288,7 +298,9 @@ def _image_labels(records: Sequence[flickr.ImageRecord], coords: Tensor) -> Tens
     """Instance labels (B, N) from all boxes that any caption of an image names, each chain once."""
     boxes = []
     for record in records:
-        chains = {phrase.chain_id: phrase.boxes for caption in record.captions for phrase in caption.phrases}
+        chains = {
+            phrase.chain_id: phrase.boxes for caption in record.captions for phrase in caption.phrases if phrase.boxes
+        }
         boxes.append(torch.tensor([box for chain in chains.values() for box in chain]).reshape(-1, 4))
     return instance_labels(coords.cpu(), boxes, min_area=0.0, max_phrases=10_000)
 
@@ -417,7 +429,7 @@ def cost(
     visual = [store.encode_images(store.record_inputs(batch)) for batch in batched(records, batch_size)]
     some = next(encode_texts(store, texts[:256], 256))
     rows = []
-    for budget in (tokens_per_image, *(max(1, tokens_per_image // share) for share in SHARES)):
+    for budget in (tokens_per_image, *budgets(tokens_per_image)):
         compressor = make_compressor(replace(merge, compressor="samer", num_regions=budget))
         merged = [compressor(batch) for batch in visual]
         tokens, mask = torch.cat([m.tokens for m in merged]), torch.cat([m.mask for m in merged])

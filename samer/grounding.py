@@ -40,7 +40,8 @@ def box_coverage(boxes: Sequence[flickr.Box], rows: int, columns: int) -> np.nda
     inside = [(box[:, axis, None] < middle) & (middle < box[:, axis + 2, None]) for axis, middle in enumerate(middles)]
     covered = (inside[1][:, :, None] & inside[0][:, None, :]).any(0)  # (pieces down, pieces across)
     pieces = covered * np.outer(np.diff(cuts[1]), np.diff(cuts[0]))
-    cells = [np.floor(middle * count).astype(int) for middle, count in zip(middles, (columns, rows))]
+    sizes = (columns, rows)  # a middle may round up to 1
+    cells = [np.minimum(np.floor(m * count).astype(int), count - 1) for m, count in zip(middles, sizes)]
     area = np.zeros((rows, columns))
     np.add.at(area, (cells[1][:, None], cells[0][None, :]), pieces)
     return (area * rows * columns).clip(0, 1).astype(np.float32).ravel()
@@ -81,7 +82,7 @@ class PhraseIndex:
         """
         if any(query.offsets is None for query in queries):
             raise InputError("grounding needs each query token's character offsets; encode the captions anew")
-        spans = [offsets[mask].cpu() for q in queries for offsets, mask in zip(q.offsets, q.mask)]
+        spans = [offsets[mask.to(offsets.device)].cpu() for q in queries for offsets, mask in zip(q.offsets, q.mask)]
         captions = [(image, caption) for image, record in enumerate(records) for caption in record.captions]
         if len(spans) != len(captions):
             raise InputError(f"{len(spans)} encoded queries for {len(captions)} captions")

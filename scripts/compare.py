@@ -20,8 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from samer.config import load_config
 from samer.runtime import pick_device, run
 
-SECTIONS = ["untouched", "adapted", "budgets", "components", "crossed", "cost"]
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,12 +29,18 @@ def main(argv=None):
     parser.add_argument("--features", default="", help="feature store with the splits needed (scripts/features.py)")
     parser.add_argument("--split", default="test", help="what is measured on (test)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the trained rows (0 1 2)")
-    parser.add_argument("--sections", nargs="+", default=SECTIONS, help=f"some of: {' '.join(SECTIONS)}")
+    parser.add_argument(
+        "--sections", nargs="+", help="some of: untouched adapted budgets components crossed cost (all)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
-    sections = [word for word in options.sections if "=" not in word]  # argparse takes overrides after it for more
-    overrides = [*(word for word in options.sections if "=" in word), *options.overrides]
+    given = options.sections or []
+    overrides = [*(word for word in given if "=" in word), *options.overrides]  # argparse takes them for sections
     config = load_config(options.config, overrides)
+    from samer.comparison import SECTIONS, check_request, compare
+
+    sections = SECTIONS if options.sections is None else [word for word in given if "=" not in word]
+    check_request(sections, options.seeds)
     features = options.features or str(Path(options.out) / "features")
     started = time.monotonic()
     if not options.features:
@@ -46,7 +50,6 @@ def main(argv=None):
         for split, limit in zip((config.data.train_split, options.split), limits):
             words = ["--out", features, "--data-root", options.data_root, "--config", options.config, "--splits", split]
             write.main([*words, *(["--limit-images", str(limit)] if limit else []), *overrides])
-    from samer.comparison import compare
     from samer.features import FeatureStore
     from samer.tables import write_tables
 

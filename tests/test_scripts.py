@@ -29,6 +29,7 @@ MERGE = {
     "assignment_temperature": 0.05,
     "object_penalty": 0.5,
     "center_init": "farthest",
+    "compressor": "samer",
 }
 
 
@@ -233,6 +234,7 @@ def test_a_config_file_wins_over_the_adapter(script, pipeline, world, base, tmp_
     rest = ("--adapter-path", pipeline["folder"] / "out", "--config", config, "merge.cluster_iters=1")
     script("cache").main(cache_words(pipeline, world, tmp_path / "c", *rest))
     defaults = {"spatial_weight": 0.1, "assignment_temperature": 0.07, "object_penalty": 1.0, "center_init": "raster"}
+    defaults["compressor"] = "samer"
     assert merge_of(tmp_path / "c") == {"num_regions": 5, "cluster_iters": 1, **defaults}
     assert Cache(tmp_path / "c").manifest["projector"] != Cache(tmp_path / "c").manifest["base_projector"]
 
