@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from samer.config import InputError
+from samer.config import Config, InputError, load_config
 
 
 def rank() -> int:
@@ -166,6 +166,24 @@ def file_hash(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def adapter_config(adapter_path: str, config_path: str | None, overrides: Sequence[str]) -> Config:
+    """Settings of a trained projector: from the config file if given, else from its config.json; overrides win.
+
+    Raises:
+        InputError: no projector there, or one that says nothing of its model and merge.
+    """
+    folder = Path(adapter_path)
+    if adapter_path and not folder.exists():
+        raise InputError(f"{adapter_path}: no such projector; name the folder that scripts/train.py wrote")
+    if adapter_path and not config_path and (folder / "projector.safetensors").is_file():
+        trained = read_json(folder / "config.json")
+        name, merge = trained.get("base_model"), trained.get("merge")
+        if not (isinstance(name, str) and isinstance(merge, dict)):
+            raise InputError(f"{adapter_path}/config.json: no base_model or no merge settings; give --config")
+        overrides = [f"model.name={name}", *(f"merge.{key}={value}" for key, value in merge.items()), *overrides]
+    return load_config(config_path, overrides)
 
 
 def split_words(parser: argparse.ArgumentParser, splits: Sequence[str], overrides: Sequence[str]):
