@@ -37,7 +37,7 @@ from samer.colpali import Encoder, Projector, Retriever, image_seeds
 from samer.compressors import Compressor, make_compressor
 from samer.config import InputError, MergeConfig
 from samer.evaluation import compress_images, encode_texts, fitted_compressor
-from samer.runtime import atomic_path, file_hash, gather_objects, rank, read_json, write_json
+from samer.runtime import atomic_path, file_hash, gather_objects, prefetched, rank, read_json, write_json
 from samer.scoring import StoredImages, maxsim, pack_signs, score_stored, search
 from samer.shards import check_manifest, finished_shard, load_shard, shared_out, write_shard
 from samer.tokens import MergedTokens, QueryTokens
@@ -147,6 +147,17 @@ def add_images(
         raise InputError(f"{merge.compressor} learns from a whole corpus; an index that grows needs another compressor")
     skipped: list[str] = []
     compressor = make_compressor(merge)
+
+    def prepare(batch: Sequence[flickr.ImageRecord]) -> tuple[list[flickr.ImageRecord], dict[str, Tensor], list[str]]:
+        good, images, bad = [], [], []
+        for record in batch:
+            try:
+                images.append(flickr.load_image(record.image_path))
+                good.append(record)
+            except InputError as error:
+                bad.append(str(error))
+        return good, {**retriever.image_inputs(images), "seeds": image_seeds(good)} if good else {}, bad
+
     with _writing(Path(folder), retriever, merge, batch_size, dtype, assignments) as writer:
         split = writer.manifest["splits"].get(FOLDER_SPLIT, {"images": [], "queries": [], "root": str(root)})
         if split.get("root") != str(root):
@@ -157,20 +168,13 @@ def add_images(
             for start in range(0, len(fresh), IMAGES_PER_SHARD):
                 chunk = fresh[start : start + IMAGES_PER_SHARD]
                 records, parts = [], []
-                for batch in batched(chunk, batch_size):
-                    good, images = [], []
-                    for record in batch:
-                        try:
-                            images.append(flickr.load_image(record.image_path))
-                            good.append(record)
-                        except InputError as error:
-                            skipped.append(str(error))
-                    progress.update(len(batch))
+                for batch, (good, inputs, bad) in prefetched(prepare, batched(chunk, batch_size)):
+                    skipped += bad
                     if good:
-                        inputs = {**retriever.image_inputs(images), "seeds": image_seeds(good)}
                         with torch.no_grad():
                             parts.append(compressor(retriever.encode_images(inputs, compressor.needs)))
                         records += good
+                    progress.update(len(batch))
                 if not records:
                     continue
                 writer.choose_scale_from(parts)

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,22 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object; it may be damaged, make it anew")
     return value
+
+
+def prefetched(function: Callable[[Any], Any], items: Iterable) -> Iterator[tuple[Any, Any]]:
+    """Pairs (item, function(item)) in order; the next result is computed in a thread while the caller uses this one.
+
+    For work that waits or releases Python's lock, such as decoding images; an error is raised at its item.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: tuple[Any, Future] | None = None
+        for item in items:
+            upcoming = item, pool.submit(function, item)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = upcoming
+        if waiting:
+            yield waiting[0], waiting[1].result()
 
 
 def file_hash(path: str | Path) -> str:

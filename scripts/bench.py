@@ -4,6 +4,7 @@ python scripts/bench.py merge     the operator against its own products, a loop 
 python scripts/bench.py maxsim    exact scoring against the bare product and other engines (tests/peers.txt)
 python scripts/bench.py scale     one million images of 64 x 128 int8 on disk: time and memory of a search (8.2 GB)
 python scripts/bench.py cache     how much of building an index is spent outside the backbone
+python scripts/bench.py quality   what each stored dtype keeps: recall, overlap with float32, bytes
 python scripts/bench.py train     training from pixels and from stored features
 """
 
@@ -114,11 +115,7 @@ def score(runs):
     for name, milliseconds in times.items():
         found = engines[name]()
         found = found.topk(10, dim=1).indices if isinstance(found, torch.Tensor) else None
-        hits = (
-            ""
-            if found is None
-            else f"{np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact.tolist(), found.tolist())]):.3f}"
-        )
+        hits = "" if found is None else f"{overlap(exact, found):.3f}"
         print(f"{name:42}{milliseconds:8.0f}{milliseconds / floor:9.2f}{einsum / milliseconds:10.1f}{hits:>11}")
     one = QueryTokens(queries[:1], query.mask[:1])
     many = StoredImages(small.tokens.repeat(20, 1, 1), scale)
@@ -250,6 +247,36 @@ def building(runs):
         print(f"outside the backbone: {outside:.1f} % of {whole:.1f} s, of which {decode:.1f} % decode pictures")
 
 
+def quality(runs):
+    """400 generated images with 2,000 captions, 262 tokens to 16 from farthest centres, in every dtype of an index."""
+    from samer.cache_io import DTYPES, Cache, build_cache
+    from samer.colpali import Retriever
+    from samer.metrics import retrieval_metrics
+    from samer.scenes import write_world
+
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        write_world(place / "world", {"test": 400})
+        retriever = Retriever.load(str(ROOT / "assets" / "retriever"))
+        settings = MergeConfig(num_regions=16, center_init="farthest")
+        print(f"{'':10}{'R@1':>7}{'R@10':>7}{'overlap@10':>12}{'bytes/image':>13}")
+        exact = None
+        for dtype in DTYPES:
+            build_cache(place / dtype, place / "world", ["test"], retriever, settings, dtype=dtype)
+            cache = Cache(place / dtype)
+            scores, owner = cache.scores("test")
+            metrics = retrieval_metrics(scores, owner[:, None] == torch.arange(scores.shape[1]))
+            best = scores.topk(10, dim=1).indices
+            exact = best if exact is None else exact
+            row = (
+                f"{metrics['r@1']:7.2f}{metrics['r@10']:7.2f}{overlap(exact, best):12.3f}{cache.size('test')[3]:13,.0f}"
+            )
+            extra = sum(
+                shard["exact"]["bytes"] for shard in cache.manifest["splits"]["test"]["images"] if "exact" in shard
+            )
+            print(f"{dtype:10}{row}" + (f" + {extra / 400:,.0f} on disk to re-rank with" if extra else ""))
+
+
 def epoch(words):
     """Seconds, captions and peak memory (GB) of one training run in a process of its own."""
     from samer.config import load_config
@@ -297,7 +324,7 @@ def training(runs):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["merge", "maxsim", "scale", "cache", "train"])
+    parser.add_argument("what", choices=["merge", "maxsim", "scale", "cache", "quality", "train"])
     parser.add_argument("--runs", type=int, default=200, help="timed calls (200; the longer ones a part of it)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     options = parser.parse_args(argv)
@@ -308,7 +335,9 @@ def main(argv=None):
     if options.what == "train":
         return training(options.runs)
     with torch.no_grad():
-        {"merge": merge, "maxsim": score, "scale": scale, "cache": building}[options.what](options.runs)
+        {"merge": merge, "maxsim": score, "scale": scale, "cache": building, "quality": quality}[options.what](
+            options.runs
+        )
 
 
 if __name__ == "__main__":
