@@ -8,8 +8,9 @@
     DIR/<split>/queries-00000.safetensors   tokens (sum M, D), lengths (q,), image (q,); valid tokens only
     each shard's header says what it was made from and holds a checksum (samer/shards.py)
 
-A shard that the manifest names is never changed: appending writes new shards, deleting notes rows in the manifest, and
-the manifest is replaced in one step, so a reader sees the index before or after, never a mixture. No pickle anywhere; a
+Appending writes new shards, deleting notes rows in the manifest, and the manifest is replaced in one step, so a reader
+sees the index before or after, never a mixture (a split of a data set that is built again from other data is replaced
+shard by shard; open it when that has ended). int8's scale is fixed by the first images. No pickle anywhere; a
 reader maps the files. Bytes depend on the input, where its hidden states come from, the projector and the batch size
 only, not on the number of processes, nor on when it was made.
 
@@ -105,6 +106,8 @@ def build_cache(
     with _writing(folder, retriever, merge, batch_size, dtype, assignments) as writer:
         summaries = []
         for split, rows in records.items():
+            if any(writer.manifest["splits"].get(split, {}).get("deleted", {}).values()):
+                raise InputError(f"{folder}: images of {split} were deleted; build it in another folder")
             compressor = fitted_compressor(retriever, rows, merge, batch_size)
             writer.choose_scale(rows, compressor)
             shards, reused = writer.write_images(split, rows, compressor)
@@ -152,8 +155,11 @@ def add_images(
         good, images, bad = [], [], []
         for record in batch:
             try:
+                record.image_id.encode()
                 images.append(flickr.load_image(record.image_path))
                 good.append(record)
+            except UnicodeEncodeError:
+                bad.append(f"{record.image_id!a}: its name is not UTF-8; rename it")
             except InputError as error:
                 bad.append(str(error))
         return good, {**retriever.image_inputs(images), "seeds": image_seeds(good)} if good else {}, bad
@@ -183,7 +189,8 @@ def add_images(
                 split = {**split, "images": [*split["images"], entry]}
                 writer.commit(FOLDER_SPLIT, split)
         if not split["images"]:
-            raise InputError(f"{root}: not one readable picture among {len(paths)} files; {'; '.join(skipped[:1])}")
+            why = f"; first: {skipped[0]}" if skipped else ""
+            raise InputError(f"{root}: not one readable picture among {len(paths)} files{why}")
     return _summary(FOLDER_SPLIT, split, 0), skipped
 
 
@@ -197,6 +204,7 @@ def delete_images(folder: str | Path, split: str, ids: Sequence[str]) -> int:
         InputError: an id that the split does not hold.
     """
     folder = Path(folder)
+    Cache(folder)  # nothing is made or locked where there is no index
     with _lock(folder):
         cache = Cache(folder)
         entry = dict(cache._split(split))
@@ -225,6 +233,8 @@ def _lock(folder: Path):
         yield
         return
     path = folder / ".lock"
+    made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
+    before = set() if made else set(folder.iterdir()) if folder.is_dir() else set()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -241,7 +251,8 @@ def _lock(folder: Path):
             yield
         finally:
             path.unlink(missing_ok=True)
-            for empty in [*(entry for entry in folder.iterdir() if entry.is_dir()), folder]:
+            own = [entry for entry in folder.iterdir() if entry.is_dir() and entry not in before]
+            for empty in [*own, *made]:  # a run that failed leaves no empty folders of its own
                 if not any(empty.iterdir()):
                     empty.rmdir()
     finally:
@@ -298,7 +309,7 @@ class _Writer:
         }
         remedy = "name another cache folder, or remove it to build anew"
         manifest = check_manifest(folder / "manifest.json", identity, "a cache", remedy)
-        self.scale: float | None = manifest["scale"] if manifest else None
+        self.scale: float | None = manifest.get("scale") if manifest else None
         self.identity = identity
         self.manifest = manifest or {**identity, "scale": None, "base_model": retriever.name, "splits": {}}
 
@@ -377,6 +388,12 @@ class _Writer:
             rows = [part.assignments.cpu() for part in parts]
             longest = max(row.shape[1] for row in rows)
             filled = [torch.nn.functional.pad(row, (0, longest - row.shape[1]), value=-1) for row in rows]
+            highest = max(int(row.max()) for row in rows)
+            if highest >= NO_REGION:
+                raise InputError(
+                    f"assignments take a byte per token; {self.identity['merge']['compressor']} left region "
+                    f"{highest}, and {NO_REGION - 1} is the highest that fits"
+                )
             tensors["assignments"] = torch.cat(filled).remainder(NO_REGION + 1).to(torch.uint8)  # -1 becomes 255
         path = self.folder / split / f"images-{number:05d}.safetensors"
         exact = {}
@@ -482,9 +499,11 @@ class Cache:
             with safe_open(path, framework="pt") as handle:
                 projector = Projector(handle.get_tensor("weight"), handle.get_tensor("bias"))
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not readable ({str(error)[:120]}); build the cache anew") from None
+            raise InputError(f"{path}: not readable ({str(error)[:120]}); remove the cache and build it anew") from None
         if projector.hash != self.manifest["projector"]:
-            raise InputError(f"{path}: not the projector that this cache was made with; build the cache anew")
+            raise InputError(
+                f"{path}: not the projector that this cache was made with; remove the cache and build it anew"
+            )
         return projector
 
     def _split(self, split: str) -> dict:
@@ -559,7 +578,7 @@ class Cache:
                 header["stamp"]["ids"],
                 StoredImages(
                     tensors["tokens"].to(device),
-                    self.manifest["scale"],
+                    self.manifest.get("scale"),
                     None if full else mask.to(device),
                     None if live is None else live.to(device),
                 ),
@@ -610,6 +629,8 @@ class Cache:
         columns = []
         for entry, (_, images) in zip(self._split(split)["images"], self.stored(split, device)):
             self._read(split, entry)  # an evaluation checks what it reads
+            if "exact" in entry:
+                self._read(split, entry["exact"])
             columns.append(torch.cat([score_stored(query, images).cpu() for query, _ in blocks]))
         scores = torch.cat(columns, dim=1)
         if self.manifest["dtype"] == "binary":
@@ -650,6 +671,9 @@ class Cache:
         for number, candidates in enumerate(found):
             query = queries.tokens[number][queries.mask[number]][None]
             names = [name for name, _ in candidates]
+            if not names:  # every image was deleted
+                result.append([])
+                continue
             rows = [places[name] for name in names]
             tokens = [self._map(split, entry["exact"]["file"])[0]["tokens"][row] for entry, row in rows]
             masks = [self._map(split, entry["file"])[0]["mask"][row] for entry, row in rows]

@@ -251,9 +251,11 @@ def int8_product_works(device: torch.device) -> bool:
         )
         left[0], right[0] = 127, -127
         try:
-            product = torch._int_mm(left.to(device), right.to(device).t())
+            # laid out as `score_stored` does: columns of a wider row-major matrix
+            wide = torch.cat([right, right]).to(device).t().contiguous()
+            product = torch._int_mm(left.to(device), wide[:, columns:])
         except (AttributeError, RuntimeError, NotImplementedError):
-            return False
+            return False  # `_float_product` takes its place
         if product.dtype != torch.int32 or not torch.equal(product.cpu(), left.int() @ right.int().t()):
             return False
     return True
@@ -285,6 +287,9 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
         InputError: shapes or dtypes that do not fit, non-finite queries.
     """
     tokens = images.tokens
+    if block_elements is not None and block_elements < 1:
+        raise InputError(f"block_elements is {block_elements}; it must be at least 1")
+    _check_tokens("images", tokens, images.mask)
     if tokens.is_floating_point():
         return maxsim(queries.tokens, tokens, queries.mask, images.mask, block_elements=block_elements)
     width = queries.tokens.shape[-1]
@@ -307,12 +312,14 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     wide = min(columns, _BLOCK_QUERY_TOKENS)
     per_block = max(1, block_elements // (wide * tokens.shape[1]))
     unit = images.scale if images.scale is not None else width**-0.5
-    columns_of = []
+    lengths = queries.mask.sum(1)
+    owners = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)
+    parts = []
     masks = _split(_drop_full_mask("images", images.mask), per_block, -(-len(tokens) // per_block))
     for block, mask in zip(tokens.split(per_block), masks):
         left = unpack_signs(block) if signs else block
         left = left.reshape(-1, width)
-        if len(left) <= 16 and product is torch._int_mm:  # CUDA's kernel wants more rows than 16
+        if len(left) <= 16 and product is not _float_product:  # CUDA's kernel wants more rows than 16
             left = torch.cat([left, left.new_zeros(17 - len(left), width)])
         best = []
         for start in range(0, columns, wide):
@@ -321,9 +328,14 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
             if mask is not None:
                 found = found.masked_fill(~mask[..., None], torch.iinfo(torch.int32).min)
             best.append(found.amax(1))
-        columns_of.append(torch.cat(best, dim=1)[:, : len(whole)])
-    best = torch.cat(columns_of).float() * (scales * unit)  # (I, n)
-    return torch.stack([best[:, span].mean(1) for span in spans])
+        similar = torch.cat(best, dim=1)[:, : len(whole)].float() * (scales * unit)  # (b, n)
+        if tokens.is_cuda:  # sums by index have no fixed order there
+            parts.append(torch.stack([similar[:, span].mean(1) for span in spans]))
+        else:
+            parts.append(
+                similar.new_zeros(len(spans), len(block)).index_add_(0, owners, similar.t()) / lengths[:, None]
+            )
+    return torch.cat(parts, dim=1)
 
 
 def _float_product(left: Tensor, right: Tensor) -> Tensor:
