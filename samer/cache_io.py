@@ -1,48 +1,65 @@
-"""The compressed index on disk: shards of merged image tokens and query tokens, and a manifest written last.
+"""The compressed index on disk: shards of image tokens and query tokens, and a manifest written last.
 
     DIR/manifest.json                what was built and from what; splits appear here when they are complete
-    DIR/<split>/images-00000.safetensors    tokens (n, K, D), mask (n, K) bool; ids in the header
+    DIR/projector.safetensors        weight, bias: what queries must be projected with
+    DIR/<split>/images-00000.safetensors    tokens (n, K, D) or (n, K, D / 8), mask (n, K) bool; ids in the header;
+                                            optional: assignments (n, N) uint8, the region of each token, 255: none
+    DIR/<split>/images-00000.exact.safetensors   only with 1-bit tokens: tokens (n, K, D) bfloat16, to re-rank with
     DIR/<split>/queries-00000.safetensors   tokens (sum M, D), lengths (q,), image (q,); valid tokens only
     each shard's header says what it was made from and holds a checksum (samer/shards.py)
 
-No pickle anywhere; a reader maps the files. Bytes depend on the input, where its hidden states come from, the projector
-and the batch size only, not on the number of processes, nor on when it was made.
+Appending writes new shards, deleting notes rows in the manifest, and the manifest is replaced in one step, so a reader
+sees the index before or after, never a mixture (a split of a data set that is built again from other data is replaced
+shard by shard; open it when that has ended). int8's scale is fixed by the first images. No pickle anywhere; a
+reader maps the files. Bytes depend on the input, where its hidden states come from, the projector and the batch size
+only, not on the number of processes, nor on when it was made.
 
-Shape letters: I images, K regions, D embedding, Q queries, M tokens.
+Shape letters: I images, K regions, N tokens before compression, D embedding, Q queries, M tokens.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from samer import flickr
-from samer.colpali import Encoder
+from samer.colpali import Encoder, Projector, Retriever, image_seeds
 from samer.compressors import Compressor, make_compressor
 from samer.config import InputError, MergeConfig
 from samer.evaluation import compress_images, encode_texts, fitted_compressor
-from samer.runtime import file_hash, gather_objects, rank, read_json, write_json
-from samer.scoring import maxsim
+from samer.runtime import atomic_path, file_hash, gather_objects, prefetched, rank, read_json, write_json
+from samer.scoring import StoredImages, maxsim, pack_signs, score_stored, search
 from samer.shards import check_manifest, finished_shard, load_shard, shared_out, write_shard
-from samer.tokens import QueryTokens
+from samer.tokens import MergedTokens, QueryTokens
 from samer.train_data import batched
 
 FORMAT = "samer_cache"
-FORMAT_VERSION = 1
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORMAT_VERSION = 2  # 1 had no projector, no int8, no signs and no deletions
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = (*FLOATS, "int8", "binary")
 IMAGES_PER_SHARD = 1024
 QUERIES_PER_SHARD = 8192
+FOLDER_SPLIT = "images"  # where pictures without captions go
+SCALE_IMAGES = 256  # what int8's scale is taken from, evenly spaced
+CLIPPED = 1e-4  # share of components that int8 may clip
+CANDIDATES = 10  # 1-bit scores choose so many times the results asked for, at least 100, for exact re-ranking
+NO_REGION = 255
 
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What a split of a cache holds; `bytes_per_image` counts tokens and mask."""
+    """What a split of a cache holds; `bytes_per_image` counts tokens and mask, as a search reads them."""
 
     split: str
     images: int
@@ -62,8 +79,9 @@ def build_cache(
     batch_size: int = 32,
     dtype: str = "bfloat16",
     limit_images: int | None = None,
+    assignments: bool = False,
 ) -> list[CacheSummary]:
-    """Encodes and merges splits without boxes and writes them; finished shards of an earlier try are kept.
+    """Encodes and compresses splits without boxes and writes them; finished shards of an earlier try are kept.
 
     Args:
         folder: the cache; made if missing.
@@ -73,61 +91,348 @@ def build_cache(
         merge: compressor, K and the other settings; the object prior plays no part here. A compressor that learns
             from a corpus is fitted on each split.
         batch_size: images, and captions, per forward pass.
-        dtype: of the stored tokens: float32, bfloat16 or float16.
+        dtype: of the stored image tokens: float32, bfloat16, float16, int8 (one scale for all images) or binary
+            (signs, and bfloat16 beside them to re-rank with). Queries are stored alike, in bfloat16 for the last two.
         limit_images: the first so many images of each split.
+        assignments: keep the region of every token, a byte each.
 
     Raises:
-        InputError: bad data, or a folder that holds a cache of another projector, model or setting.
+        InputError: bad data, or a folder that holds a cache of another projector, model or setting, or is written to
+            by another process.
     """
     folder = Path(folder)
+    _check_settings(retriever, merge, batch_size, dtype, assignments)
+    records = {split: flickr.load_split(data_root, split, boxes=False, limit_images=limit_images) for split in splits}
+    with _writing(folder, retriever, merge, batch_size, dtype, assignments) as writer:
+        summaries = []
+        for split, rows in records.items():
+            if any(writer.manifest["splits"].get(split, {}).get("deleted", {}).values()):
+                raise InputError(f"{folder}: images of {split} were deleted; build it in another folder")
+            compressor = fitted_compressor(retriever, rows, merge, batch_size)
+            writer.choose_scale(rows, compressor)
+            shards, reused = writer.write_images(split, rows, compressor)
+            queries, kept = writer.write_queries(split, rows)
+            writer.commit(split, {"images": shards, "queries": queries})
+            summaries.append(_summary(split, writer.manifest["splits"][split], reused + kept))
+    return summaries
+
+
+def add_images(
+    folder: str | Path,
+    root: str | Path,
+    paths: Sequence[str],
+    retriever: Retriever,
+    merge: MergeConfig,
+    *,
+    batch_size: int = 32,
+    dtype: str = "int8",
+    assignments: bool = False,
+) -> tuple[CacheSummary, list[str]]:
+    """Adds pictures without captions to an index, which is made if it is missing.
+
+    A picture's id is its path under `root`; ids that the index holds are left out. After each shard the index on disk
+    holds what is written so far, so an interrupted run goes on where it stopped.
+
+    Args:
+        folder: the index.
+        root: the pictures' folder.
+        paths: of pictures, relative to `root`.
+        retriever, merge, batch_size, dtype, assignments: as in `build_cache`; the compressor must need no corpus.
+
+    Returns:
+        What the index holds now, and one line per picture that could not be read; those are skipped.
+
+    Raises:
+        InputError: as `build_cache`; no readable picture at all.
+    """
+    _check_settings(retriever, merge, batch_size, dtype, assignments)
+    if make_compressor(merge).needs_corpus:
+        raise InputError(f"{merge.compressor} learns from a whole corpus; an index that grows needs another compressor")
+    skipped: list[str] = []
+    compressor = make_compressor(merge)
+
+    def prepare(batch: Sequence[flickr.ImageRecord]) -> tuple[list[flickr.ImageRecord], dict[str, Tensor], list[str]]:
+        good, images, bad = [], [], []
+        for record in batch:
+            try:
+                record.image_id.encode()
+                images.append(flickr.load_image(record.image_path))
+                good.append(record)
+            except UnicodeEncodeError:
+                bad.append(f"{record.image_id!a}: its name is not UTF-8; rename it")
+            except InputError as error:
+                bad.append(str(error))
+        return good, {**retriever.image_inputs(images), "seeds": image_seeds(good)} if good else {}, bad
+
+    with _writing(Path(folder), retriever, merge, batch_size, dtype, assignments) as writer:
+        split = writer.manifest["splits"].get(FOLDER_SPLIT, {"images": [], "queries": [], "root": str(root)})
+        if split.get("root") != str(root):
+            raise InputError(f"{folder} holds the pictures of {split.get('root')}; name another index for {root}")
+        held = set(_ids(Path(folder) / FOLDER_SPLIT, split))
+        fresh = [flickr.ImageRecord(path, Path(root) / path, ()) for path in dict.fromkeys(paths) if path not in held]
+        with tqdm(total=len(fresh), desc="images", unit="img", disable=None) as progress:
+            for start in range(0, len(fresh), IMAGES_PER_SHARD):
+                chunk = fresh[start : start + IMAGES_PER_SHARD]
+                records, parts = [], []
+                for batch, (good, inputs, bad) in prefetched(prepare, batched(chunk, batch_size)):
+                    skipped += bad
+                    if good:
+                        with torch.no_grad():
+                            parts.append(compressor(retriever.encode_images(inputs, compressor.needs)))
+                        records += good
+                    progress.update(len(batch))
+                if not records:
+                    continue
+                writer.choose_scale_from(parts)
+                number = 1 + max((int(e["file"][7:12]) for e in split["images"]), default=-1)
+                entry = writer.write_shard(FOLDER_SPLIT, number, records, parts)
+                split = {**split, "images": [*split["images"], entry]}
+                writer.commit(FOLDER_SPLIT, split)
+        if not split["images"]:
+            why = f"; first: {skipped[0]}" if skipped else ""
+            raise InputError(f"{root}: not one readable picture among {len(paths)} files{why}")
+    return _summary(FOLDER_SPLIT, split, 0), skipped
+
+
+def delete_images(folder: str | Path, split: str, ids: Sequence[str]) -> int:
+    """Takes images out of an index without rewriting a shard: their rows are noted in the manifest.
+
+    Returns:
+        How many images the split still holds.
+
+    Raises:
+        InputError: an id that the split does not hold.
+    """
+    folder = Path(folder)
+    Cache(folder)  # nothing is made or locked where there is no index
+    with _lock(folder):
+        cache = Cache(folder)
+        entry = dict(cache._split(split))
+        places = {}
+        for shard in entry["images"]:
+            gone = set(entry.get("deleted", {}).get(shard["file"], []))
+            names = cache._header(split, shard)["stamp"]["ids"]
+            places |= {name: (shard["file"], row) for row, name in enumerate(names) if row not in gone}
+        missing = [name for name in ids if name not in places]
+        if missing:
+            raise InputError(f"{folder}: no image {missing[0]!r} in {split} ({len(missing)} such); nothing was deleted")
+        deleted = {file: set(rows) for file, rows in entry.get("deleted", {}).items()}
+        for name in ids:
+            file, row = places[name]
+            deleted.setdefault(file, set()).add(row)
+        entry["deleted"] = {file: sorted(rows) for file, rows in sorted(deleted.items())}
+        manifest = {**cache.manifest, "splits": {**cache.manifest["splits"], split: entry}}
+        write_json(folder / "manifest.json", manifest)
+    return len(places) - len(set(ids))
+
+
+@contextmanager
+def _lock(folder: Path):
+    """One writer at a time; the lock goes with the process, and a folder that stays empty goes too."""
+    if rank() != 0:
+        yield
+        return
+    path = folder / ".lock"
+    made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
+    before = set() if made else set(folder.iterdir()) if folder.is_dir() else set()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"{folder}: can't be written ({error.strerror}); name another cache folder") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_nlink == 0:  # the one before took its file away between our two calls
+                raise OSError
+        except OSError:
+            raise InputError(f"{folder}: another process is writing to it; wait until it ends") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            own = [entry for entry in folder.iterdir() if entry.is_dir() and entry not in before]
+            for empty in [*own, *made]:  # a run that failed leaves no empty folders of its own
+                if not any(empty.iterdir()):
+                    empty.rmdir()
+    finally:
+        os.close(handle)
+
+
+def _check_settings(retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool) -> None:
     if dtype not in DTYPES:
         raise InputError(f"cache dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     make_compressor(merge)  # an unknown name is refused before any work
     if batch_size < 1:
         raise InputError(f"batch size must be at least 1; it is {batch_size}")
-    identity = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "base_projector": retriever.base_projector.hash,
-        "hidden_states": retriever.source,
-        "projector": retriever.current_projector().hash,
-        "merge": asdict(merge),
-        "dtype": dtype,
-        "embedding_dim": retriever.embedding_dim,
-    }
-    records = {split: flickr.load_split(data_root, split, boxes=False, limit_images=limit_images) for split in splits}
-    manifest = _open_for_writing(folder, identity, retriever.name)
-    summaries = []
-    for split, rows in records.items():
-        compressor = fitted_compressor(retriever, rows, merge, batch_size)
-        shards, reused = _write_images(folder / split, rows, retriever, compressor, batch_size, dtype, identity)
-        queries, kept = _write_queries(folder / split, rows, retriever, batch_size, dtype, identity)
+    if dtype == "binary" and retriever.embedding_dim % 8:
+        raise InputError(f"cache dtype binary needs a width divisible by 8; it is {retriever.embedding_dim}")
+    if assignments and merge.num_regions > NO_REGION:
+        raise InputError(f"assignments take a byte per token, so at most {NO_REGION} regions, not {merge.num_regions}")
+
+
+@contextmanager
+def _writing(folder: Path, retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool):
+    _check_folder(folder)
+    with _lock(folder):
+        yield _Writer(folder, retriever, merge, batch_size, dtype, assignments)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a folder that holds something else than a cache, or a cache that was never finished."""
+    known = lambda entry: entry.is_dir() or entry.name == "projector.safetensors" or entry.name.startswith(".")
+    if (folder / "manifest.json").is_file() or not folder.exists():
+        return
+    if not folder.is_dir() or not all(map(known, folder.iterdir())):  # a killed write leaves .*.tmp
+        raise InputError(f"{folder} is, or holds, files that are no SaMer cache; name another folder")
+
+
+class _Writer:
+    """An index open for writing: its settings, its manifest, and shards that are kept when they are finished."""
+
+    def __init__(
+        self, folder: Path, retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool
+    ) -> None:
+        self.folder, self.retriever, self.batch_size, self.dtype = folder, retriever, batch_size, dtype
+        self.assignments = assignments
+        self.projector = retriever.current_projector()
+        identity = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "base_projector": retriever.base_projector.hash,
+            "hidden_states": retriever.source,
+            "projector": self.projector.hash,
+            "merge": asdict(merge),
+            "dtype": dtype,
+            "embedding_dim": retriever.embedding_dim,
+            "assignments": assignments,
+        }
+        remedy = "name another cache folder, or remove it to build anew"
+        manifest = check_manifest(folder / "manifest.json", identity, "a cache", remedy)
+        self.scale: float | None = manifest.get("scale") if manifest else None
+        self.identity = identity
+        self.manifest = manifest or {**identity, "scale": None, "base_model": retriever.name, "splits": {}}
+
+    def choose_scale(self, records: Sequence[flickr.ImageRecord], compressor: Compressor) -> None:
+        """Sets int8's scale from images evenly spaced over the records, if the index has none yet."""
+        if self.dtype == "int8" and self.scale is None:
+            steps = np.linspace(0, len(records) - 1, min(SCALE_IMAGES, len(records))).round().astype(int)
+            sample = [records[k] for k in steps]
+            batches = compress_images(self.retriever, sample, compressor, self.batch_size)
+            self.choose_scale_from([merged for _, merged in batches])
+
+    def choose_scale_from(self, parts: Sequence[MergedTokens]) -> None:
+        """The same from tokens at hand: all but a share of 1e-4 of the components fit into +-127."""
+        if self.dtype == "int8" and self.scale is None:
+            values = torch.cat([part.tokens[part.mask].abs().flatten().float().cpu() for part in parts])
+            kept = max(1, round((1 - CLIPPED) * len(values)))
+            self.scale = float(values.kthvalue(kept).values) / 127 or 1.0
+
+    def _stamp(self, ids: Sequence[str], texts: Sequence[str] = ()) -> dict:
+        """What a shard was made from; a shard with another stamp is made anew."""
+        return {**self.identity, "scale": self.scale, "ids": list(ids), "texts": list(texts)}
+
+    def commit(self, split: str, entry: dict) -> None:
+        """Makes a split, or its new state, visible to readers."""
+        self.manifest = {
+            **self.manifest,
+            "scale": self.scale,
+            "splits": {**self.manifest["splits"], split: entry},
+        }
         if rank() == 0:
-            manifest["splits"][split] = {"images": shards, "queries": queries}
-            write_json(folder / "manifest.json", manifest)
+            if not (self.folder / "manifest.json").is_file():
+                tensors = {"weight": self.projector.weight.contiguous(), "bias": self.projector.bias.contiguous()}
+                with atomic_path(self.folder / "projector.safetensors") as temporary:
+                    temporary.write_bytes(save(tensors))
+            write_json(self.folder / "manifest.json", self.manifest)
         gather_objects(None)  # no process goes on before the manifest is written
-        regions = max(shard["regions"] for shard in shards)
-        size = sum(shard["bytes"] for shard in shards) / len(rows)
-        count = sum(shard["count"] for shard in queries)
-        summaries.append(CacheSummary(split, len(rows), count, regions, size, reused + kept))
-    return summaries
 
+    def write_images(
+        self, split: str, records: Sequence[flickr.ImageRecord], compressor: Compressor
+    ) -> tuple[list[dict], int]:
+        own = []
+        for number, shard in shared_out(list(batched(records, IMAGES_PER_SHARD)), f"{split} images"):
+            entry = self.finished(split, number, shard)
+            reused = entry is not None
+            if entry is None:
+                batches = compress_images(self.retriever, shard, compressor, self.batch_size)
+                total = -(-len(shard) // self.batch_size)
+                name = f"images-{number:05d}"
+                bar = tqdm(batches, total=total, desc=name, disable=True if rank() else None, leave=False)
+                entry = self.write_shard(split, number, shard, [merged for _, merged in bar])
+            own.append((number, entry, reused))
+        return _collect(own)
 
-def _open_for_writing(folder: Path, identity: dict, base_model: str) -> dict:
-    """The manifest to add to; a folder of another making is refused, one without a manifest is started."""
-    remedy = "name another cache folder, or remove it to build anew"
-    manifest = check_manifest(folder / "manifest.json", identity, "a cache", remedy)
-    if manifest is None:
-        foreign = lambda entry: not entry.is_dir() and not entry.name.startswith(".")  # a killed write leaves .*.tmp
-        if folder.exists() and (not folder.is_dir() or any(map(foreign, folder.iterdir()))):
-            raise InputError(f"{folder} is, or holds, files that are no SaMer cache; name another folder")
-        manifest = {**identity, "base_model": base_model, "splits": {}}
-    return manifest
+    def finished(self, split: str, number: int, records: Sequence[flickr.ImageRecord]) -> dict | None:
+        """The manifest entry of a shard that is there, whole, made of these records."""
+        stamp = self._stamp([record.image_id for record in records])
+        entry = finished_shard(self.folder / split / f"images-{number:05d}.safetensors", stamp)
+        if entry is not None and self.dtype == "binary":
+            exact = finished_shard(self.folder / split / f"images-{number:05d}.exact.safetensors", stamp)
+            return exact and {**entry, "exact": exact}
+        return entry
 
+    def write_shard(
+        self, split: str, number: int, records: Sequence[flickr.ImageRecord], parts: Sequence[MergedTokens]
+    ) -> dict:
+        """Writes one shard of compressed images and returns its manifest entry."""
+        width = max(part.mask.shape[1] for part in parts)
+        pad = lambda t: torch.nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, width - t.shape[1]))
+        tokens = torch.cat([pad(part.tokens.float()).cpu() for part in parts])
+        mask = torch.cat([pad(part.mask).cpu() for part in parts])
+        stamp = self._stamp([record.image_id for record in records])
+        stored = self._encode(tokens)
+        facts = {"count": len(records), "regions": width, "bytes": stored.nbytes + mask.nbytes}
+        tensors = {"tokens": stored, "mask": mask}
+        if self.assignments:
+            rows = [part.assignments.cpu() for part in parts]
+            longest = max(row.shape[1] for row in rows)
+            filled = [torch.nn.functional.pad(row, (0, longest - row.shape[1]), value=-1) for row in rows]
+            highest = max(int(row.max()) for row in rows)
+            if highest >= NO_REGION:
+                raise InputError(
+                    f"assignments take a byte per token; {self.identity['merge']['compressor']} left region "
+                    f"{highest}, and {NO_REGION - 1} is the highest that fits"
+                )
+            tensors["assignments"] = torch.cat(filled).remainder(NO_REGION + 1).to(torch.uint8)  # -1 becomes 255
+        path = self.folder / split / f"images-{number:05d}.safetensors"
+        exact = {}
+        if self.dtype == "binary":  # first, so that a shard with a manifest entry always has its exact file
+            half = {"tokens": tokens.to(torch.bfloat16)}
+            side = path.with_suffix(".exact.safetensors")
+            exact = {"exact": write_shard(side, half, stamp, {"bytes": half["tokens"].nbytes})}
+        return {**write_shard(path, tensors, stamp, facts), **exact}
 
-def _stamp(identity: dict, ids: Sequence[str], texts: Sequence[str] = ()) -> dict:
-    """What a shard was made from; a shard with another stamp is made anew."""
-    return {**identity, "ids": list(ids), "texts": list(texts)}
+    def _encode(self, tokens: Tensor) -> Tensor:
+        if self.dtype == "int8":
+            return (tokens / self.scale).round().clamp(-127, 127).to(torch.int8)
+        if self.dtype == "binary":
+            return pack_signs(tokens)
+        return tokens.to(FLOATS[self.dtype])
+
+    def write_queries(self, split: str, records: Sequence[flickr.ImageRecord]) -> tuple[list[dict], int]:
+        rows = [(k, caption.text) for k, record in enumerate(records) for caption in record.captions]
+        kind = FLOATS.get(self.dtype, torch.bfloat16)
+        own = []
+        for number, shard in shared_out(list(batched(rows, QUERIES_PER_SHARD)), f"{split} queries"):
+            path = self.folder / split / f"queries-{number:05d}.safetensors"
+            texts = [text for _, text in shard]
+            stamp = self._stamp([records[k].image_id for k, _ in shard], texts)
+            entry = finished_shard(path, stamp)
+            reused = entry is not None
+            if entry is None:
+                flat, lengths = [], []
+                for query in encode_texts(self.retriever, texts, self.batch_size):
+                    flat.append(query.tokens[query.mask].to(kind).cpu())
+                    lengths.append(query.mask.sum(1).cpu())
+                tensors = {
+                    "tokens": torch.cat(flat),
+                    "lengths": torch.cat(lengths),
+                    "image": torch.tensor([k for k, _ in shard]),
+                }
+                entry = write_shard(path, tensors, stamp, {"count": len(shard)})
+            own.append((number, entry, reused))
+        return _collect(own)
 
 
 def _collect(own: list[tuple[int, dict, bool]]) -> tuple[list[dict], int]:
@@ -135,57 +440,30 @@ def _collect(own: list[tuple[int, dict, bool]]) -> tuple[list[dict], int]:
     return [entry for _, entry, _ in rows], sum(reused for _, _, reused in rows)
 
 
-def _write_images(
-    folder, records, retriever, compressor: Compressor, batch_size, dtype, identity
-) -> tuple[list[dict], int]:
-    own = []
-    jobs = list(batched(records, IMAGES_PER_SHARD))
-    for number, shard in shared_out(jobs, f"{folder.name} images"):
-        path = folder / f"images-{number:05d}.safetensors"
-        stamp = _stamp(identity, [record.image_id for record in shard])
-        entry = finished_shard(path, stamp)
-        reused = entry is not None
-        if entry is None:
-            parts = []
-            batches = compress_images(retriever, shard, compressor, batch_size)
-            total = -(-len(shard) // batch_size)
-            for _, merged in tqdm(batches, total=total, desc=path.name, disable=True if rank() else None, leave=False):
-                parts.append((merged.tokens.to(DTYPES[dtype]).cpu(), merged.mask.cpu()))
-            width = max(mask.shape[1] for _, mask in parts)
-            pad = lambda t, w=width: torch.nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, w - t.shape[1]))
-            tokens = torch.cat([pad(part[0]) for part in parts])
-            mask = torch.cat([pad(part[1]) for part in parts])
-            facts = {"count": len(shard), "regions": width, "bytes": tokens.nbytes + mask.nbytes}
-            entry = write_shard(path, {"tokens": tokens, "mask": mask}, stamp, facts)
-        own.append((number, entry, reused))
-    return _collect(own)
+def _ids(folder: Path, split: dict) -> list[str]:
+    """Ids of the images that a split holds, deleted ones left out."""
+    found = []
+    for entry in split["images"]:
+        gone = set(split.get("deleted", {}).get(entry["file"], []))
+        path = folder / entry["file"]
+        try:
+            _, header = load_shard(path)
+            found += [name for row, name in enumerate(header["stamp"]["ids"]) if row not in gone]
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{path}: not readable ({str(error)[:120]}); build the index anew") from None
+    return found
 
 
-def _write_queries(folder, records, retriever, batch_size, dtype, identity) -> tuple[list[dict], int]:
-    rows = [(k, caption.text) for k, record in enumerate(records) for caption in record.captions]
-    own = []
-    for number, shard in shared_out(list(batched(rows, QUERIES_PER_SHARD)), f"{folder.name} queries"):
-        path = folder / f"queries-{number:05d}.safetensors"
-        stamp = _stamp(identity, [records[k].image_id for k, _ in shard], [text for _, text in shard])
-        entry = finished_shard(path, stamp)
-        reused = entry is not None
-        if entry is None:
-            flat, lengths = [], []
-            for query in encode_texts(retriever, [text for _, text in shard], batch_size):
-                flat.append(query.tokens[query.mask].to(DTYPES[dtype]).cpu())
-                lengths.append(query.mask.sum(1).cpu())
-            tensors = {
-                "tokens": torch.cat(flat),
-                "lengths": torch.cat(lengths),
-                "image": torch.tensor([k for k, _ in shard]),
-            }
-            entry = write_shard(path, tensors, stamp, {"count": len(shard)})
-        own.append((number, entry, reused))
-    return _collect(own)
+def _summary(split: str, entry: dict, reused: int) -> CacheSummary:
+    images = sum(shard["count"] for shard in entry["images"])
+    size = sum(shard["bytes"] for shard in entry["images"]) / images
+    regions = max(shard["regions"] for shard in entry["images"])
+    live = images - sum(len(rows) for rows in entry.get("deleted", {}).values())
+    return CacheSummary(split, live, sum(shard["count"] for shard in entry["queries"]), regions, size, reused)
 
 
 class Cache:
-    """A finished cache, opened for reading; shards are mapped, not loaded."""
+    """A finished cache, opened for reading as it is now; shards are mapped, not loaded."""
 
     def __init__(self, folder: str | Path) -> None:
         """Opens `folder`.
@@ -204,8 +482,29 @@ class Cache:
         found = (self.manifest.get("format"), self.manifest.get("format_version"))
         if found != (FORMAT, FORMAT_VERSION):
             raise InputError(
-                f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {FORMAT} {FORMAT_VERSION}"
+                f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {FORMAT} {FORMAT_VERSION}: "
+                "build the cache anew"
             )
+        self._mapped: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
+        self._checked: set[tuple[str, str]] = set()
+
+    def projector(self) -> Projector:
+        """What queries must be projected with.
+
+        Raises:
+            InputError: missing, damaged, or not the one that the index was made with.
+        """
+        path = self.folder / "projector.safetensors"
+        try:
+            with safe_open(path, framework="pt") as handle:
+                projector = Projector(handle.get_tensor("weight"), handle.get_tensor("bias"))
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: not readable ({str(error)[:120]}); remove the cache and build it anew") from None
+        if projector.hash != self.manifest["projector"]:
+            raise InputError(
+                f"{path}: not the projector that this cache was made with; remove the cache and build it anew"
+            )
+        return projector
 
     def _split(self, split: str) -> dict:
         splits = self.manifest.get("splits", {})
@@ -214,27 +513,90 @@ class Cache:
             raise InputError(f"{self.folder}: no split {split!r} in this cache; it holds: {held}")
         return splits[split]
 
-    def _read(self, split: str, entry: dict) -> tuple[dict[str, Tensor], dict]:
-        path = self.folder / split / entry["file"]
-        try:
-            if path.stat().st_size and file_hash(path) != entry["sha256"]:
+    def _map(self, split: str, file: str) -> tuple[dict[str, Tensor], dict]:
+        """A shard's tensors, mapped, and its header; each file is opened once."""
+        path = self.folder / split / file
+        if (split, file) not in self._mapped:
+            try:
+                tensors, header = load_shard(path)
+                if header["stamp"]["projector"] != self.manifest["projector"]:
+                    raise ValueError("made with another projector")
+                self._mapped[split, file] = tensors, header
+            except (OSError, SafetensorError, KeyError, ValueError) as error:
                 raise InputError(
-                    f"{path}: contents differ from the manifest's checksum; remove it and build the cache again"
-                )
-            tensors, header = load_shard(path)
-            return tensors, header["stamp"]
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{path}: not readable ({str(error)[:120]}); remove it and build the cache again"
-            ) from None
+                    f"{path}: not readable ({str(error)[:120]}); remove it and build the cache again"
+                ) from None
+        return self._mapped[split, file]
+
+    def _header(self, split: str, entry: dict) -> dict:
+        return self._map(split, entry["file"])[1]
+
+    def _read(self, split: str, entry: dict) -> tuple[dict[str, Tensor], dict]:
+        """A shard whose checksum holds: all of it is read, once."""
+        path = self.folder / split / entry["file"]
+        if (split, entry["file"]) not in self._checked:
+            try:
+                if path.stat().st_size and file_hash(path) != entry["sha256"]:
+                    raise InputError(
+                        f"{path}: contents differ from the manifest's checksum; remove it and build the cache again"
+                    )
+            except OSError as error:
+                raise InputError(
+                    f"{path}: not readable ({str(error)[:120]}); remove it and build the cache again"
+                ) from None
+        tensors, header = self._map(split, entry["file"])
+        self._checked.add((split, entry["file"]))
+        return tensors, header["stamp"]
+
+    def _live(self, split: str, entry: dict) -> Tensor | None:
+        """(n,) bool, False at deleted rows; None if there are none."""
+        rows = self._split(split).get("deleted", {}).get(entry["file"])
+        if not rows:
+            return None
+        live = torch.ones(entry["count"], dtype=torch.bool)
+        live[rows] = False
+        return live
 
     def images(self, split: str) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-        """Shards of a split in order: ids, tokens (n, K, D) as stored, mask (n, K) bool."""
+        """Shards of a split in order, checked: ids, tokens (n, K, D) as stored, mask (n, K) bool; no deleted image."""
         for entry in self._split(split)["images"]:
             tensors, stamp = self._read(split, entry)
-            yield stamp["ids"], tensors["tokens"], tensors["mask"]
+            live = self._live(split, entry)
+            if live is None:
+                yield stamp["ids"], tensors["tokens"], tensors["mask"]
+            elif live.any():
+                ids = [name for name, here in zip(stamp["ids"], live.tolist()) if here]
+                yield ids, tensors["tokens"][live], tensors["mask"][live]
+
+    def stored(self, split: str, device: torch.device | str = "cpu") -> Iterator[tuple[list[str], StoredImages]]:
+        """Shards of a split in order, mapped and unchecked, for scanning; deleted images are marked, not taken out."""
+        for entry in self._split(split)["images"]:
+            tensors, header = self._map(split, entry["file"])
+            mask, live = tensors["mask"], self._live(split, entry)
+            full = header.setdefault("full", bool(mask.all()))  # asked once
+            yield (
+                header["stamp"]["ids"],
+                StoredImages(
+                    tensors["tokens"].to(device),
+                    self.manifest.get("scale"),
+                    None if full else mask.to(device),
+                    None if live is None else live.to(device),
+                ),
+            )
+
+    def assignments(self, split: str) -> Iterator[tuple[list[str], Tensor]]:
+        """Ids and (n, N) uint8, the region of every token, 255 where it has none.
+
+        Raises:
+            InputError: a cache built without them.
+        """
+        if not self.manifest["assignments"]:
+            raise InputError(f"{self.folder}: built without assignments; build it with --assignments")
+        for entry in self._split(split)["images"]:
+            tensors, stamp = self._read(split, entry)
+            live = self._live(split, entry)
+            rows = torch.ones(entry["count"], dtype=torch.bool) if live is None else live
+            yield [name for name, here in zip(stamp["ids"], rows.tolist()) if here], tensors["assignments"][rows]
 
     def queries(self, split: str, block: int = 1024) -> Iterator[tuple[QueryTokens, Tensor, list[str]]]:
         """Blocks of queries in order: padded `QueryTokens`, the image each describes (q,), and their texts."""
@@ -250,22 +612,76 @@ class Cache:
 
     def size(self, split: str) -> tuple[int, int, int, float]:
         """(images, queries, regions, bytes per image) of a split."""
-        entry = self._split(split)
-        count = sum(shard["count"] for shard in entry["images"])
-        total = sum(shard["bytes"] for shard in entry["images"])
-        regions = max(shard["regions"] for shard in entry["images"])
-        return count, sum(shard["count"] for shard in entry["queries"]), regions, total / count
+        summary = _summary(split, self._split(split), 0)
+        return summary.images, summary.queries, summary.regions, summary.bytes_per_image
 
     def scores(self, split: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Every query against every image: scores (Q, I) float32 and the image that each query describes (Q,)."""
-        blocks = list(self.queries(split))
+        """Every query against every image: scores (Q, I) float32 and the image that each query describes (Q,).
+
+        With 1-bit tokens each query's best candidates are scored exactly and rank above the others.
+
+        Raises:
+            InputError: a damaged shard, or a split with deletions, whose queries may describe nothing.
+        """
+        if any(self._split(split).get("deleted", {}).values()):
+            raise InputError(f"{self.folder}: images of {split} were deleted; its captions can't be evaluated any more")
+        blocks = [(QueryTokens(q.tokens.to(device), q.mask.to(device)), image) for q, image, _ in self.queries(split)]
         columns = []
-        for _, tokens, mask in self.images(split):
-            tokens, mask = tokens.to(device), mask.to(device)
-            columns.append(
-                torch.cat([maxsim(q.tokens.to(device), tokens, q.mask.to(device), mask).cpu() for q, _, _ in blocks])
+        for entry, (_, images) in zip(self._split(split)["images"], self.stored(split, device)):
+            self._read(split, entry)  # an evaluation checks what it reads
+            if "exact" in entry:
+                self._read(split, entry["exact"])
+            columns.append(torch.cat([score_stored(query, images).cpu() for query, _ in blocks]))
+        scores = torch.cat(columns, dim=1)
+        if self.manifest["dtype"] == "binary":
+            tokens = torch.cat(
+                [self._map(split, e["exact"]["file"])[0]["tokens"] for e in self._split(split)["images"]]
             )
-        return torch.cat(columns, dim=1), torch.cat([image for _, image, _ in blocks])
+            masks = torch.cat([self._map(split, e["file"])[0]["mask"] for e in self._split(split)["images"]])
+            queries = [(tokens, mask) for query, _ in blocks for tokens, mask in zip(query.tokens, query.mask)]
+            count = min(CANDIDATES * 10, scores.shape[1])
+            chosen = scores.topk(count, dim=1).indices  # (Q, candidates)
+            scores -= 4  # below any exact score of unit tokens
+            for row, (query, query_mask) in enumerate(queries):
+                exact = maxsim(
+                    query[query_mask][None], tokens[chosen[row]].to(device), None, masks[chosen[row]].to(device)
+                )
+                scores[row, chosen[row]] = exact[0].cpu()
+        return scores, torch.cat([image for _, image in blocks])
+
+    def search(
+        self, queries: QueryTokens, split: str, top: int, device: torch.device | str = "cpu"
+    ) -> list[list[tuple[str, float]]]:
+        """The best images of each query: at most `top` pairs (id, score), best first, ties by id.
+
+        One pass over the mapped shards; with 1-bit tokens the `CANDIDATES` * top best, at least 100, are then scored
+        exactly from the second file.
+        """
+        if self.manifest["dtype"] != "binary":
+            return search(queries, self.stored(split, device), top)
+        found = search(queries, self.stored(split, device), max(100, CANDIDATES * top))
+        places = {}
+        wanted = {name for row in found for name, _ in row}
+        for entry in self._split(split)["images"]:
+            live = self._live(split, entry)
+            for row, name in enumerate(self._header(split, entry)["stamp"]["ids"]):
+                if name in wanted and (live is None or live[row]):
+                    places[name] = entry, row
+        result = []
+        for number, candidates in enumerate(found):
+            query = queries.tokens[number][queries.mask[number]][None]
+            names = [name for name, _ in candidates]
+            if not names:  # every image was deleted
+                result.append([])
+                continue
+            rows = [places[name] for name in names]
+            tokens = [self._map(split, entry["exact"]["file"])[0]["tokens"][row] for entry, row in rows]
+            masks = [self._map(split, entry["file"])[0]["mask"][row] for entry, row in rows]
+            pad = torch.nn.utils.rnn.pad_sequence
+            mask = pad(masks, batch_first=True).to(device)
+            exact = maxsim(query, pad(tokens, batch_first=True).to(device), None, mask)[0].tolist()
+            result.append(sorted(zip(names, exact), key=lambda pair: (-pair[1], pair[0]))[:top])
+        return result
 
 
 def describe(summary: CacheSummary, folder: str | Path) -> str:

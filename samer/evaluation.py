@@ -16,7 +16,7 @@ from samer.colpali import Encoder
 from samer.compressors import Compressor, make_compressor
 from samer.config import MergeConfig
 from samer.metrics import bootstrap_intervals, query_metrics, retrieval_metrics
-from samer.runtime import gather_objects, rank, world_size
+from samer.runtime import gather_objects, prefetched, rank, world_size
 from samer.scoring import maxsim
 from samer.tokens import MergedTokens, QueryTokens
 from samer.train_data import batched
@@ -49,8 +49,8 @@ def compress_images(
     Yields:
         (records of the batch, their `MergedTokens` on the retriever's device).
     """
-    for batch in batched(records, batch_size):
-        yield batch, compressor(retriever.encode_images(retriever.record_inputs(batch), compressor.needs))
+    for batch, inputs in prefetched(retriever.record_inputs, batched(records, batch_size)):
+        yield batch, compressor(retriever.encode_images(inputs, compressor.needs))
 
 
 @torch.no_grad()

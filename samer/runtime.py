@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from samer.config import InputError
+from samer.config import Config, InputError, load_config
 
 
 def rank() -> int:
@@ -162,10 +163,44 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
+def prefetched(function: Callable[[Any], Any], items: Iterable) -> Iterator[tuple[Any, Any]]:
+    """Pairs (item, function(item)) in order; the next result is computed in a thread while the caller uses this one.
+
+    For work that waits or releases Python's lock, such as decoding images; an error is raised at its item.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: tuple[Any, Future] | None = None
+        for item in items:
+            upcoming = item, pool.submit(function, item)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = upcoming
+        if waiting:
+            yield waiting[0], waiting[1].result()
+
+
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def adapter_config(adapter_path: str, config_path: str | None, overrides: Sequence[str]) -> Config:
+    """Settings of a trained projector: from the config file if given, else from its config.json; overrides win.
+
+    Raises:
+        InputError: no projector there, or one that says nothing of its model and merge.
+    """
+    folder = Path(adapter_path)
+    if adapter_path and not folder.exists():
+        raise InputError(f"{adapter_path}: no such projector; name the folder that scripts/train.py wrote")
+    if adapter_path and not config_path and (folder / "projector.safetensors").is_file():
+        trained = read_json(folder / "config.json")
+        name, merge = trained.get("base_model"), trained.get("merge")
+        if not (isinstance(name, str) and isinstance(merge, dict)):
+            raise InputError(f"{adapter_path}/config.json: no base_model or no merge settings; give --config")
+        overrides = [f"model.name={name}", *(f"merge.{key}={value}" for key, value in merge.items()), *overrides]
+    return load_config(config_path, overrides)
 
 
 def split_words(parser: argparse.ArgumentParser, splits: Sequence[str], overrides: Sequence[str]):

@@ -1,12 +1,21 @@
 """MaxSim late-interaction scores: exact, masked, and blocked so that no intermediate outgrows its budget.
 
+`maxsim` scores tensors in float32 and is differentiable. `score_stored` and `search` scan what an index stores: floats,
+int8 with one scale, or signs; their products run in the fastest kernel that this machine computes rightly.
+
 Q queries, M query tokens, I images, K image tokens, D embedding width; b images and q queries of one block.
 """
+
+import functools
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from samer.config import InputError
+from samer.tokens import QueryTokens
 
 # One block's token products. On a CPU they should stay in cache between the matrix product and the maximum
 # (4 MB of float32: measured within 1.2x of the bare product); on a GPU the block must amortise kernel launches.
@@ -190,3 +199,198 @@ def _check_finite(name: str, finite: list[Tensor]) -> None:
 def _split(mask: Tensor | None, rows: int, blocks: int) -> list[Tensor | None] | tuple[Tensor, ...]:
     """Split an optional mask like its tokens."""
     return [None] * blocks if mask is None else mask.split(rows)
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Image tokens as an index stores them.
+
+    Attributes:
+        tokens: (I, K, D) float32, bfloat16 or float16; int8, value = int8 * scale; or (I, K, D / 8) uint8, the signs of
+            D components, lowest bit first, 1 for positive.
+        scale: of int8, one for all images.
+        mask: (I, K) bool, False where an image has fewer vectors; None: all are there.
+        live: (I,) bool, False for a deleted image; None: all live.
+    """
+
+    tokens: Tensor
+    scale: float | None = None
+    mask: Tensor | None = None
+    live: Tensor | None = None
+
+
+def pack_signs(tokens: Tensor) -> Tensor:
+    """Signs of (..., D) as bits, (..., D / 8) uint8, lowest bit first; D is a multiple of 8."""
+    if tokens.shape[-1] % 8:
+        raise InputError(f"1-bit storage needs a width divisible by 8; it is {tokens.shape[-1]}")
+    bits = (tokens > 0).unflatten(-1, (-1, 8)).to(torch.uint8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=tokens.device)).sum(-1, dtype=torch.uint8)
+
+
+@functools.cache
+def _sign_table(device: torch.device) -> Tensor:
+    """The eight signs, +1 or -1 as int8, of every byte: (256,) int64, eight int8 each."""
+    signs = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.int8) * 2 - 1
+    return signs.contiguous().view(torch.int64).flatten().to(device)
+
+
+def unpack_signs(packed: Tensor) -> Tensor:
+    """(..., D / 8) uint8 as (..., D) int8 of +1 and -1."""
+    eights = _sign_table(packed.device).index_select(0, packed.flatten().int())
+    return eights.view(torch.int8).view(*packed.shape[:-1], -1)
+
+
+@functools.cache
+def int8_product_works(device: torch.device) -> bool:
+    """Whether torch's int8 product (a private function) is here and right, extremes included; asked once per device."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, width, columns in ((64, 128, 32), (96, 64, 40), (17, 8, 24)):
+        left, right = (
+            torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+            for shape in ((rows, width), (columns, width))
+        )
+        left[0], right[0] = 127, -127
+        try:
+            # laid out as `score_stored` does: columns of a wider row-major matrix
+            wide = torch.cat([right, right]).to(device).t().contiguous()
+            product = torch._int_mm(left.to(device), wide[:, columns:])
+        except (AttributeError, RuntimeError, NotImplementedError):
+            return False  # `_float_product` takes its place
+        if product.dtype != torch.int32 or not torch.equal(product.cpu(), left.int() @ right.int().t()):
+            return False
+    return True
+
+
+def quantise_queries(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, D) float tokens as int8 and a scale each, (n,): a token's maximum over an image does not see its scale."""
+    scale = tokens.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (tokens / scale[:, None]).round().to(torch.int8), scale
+
+
+def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: int | None = None) -> Tensor:
+    """Scores every query against every stored image.
+
+    Floats are scored in float32. int8 and signs are scored against queries in int8 (a scale per query token) with int32
+    products, so that only rounding differs from the exact score of what is stored; where this machine has no working
+    int8 product the same numbers are multiplied in float32, with the same result.
+
+    Args:
+        queries: (Q, M, D).
+        images: of one index; deleted ones are scored like the others.
+        block_elements: as in `maxsim`.
+
+    Returns:
+        (Q, I) float32, the mean over valid query tokens of the best similarity. For signs the similarity is
+        q . sign(v) / sqrt(D), an approximation that `search` and an index's `scores` re-rank.
+
+    Raises:
+        InputError: shapes or dtypes that do not fit, non-finite queries.
+    """
+    tokens = images.tokens
+    if block_elements is not None and block_elements < 1:
+        raise InputError(f"block_elements is {block_elements}; it must be at least 1")
+    _check_tokens("images", tokens, images.mask)
+    if tokens.is_floating_point():
+        return maxsim(queries.tokens, tokens, queries.mask, images.mask, block_elements=block_elements)
+    width = queries.tokens.shape[-1]
+    signs = tokens.dtype == torch.uint8
+    if tokens.dtype not in (torch.int8, torch.uint8) or (tokens.dtype == torch.int8) != (images.scale is not None):
+        raise InputError(f"stored tokens are {tokens.dtype} with scale {images.scale}; expected floats, int8 or signs")
+    if tokens.shape[-1] * (8 if signs else 1) != width or tokens.device != queries.tokens.device:
+        raise InputError(f"queries of width {width} do not fit stored {tuple(tokens.shape)} on {tokens.device}")
+    _check_tokens("queries", queries.tokens, queries.mask)
+    flat, spans = _valid_rows(queries)  # (n, D) float32
+    whole, scales = quantise_queries(flat)
+    product = torch._int_mm if int8_product_works(tokens.device) and width % 8 == 0 else _float_product
+    # the products' second operand has a multiple of 8 columns, as some kernels want
+    columns = -(-len(whole) // 8) * 8
+    right = torch.zeros(columns, width, dtype=torch.int8, device=tokens.device)
+    right[: len(whole)] = whole
+    right = right.t().contiguous()
+    if block_elements is None:
+        block_elements = _CPU_BLOCK_ELEMENTS if tokens.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
+    wide = min(columns, _BLOCK_QUERY_TOKENS)
+    per_block = max(1, block_elements // (wide * tokens.shape[1]))
+    unit = images.scale if images.scale is not None else width**-0.5
+    lengths = queries.mask.sum(1)
+    owners = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)
+    parts = []
+    masks = _split(_drop_full_mask("images", images.mask), per_block, -(-len(tokens) // per_block))
+    for block, mask in zip(tokens.split(per_block), masks):
+        left = unpack_signs(block) if signs else block
+        left = left.reshape(-1, width)
+        if len(left) <= 16 and product is not _float_product:  # CUDA's kernel wants more rows than 16
+            left = torch.cat([left, left.new_zeros(17 - len(left), width)])
+        best = []
+        for start in range(0, columns, wide):
+            found = product(left, right[:, start : start + wide])[: block.shape[0] * block.shape[1]]
+            found = found.view(block.shape[0], block.shape[1], -1)
+            if mask is not None:
+                found = found.masked_fill(~mask[..., None], torch.iinfo(torch.int32).min)
+            best.append(found.amax(1))
+        similar = torch.cat(best, dim=1)[:, : len(whole)].float() * (scales * unit)  # (b, n)
+        if tokens.is_cuda:  # sums by index have no fixed order there
+            parts.append(torch.stack([similar[:, span].mean(1) for span in spans]))
+        else:
+            parts.append(
+                similar.new_zeros(len(spans), len(block)).index_add_(0, owners, similar.t()) / lengths[:, None]
+            )
+    return torch.cat(parts, dim=1)
+
+
+def _float_product(left: Tensor, right: Tensor) -> Tensor:
+    """The int32 product, by float32: exact, as |values| <= 127 keep every partial sum of D <= 1,040 below 2^24."""
+    if left.shape[1] > 1040:
+        raise InputError(f"int8 tokens of width {left.shape[1]}: without an int8 product at most 1,040 can be scored")
+    return (left.float() @ right.float()).to(torch.int32)
+
+
+def _valid_rows(queries: QueryTokens) -> tuple[Tensor, list[slice]]:
+    """Valid query tokens (n, D) in float32, and where each query's are."""
+    if not queries.mask.any(1).all():
+        raise InputError(f"queries: row {int((~queries.mask.any(1)).nonzero()[0])} has no valid token")
+    flat = queries.tokens[queries.mask].float()
+    if not flat.isfinite().all():
+        raise InputError("queries: a valid token holds NaN or infinity")
+    ends = queries.mask.sum(1).cumsum(0).tolist()
+    return flat, [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+
+def search(
+    queries: QueryTokens,
+    shards: Iterable[tuple[list[str], StoredImages]],
+    top: int,
+    *,
+    block_elements: int | None = None,
+) -> list[list[tuple[str, float]]]:
+    """The best images of each query, found in one pass over an index without holding all scores.
+
+    Memory: one shard's scores at a time, (Q, images of a shard), and `top` results per query. Equal scores are ordered
+    by id, so that the answer depends neither on shards nor on blocks.
+
+    Args:
+        queries: (Q, M, D).
+        shards: ids and stored images, as an index yields them.
+        top: how many images per query.
+        block_elements: as in `maxsim`.
+
+    Returns:
+        Per query, at most `top` pairs (id, score), best first.
+
+    Raises:
+        InputError: as `score_stored`; `top` below 1.
+    """
+    if top < 1:
+        raise InputError(f"top is {top}; it must be at least 1")
+    best: list[list[tuple[float, str]]] = [[] for _ in range(len(queries.tokens))]
+    for ids, images in shards:
+        scores = score_stored(queries, images, block_elements=block_elements)
+        if images.live is not None:
+            scores = scores.masked_fill(~images.live, float("-inf"))
+        # every image that ties with the last of the top is looked at: the id decides among them
+        cut = scores.topk(min(top, scores.shape[1]), dim=1).values[:, -1:]
+        for query, row in enumerate((scores >= cut) & scores.isfinite()):
+            found = row.nonzero()[:, 0]
+            pairs = [(-score, ids[place]) for place, score in zip(found.tolist(), scores[query, found].tolist())]
+            best[query] = heapq.nsmallest(top, best[query] + pairs)
+    return [[(name, -negative) for negative, name in row] for row in best]

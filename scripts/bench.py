@@ -1,12 +1,17 @@
-"""Benchmarks: medians of many runs, the baseline in the same process, ratios reported.
+"""Benchmarks: medians of several runs, the baseline in the same process, ratios reported.
 
-python scripts/bench.py merge     the operator against its own matrix products
-python scripts/bench.py maxsim    exact scoring against the bare matrix product
+python scripts/bench.py merge     the operator against its own products, a loop over images and clusters, and H-Pool
+python scripts/bench.py maxsim    exact scoring against the bare product and other engines (tests/peers.txt)
+python scripts/bench.py scale     one million images of 64 x 128 int8 on disk: time and memory of a search (8.2 GB)
+python scripts/bench.py cache     how much of building an index is spent outside the backbone
+python scripts/bench.py quality   what each stored dtype keeps: recall, overlap with float32, bytes
+python scripts/bench.py train     training from pixels and from stored features
 """
 
 import argparse
 import multiprocessing
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -17,9 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from transformers import ColPaliProcessor
 
-from samer import MergeConfig, maxsim, merge_tokens, visual_coords
+from samer import InputError, MergeConfig, QueryTokens, maxsim, merge_tokens, visual_coords
 from samer.runtime import run
+from samer.scoring import StoredImages, int8_product_works, pack_signs, score_stored, search
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
 
 
 def medians(runs, *functions):
@@ -36,6 +47,8 @@ def medians(runs, *functions):
 
 def merge(runs):
     """One image of 1,030 x 128 to 64, published settings, no gradient."""
+    from samer.compressors.hpool import ward_labels
+
     tokens, coords = F.normalize(torch.randn(1, 1030, 128), dim=-1), visual_coords(32, 32, prompt_tokens=6)
     config = MergeConfig()
     centres, weights = tokens[0, :64].t().contiguous(), torch.rand(64, 1030)
@@ -46,19 +59,222 @@ def merge(runs):
     print(f"merge 1,030 x 128 -> 64: {ours:.2f} ms")
     print(f"  its T + 1 similarity products and the weighted sum: {some:.2f} ms, ratio {ours / some:.2f}")
     print(f"  the same, and T means written as products: {every:.2f} ms, ratio {ours / every:.2f}")
+    many = tokens.expand(16, -1, -1).contiguous()
+    batched = lambda: merge_tokens(many, coords, config)
+    loop, ward = lambda: merge_loop(tokens[0], coords, config), lambda: ward_labels(tokens[0].double().numpy(), 64)
+    ours, loop, ward = medians(max(5, runs // 20), batched, loop, ward)
+    print(f"per image in a batch of 16: {ours / 16:.2f} ms")
+    print(f"  a loop over clusters, image by image: {loop:.1f} ms, {loop / (ours / 16):.0f} times as long")
+    print(f"  H-Pool (scipy's Ward linkage): {ward:.1f} ms, {ward / (ours / 16):.0f} times as long")
+
+
+def merge_loop(tokens, coords, config):
+    """The merge of one image as METHOD section 2 reads, a cluster at a time: what one writes first."""
+    chosen = torch.linspace(0, len(tokens) - 1, config.num_regions).round().long()
+    centres, places = tokens[chosen].clone(), coords[chosen].clone()
+    distance = lambda: torch.stack(
+        [
+            1 - tokens @ centre + config.spatial_weight * (coords - place).square().sum(1)
+            for centre, place in zip(centres, places)
+        ],
+        dim=1,
+    )
+    for _ in range(config.cluster_iters):
+        nearest = distance().argmin(1)
+        for k in range(config.num_regions):
+            members = nearest == k
+            if members.any():
+                centres[k] = F.normalize(tokens[members].mean(0), dim=0)
+                places[k] = coords[members].mean(0)
+    weights = (-distance() / config.assignment_temperature).softmax(1)
+    return torch.stack([F.normalize((w[:, None] * tokens).sum(0) / w.sum(), dim=0) for w in weights.t()])
 
 
 def score(runs):
-    """32 queries of 32 tokens against 5,000 images of 64 x 128, float32."""
-    queries, images = F.normalize(torch.randn(32, 32, 128), dim=-1), F.normalize(torch.randn(5000, 64, 128), dim=-1)
-    flat = queries.reshape(-1, 128).t()
-    product = lambda: [block.reshape(-1, 128) @ flat for block in images.split(16)]
-    ours, floor = medians(max(3, runs // 40), lambda: maxsim(queries, images), product)
-    print(f"maxsim 32 x 32 against 5,000 x 64 x 128: {ours:.0f} ms")
-    print(f"  the blocked product alone: {floor:.0f} ms, ratio {ours / floor:.2f}")
+    """32 queries of 32 tokens against 5,000 images of 64 x 128: every engine on the same data, in turn."""
+    queries, images = F.normalize(torch.randn(32, 32, 128), dim=-1), clustered(5000)
+    flat = queries.reshape(-1, 128).t().contiguous()
+    query = QueryTokens(queries, torch.ones(32, 32, dtype=torch.bool))
+    scale = float(images.abs().flatten()[: 2**22].kthvalue(int(0.9999 * 2**22)).values) / 127
+    small = StoredImages((images / scale).round().clamp(-127, 127).to(torch.int8), scale)
+    signs, half = StoredImages(pack_signs(images)), StoredImages(images.half())
+    engines = {
+        "the product alone, blocked (the floor)": lambda: [b.reshape(-1, 128) @ flat for b in images.split(16)],
+        "SaMer, float32": lambda: maxsim(queries, images),
+        "SaMer, stored as float16": lambda: score_stored(query, half),
+        "SaMer, int8": lambda: score_stored(query, small),
+        "SaMer, 1-bit, before re-ranking": lambda: score_stored(query, signs),
+        "transformers score_retrieval (einsum)": lambda: ColPaliProcessor.score_retrieval(None, queries, images),
+        **peers(queries, images),
+    }
+    exact = maxsim(queries, images).topk(10, dim=1).indices
+    times = dict(zip(engines, medians(max(3, runs // 40), *engines.values())))
+    floor, einsum = times["the product alone, blocked (the floor)"], times["transformers score_retrieval (einsum)"]
+    print("32 queries x 32 tokens against 5,000 images x 64 x 128; int8 product in use:", int8_product_works(CPU))
+    print(f"{'':42}{'ms':>8}{'/ floor':>9}{'einsum /':>10}{'recall@10':>11}")
+    for name, milliseconds in times.items():
+        found = engines[name]()
+        found = found.topk(10, dim=1).indices if isinstance(found, torch.Tensor) else None
+        hits = "" if found is None else f"{overlap(exact, found):.3f}"
+        print(f"{name:42}{milliseconds:8.0f}{milliseconds / floor:9.2f}{einsum / milliseconds:10.1f}{hits:>11}")
+    one = QueryTokens(queries[:1], query.mask[:1])
+    many = StoredImages(small.tokens.repeat(20, 1, 1), scale)
+    single = medians(max(3, runs // 20), lambda: search(one, [(list(map(str, range(100_000))), many)], 10))[0]
+    print(f"one query, top 10 of 100,000 images in int8: {single:.0f} ms")
 
 
-ROOT = Path(__file__).resolve().parents[1]
+def overlap(exact, found):
+    """Mean share of (Q, n) ids that two rankings have in common."""
+    pairs = zip(exact.tolist(), found.tolist())
+    return statistics.mean(len(set(a) & set(b)) / len(a) for a, b in pairs)
+
+
+def clustered(count):
+    """Unit tokens (count, 64, 128) of images that differ as real ones do: around a few directions each."""
+    generator = torch.Generator().manual_seed(1)
+    themes = torch.randn(500, 128, generator=generator)
+    picks = torch.randint(0, 500, (count, 64), generator=generator)
+    return F.normalize(themes[picks] + 0.7 * torch.randn(count, 64, 128, generator=generator), dim=-1)
+
+
+def peers(queries, images):
+    """Other exact engines, where they are installed: pip install -r tests/peers.txt."""
+    found = {}
+    try:
+        import maxsim_cpu
+
+        arrays, stack = [query.numpy() for query in queries], images.numpy()
+        found["maxsim-cpu"] = lambda: torch.stack(
+            [torch.from_numpy(maxsim_cpu.maxsim_scores(q, stack)) for q in arrays]
+        )
+    except ImportError:
+        print("maxsim-cpu is not installed")
+    try:
+        from qdrant_client import QdrantClient, models
+
+        client = QdrantClient(":memory:")
+        most = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
+        vectors = models.VectorParams(size=128, distance=models.Distance.DOT, multivector_config=most)
+        client.create_collection("images", vectors_config=vectors)
+        for start in range(0, len(images), 250):
+            block = images[start : start + 250].tolist()
+            client.upsert("images", [models.PointStruct(id=start + k, vector=v) for k, v in enumerate(block)])
+        texts = queries.tolist()
+        found["Qdrant, in-process, exact"] = lambda: [client.query_points("images", query=q, limit=10) for q in texts]
+    except ImportError:
+        print("qdrant-client is not installed")
+    return found
+
+
+def scale(runs):
+    """A search over one million images of 64 x 128 int8, mapped from disk; what is resident beside the page cache."""
+    import json
+
+    from samer.cache_io import Cache
+
+    with tempfile.TemporaryDirectory(dir=".") as place:
+        folder, count, per = Path(place), 1_000_000, 8192
+        if shutil.disk_usage(folder).free < 9e9:
+            raise InputError("the scale run needs 9 GB of disk here")
+        tokens = torch.randint(-127, 128, (per, 64, 128), dtype=torch.int8)
+        shards = []
+        for start in range(0, count, per):
+            rows = min(per, count - start)
+            head = {"stamp": {"ids": [f"{start + k:07d}" for k in range(rows)], "projector": "none"}}
+            name = f"images-{start // per:05d}.safetensors"
+            tensors = {"tokens": tokens[:rows].roll(start // per, 0), "mask": torch.ones(rows, 64, dtype=torch.bool)}
+            (folder / "images").mkdir(exist_ok=True)
+            save_file(tensors, folder / "images" / name, metadata={"samer": json.dumps(head)})
+            shards.append({"file": name, "count": rows, "regions": 64, "bytes": rows * 64 * 129, "sha256": ""})
+        manifest = {"format": "samer_cache", "format_version": 2, "dtype": "int8", "scale": 0.003, "projector": "none"}
+        manifest["splits"] = {"images": {"images": shards, "queries": []}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        print(f"1,000,000 images, {sum(f.stat().st_size for f in folder.glob('images/*')) / 1e9:.1f} GB on disk")
+        for queries in (1, 32):
+            batch = F.normalize(torch.randn(queries, 32, 128), dim=-1)
+            query = QueryTokens(batch, torch.ones(queries, 32, dtype=torch.bool))
+            cache, seconds = Cache(folder), []
+            for _ in range(4):
+                started = time.perf_counter()
+                cache.search(query, "images", 10)
+                seconds.append(time.perf_counter() - started)
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            own, mapped = (int(status[key].split()[0]) / 1e6 for key in ("RssAnon", "RssFile"))
+            words = f"first {seconds[0]:.2f} s, then {statistics.median(seconds[1:]):.2f} s"
+            print(f"queries at once: {queries}; {words}; resident {own:.2f} GB, and {mapped:.1f} GB of mapped files")
+
+
+def building(runs):
+    """Building an index of 200 generated images: what merging, storing and the rest take beside the backbone."""
+    from samer import flickr
+    from samer.cache_io import build_cache
+    from samer.colpali import Retriever
+    from samer.scenes import write_world
+
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        write_world(place / "world", {"test": 200})
+        retriever = Retriever.load(str(ROOT / "assets" / "retriever"))
+        records = flickr.load_split(place / "world", "test", boxes=False)
+        inside = [0.0]
+        hidden_states, load = retriever.hidden_states, flickr.load_image
+
+        def timed(function):
+            def call(*words):
+                started = time.perf_counter()
+                try:
+                    return function(*words)
+                finally:
+                    inside[0] += time.perf_counter() - started
+
+            return call
+
+        retriever.hidden_states = timed(hidden_states)
+        rest = []
+        for turn in range(max(3, runs // 60)):
+            inside[0] = 0.0
+            started = time.perf_counter()
+            build_cache(
+                place / f"c{turn}", place / "world", ["test"], retriever, MergeConfig(num_regions=16), dtype="int8"
+            )
+            whole = time.perf_counter() - started
+            started = time.perf_counter()
+            for record in records:
+                load(record.image_path)
+            decode = time.perf_counter() - started
+            rest.append((100 * (whole - inside[0]) / whole, 100 * decode / whole))
+        outside, decode = (statistics.median(column) for column in zip(*rest))
+        print(f"outside the backbone: {outside:.1f} % of {whole:.1f} s, of which {decode:.1f} % decode pictures")
+
+
+def quality(runs):
+    """400 generated images with 2,000 captions, 262 tokens to 16 from farthest centres, in every dtype of an index."""
+    from samer.cache_io import DTYPES, Cache, build_cache
+    from samer.colpali import Retriever
+    from samer.metrics import retrieval_metrics
+    from samer.scenes import write_world
+
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        write_world(place / "world", {"test": 400})
+        retriever = Retriever.load(str(ROOT / "assets" / "retriever"))
+        settings = MergeConfig(num_regions=16, center_init="farthest")
+        print(f"{'':10}{'R@1':>7}{'R@10':>7}{'overlap@10':>12}{'bytes/image':>13}")
+        exact = None
+        for dtype in DTYPES:
+            build_cache(place / dtype, place / "world", ["test"], retriever, settings, dtype=dtype)
+            cache = Cache(place / dtype)
+            scores, owner = cache.scores("test")
+            metrics = retrieval_metrics(scores, owner[:, None] == torch.arange(scores.shape[1]))
+            best = scores.topk(10, dim=1).indices
+            exact = best if exact is None else exact
+            row = (
+                f"{metrics['r@1']:7.2f}{metrics['r@10']:7.2f}{overlap(exact, best):12.3f}{cache.size('test')[3]:13,.0f}"
+            )
+            extra = sum(
+                shard["exact"]["bytes"] for shard in cache.manifest["splits"]["test"]["images"] if "exact" in shard
+            )
+            print(f"{dtype:10}{row}" + (f" + {extra / 400:,.0f} on disk to re-rank with" if extra else ""))
 
 
 def epoch(words):
@@ -108,15 +324,20 @@ def training(runs):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["merge", "maxsim", "train"])
-    parser.add_argument("--runs", type=int, default=200, help="timed calls (200; maxsim a fortieth, train a sixtieth)")
+    parser.add_argument("what", choices=["merge", "maxsim", "scale", "cache", "quality", "train"])
+    parser.add_argument("--runs", type=int, default=200, help="timed calls (200; the longer ones a part of it)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     options = parser.parse_args(argv)
     torch.manual_seed(0)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     if options.what == "train":
         return training(options.runs)
     with torch.no_grad():
-        {"merge": merge, "maxsim": score}[options.what](options.runs)
+        {"merge": merge, "maxsim": score, "scale": scale, "cache": building, "quality": quality}[options.what](
+            options.runs
+        )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from samer.config import InputError, load_config
-from samer.runtime import pick_device, print0, process_group, read_json, run, split_words
+from samer.runtime import adapter_config, pick_device, print0, process_group, run, split_words
 
 
 def main(argv=None):
@@ -26,7 +25,10 @@ def main(argv=None):
     parser.add_argument("--adapter-path", default="", help="trained projector (folder); empty: projection untouched")
     parser.add_argument("--splits", nargs="+", default=["val", "test"], help="default: val test")
     parser.add_argument("--batch-size", type=int, default=32, help="images and captions per forward pass (32)")
-    parser.add_argument("--cache-dtype", default="bfloat16", help="float32, bfloat16 (default) or float16")
+    parser.add_argument(
+        "--cache-dtype", default="bfloat16", help="bfloat16 (default), float32, float16, int8 or binary"
+    )
+    parser.add_argument("--assignments", action="store_true", help="keep each token's region, a byte each")
     parser.add_argument("--limit-images", type=int, help="the first so many images of each split")
     parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
     parser.add_argument("--device", default="auto", help="e.g. cpu, cuda:0; default: a GPU if there is one")
@@ -34,15 +36,7 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
     splits, overrides = split_words(parser, options.splits, options.overrides)
-    if options.adapter_path and not Path(options.adapter_path).exists():
-        raise InputError(f"{options.adapter_path}: no such projector; name the folder that scripts/train.py wrote")
-    if options.adapter_path and not options.config and (Path(options.adapter_path) / "projector.safetensors").is_file():
-        trained = read_json(Path(options.adapter_path) / "config.json")
-        name, merge = trained.get("base_model"), trained.get("merge")
-        if not (isinstance(name, str) and isinstance(merge, dict)):
-            raise InputError(f"{options.adapter_path}/config.json: no base_model or no merge settings; give --config")
-        overrides = [f"model.name={name}", *(f"merge.{key}={value}" for key, value in merge.items()), *overrides]
-    config = load_config(options.config, overrides)
+    config = adapter_config(options.adapter_path, options.config, overrides)
     device = pick_device(options.device)
     import torch
 
@@ -70,6 +64,7 @@ def main(argv=None):
             batch_size=options.batch_size,
             dtype=options.cache_dtype,
             limit_images=options.limit_images,
+            assignments=options.assignments,
         )
         for summary in summaries:
             print0(describe(summary, options.cache_dir))

@@ -232,7 +232,10 @@ CASES = {
     "eval batch size 0": (lambda b: b.train("train.eval_batch_size=0"), ["train.eval_batch_size must be at least 1"]),
     "cache: batch size 0": (lambda b: b.cache("--batch-size", "0"), ["batch size must be at least 1; it is 0"]),
     "cache: limit 0": (lambda b: b.cache("--limit-images", "0"), ["limit_images is 0; give at least 1"]),
-    "cache: dtype": (lambda b: b.cache("--cache-dtype", "int8"), ["'int8'", "float32, bfloat16, float16"]),
+    "cache: dtype": (
+        lambda b: b.cache("--cache-dtype", "int4"),
+        ["'int4'", "float32, bfloat16, float16, int8, binary"],
+    ),
     "cache: device": (lambda b: b.cache("--device", "tpu9"), ["device 'tpu9' can't be used here"]),
     "eval: device": (lambda b: b.eval("--device", "warp:1"), ["device 'warp:1' can't be used here"]),
     "reporter": (lambda b: b.train("train.report_to=nowhere"), ["nowhere"]),

@@ -199,7 +199,7 @@ def test_the_manifest_says_what_it_is_made_of_and_nothing_else(made, frozen, bas
     splits = manifest.pop("splits")
     assert manifest == {
         "format": "samer_cache",
-        "format_version": 1,
+        "format_version": 2,
         "base_projector": frozen.base_projector.hash,
         "hidden_states": {"computed_in": "float32", "stored_in": "nothing"},
         "projector": frozen.base_projector.hash,
@@ -214,6 +214,8 @@ def test_the_manifest_says_what_it_is_made_of_and_nothing_else(made, frozen, bas
         },
         "dtype": "float32",
         "embedding_dim": DIM,
+        "assignments": False,
+        "scale": None,
         "base_model": str(base),  # as the user named it: a hub id, or here a folder
     }
     assert list(splits) == ["val", "test"]
@@ -235,7 +237,8 @@ def test_a_shard_header_holds_one_key(made):
     for name, data in contents(made).items():
         if name.endswith(".safetensors"):
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            assert list(header["__metadata__"]) == ["samer"], name
+            expected = [] if name == "projector.safetensors" else ["samer"]
+            assert list(header.get("__metadata__", {})) == expected, name
 
 
 # --- the same bytes every time --------------------------------------------------------------------------------------
@@ -296,7 +299,8 @@ def stop_at(monkeypatch, owner, name, call, error=KeyboardInterrupt):
         (flickr, "load_image", 7, 2),
         (Retriever, "encode_queries", 7, 4),  # inside the second shard of captions
         (runtime.os, "replace", 2, 1),  # written, not yet named
-        (runtime.os, "replace", 7, 6),  # all shards there, not the manifest
+        (runtime.os, "replace", 7, 6),  # all shards there, neither the projector nor the manifest
+        (runtime.os, "replace", 8, 7),  # all but the manifest
     ],
 )
 def test_an_interrupted_build_goes_on(world, frozen, tmp_path, small_shards, monkeypatch, owner, name, call, finished):
@@ -307,13 +311,16 @@ def test_an_interrupted_build_goes_on(world, frozen, tmp_path, small_shards, mon
         with pytest.raises(KeyboardInterrupt):
             build(broken, world, frozen)
     whole = contents(tmp_path / "whole")
-    shards = [name for name in sorted(whole) if name.endswith(".safetensors")][:finished]
-    assert list(contents(broken)) == shards  # neither a manifest nor a half-written file
+    shards = [name for name in sorted(whole) if name.startswith("test/")]
+    files = [*shards, "projector.safetensors", "manifest.json"]  # in the order of writing
+    assert sorted(whole) == sorted(files)
+    assert sorted(contents(broken)) == sorted(files[:finished])  # neither a manifest nor a half-written file
+    shards = shards[:finished]
     with pytest.raises(InputError, match=r"broken: no manifest.json; .*run it again if it was interrupted"):
         Cache(broken)
     clock = {shard: (broken / shard).stat().st_mtime_ns for shard in shards}
     (summary,) = build(broken, world, frozen)
-    assert summary.reused_shards == finished
+    assert summary.reused_shards == len(shards)
     assert {shard: (broken / shard).stat().st_mtime_ns for shard in shards} == clock
     assert contents(broken) == whole
 
@@ -443,8 +450,9 @@ def test_a_damaged_shard_of_an_unfinished_cache_is_made_anew(world, frozen, made
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 2}, "format 'samer_cache' version 2; this SaMer reads samer_cache 1"),
-        ({"format": "other"}, "format 'other' version 1"),
+        ({"format_version": 1}, "format 'samer_cache' version 1; this SaMer reads samer_cache 2"),
+        ({"format_version": 3}, "format 'samer_cache' version 3; this SaMer reads samer_cache 2"),
+        ({"format": "other"}, "format 'other' version 2"),
     ],
 )
 def test_another_format_is_refused(world, frozen, copy, change, words):

@@ -123,7 +123,8 @@ def test_the_cache_has_the_same_bytes(two, base, world, script, tmp_path, monkey
     script("cache").main(cache_words(base, world, tmp_path / "cache"))
     files = {path.relative_to(tmp_path / "cache") for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     assert files == {path.relative_to(two / "cache") for path in (two / "cache").rglob("*") if path.is_file()}
-    assert len(files) == 1 + (2 + 5) + (3 + 6)  # manifest, val of 6 images and 30 captions, test of 8 and 40
+    # manifest and projector, val of 6 images and 30 captions, test of 8 and 40
+    assert len(files) == 2 + (2 + 5) + (3 + 6)
     for file in files:
         assert (tmp_path / "cache" / file).read_bytes() == (two / "cache" / file).read_bytes(), file
     written = [json.loads((two / f"written-{rank}.json").read_text()) for rank in (0, 1)]

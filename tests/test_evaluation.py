@@ -14,6 +14,7 @@ from samer.colpali import Retriever
 from samer.compressors import make_compressor
 from samer.config import MergeConfig
 from samer.evaluation import both_directions, compress_images, encode_texts, evaluate_records
+from samer.runtime import prefetched
 
 METRICS = ["r@1", "r@5", "r@10", "median_rank", "mrr@10", "ndcg@5", "ndcg@10"]
 MERGE = MergeConfig(num_regions=8)
@@ -203,3 +204,26 @@ def test_batches_keep_order_and_leave_no_gradient(world, frozen):
     for text, query in zip(texts[::2], queries):
         alone = frozen.encode_queries(frozen.query_inputs([text])).tokens[0]
         torch.testing.assert_close(query.tokens[0][query.mask[0]], alone, atol=1e-5, rtol=0)
+
+
+def test_prefetched_keeps_order_computes_one_ahead_and_raises_in_turn():
+    calls = []
+
+    def double(number):
+        calls.append(number)
+        if number == 4:
+            raise ValueError("four")
+        return 2 * number
+
+    found, seen = [], []
+
+    def collect():
+        for item, result in prefetched(double, iter(range(1, 9))):
+            found.append((item, result))
+            seen.append(max(calls))
+
+    with pytest.raises(ValueError, match="four"):
+        collect()
+    assert found == [(1, 2), (2, 4), (3, 6)]
+    assert all(ahead <= item + 1 for (item, _), ahead in zip(found, seen))
+    assert list(prefetched(double, [])) == []

@@ -1,0 +1,86 @@
+"""Makes or extends a searchable index of a folder of pictures; captions are not needed.
+
+    python scripts/index.py --images ~/Pictures --cache-dir outputs/pictures --adapter-path checkpoints/samer_k64
+    python scripts/index.py --images ~/Pictures --cache-dir outputs/pictures ...      (again: new pictures are added)
+    python scripts/index.py --cache-dir outputs/pictures --delete trips/a.jpg
+
+Pictures are found in subfolders too; a file that can't be read is skipped and listed at the end. Interrupted, it goes
+on where it stopped. Search it with scripts/search.py.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from samer.config import InputError
+from samer.runtime import adapter_config, pick_device, run
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache-dir", required=True, help="the index; made if missing")
+    parser.add_argument("--images", help="folder of pictures")
+    parser.add_argument("--delete", nargs="+", metavar="PICTURE", help="take pictures out, by path under the folder")
+    parser.add_argument("--adapter-path", default="", help="trained projector (folder); empty: projection untouched")
+    parser.add_argument("--cache-dtype", default="int8", help="int8 (default), binary, bfloat16, float16 or float32")
+    parser.add_argument("--assignments", action="store_true", help="keep each token's region, a byte each")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (32)")
+    parser.add_argument("--device", default="auto", help="e.g. cpu, cuda:0; default: a GPU if there is one")
+    parser.add_argument("--config", help="YAML file with model and merge settings")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
+    options = parser.parse_args(argv)
+    if bool(options.images) == bool(options.delete):
+        parser.error("give either --images FOLDER or --delete PICTURE ...")
+    if options.delete:
+        from samer.cache_io import FOLDER_SPLIT, delete_images
+
+        left = delete_images(options.cache_dir, FOLDER_SPLIT, options.delete)
+        print(f"taken out of {options.cache_dir}: {len(set(options.delete))}; it holds {left:,}")
+        return left
+    root = Path(options.images).resolve()
+    if not root.is_dir():
+        raise InputError(f"{options.images}: no such folder; name one that holds pictures")
+    found = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path.relative_to(root).as_posix() for path in found)
+    if not paths:
+        raise InputError(f"{root}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
+    config = adapter_config(options.adapter_path, options.config, options.overrides)
+    device = pick_device(options.device)
+    import torch
+
+    from samer.cache_io import add_images, describe
+    from samer.colpali import Retriever, load_projector
+
+    retriever = Retriever.load(
+        config.model.name,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        device=device,
+        local_files_only=config.model.local_files_only,
+    )
+    if options.adapter_path:
+        retriever.use_projector(load_projector(options.adapter_path, retriever))
+    print(f"{len(paths):,} pictures under {root}; writing the index to {options.cache_dir}", flush=True)
+    started = time.monotonic()
+    summary, skipped = add_images(
+        options.cache_dir,
+        root,
+        paths,
+        retriever,
+        config.merge,
+        batch_size=options.batch_size,
+        dtype=options.cache_dtype,
+        assignments=options.assignments,
+    )
+    print(describe(summary, options.cache_dir) + f"; {time.monotonic() - started:.0f} s")
+    for line in skipped:
+        print("skipped:", line)
+    return summary
+
+
+if __name__ == "__main__":
+    run(main)

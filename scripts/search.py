@@ -1,0 +1,104 @@
+"""Searches an index by words.
+
+    python scripts/search.py --cache-dir outputs/pictures "two dogs on a beach" [--top 10] [--json]
+    python scripts/search.py --cache-dir outputs/pictures          (asks for queries until an empty line or Ctrl-D)
+
+Prints the best images with their scores, the mean over the query's tokens of the best similarity, 1 at most. The model
+is loaded once; it is the one that the index was made with, as are projector and settings. --json prints one object per
+query.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from samer.config import InputError
+from samer.runtime import pick_device, run
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("query", nargs="*", help="each a text of its own; none: read them from the terminal")
+    parser.add_argument("--cache-dir", required=True, help="made by scripts/index.py or scripts/cache.py")
+    parser.add_argument("--split", help="default: the index's only one")
+    parser.add_argument("--top", type=int, default=10, help="how many images per query (10)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per query")
+    parser.add_argument("--model", help="where the model is, if not where the index says")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--device", default="auto", help="e.g. cpu, cuda:0; default: a GPU if there is one")
+    options = parser.parse_args(argv)
+    if options.top < 1 or (options.threads is not None and options.threads < 1):
+        parser.error("--top and --threads must be at least 1")
+    device = pick_device(options.device)
+    import torch
+
+    from samer.cache_io import Cache
+    from samer.colpali import Retriever
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    cache = Cache(options.cache_dir)
+    splits = list(cache.manifest["splits"])
+    if options.split is None and len(splits) != 1:
+        raise InputError(f"{options.cache_dir} holds {', '.join(splits)}; name one with --split")
+    split = options.split or splits[0]
+    images, _, regions, size = cache.size(split)
+    root = Path(cache.manifest["splits"][split].get("root", ""))
+    retriever = Retriever.load(
+        options.model or cache.manifest["base_model"],
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        device=device,
+    )
+    if retriever.base_projector.hash != cache.manifest["base_projector"]:
+        raise InputError(f"{retriever.name} is not the model that {options.cache_dir} was made with")
+    retriever.use_projector(cache.projector())
+    print(
+        f"{images:,} images x {regions} vectors, {images * size / 1e6:,.1f} MB, in {options.cache_dir}",
+        file=sys.stderr,
+    )
+
+    def answer(text):
+        started = time.perf_counter()
+        with torch.no_grad():
+            query = retriever.encode_queries(retriever.query_inputs([text]))
+        encoded = time.perf_counter()
+        found = cache.search(query, split, options.top, device)[0]
+        results = [{"id": name, "path": str(root / name), "score": round(score, 6)} for name, score in found]
+        took = {"encode_ms": 1000 * (encoded - started), "search_ms": 1000 * (time.perf_counter() - encoded)}
+        result = {"query": text, "results": results, **{name: round(value, 2) for name, value in took.items()}}
+        if options.json:
+            print(json.dumps(result, ensure_ascii=False), flush=True)
+        else:
+            print(f"{text}   ({result['encode_ms']:.0f} ms to encode, {result['search_ms']:.1f} ms to search)")
+            for place, row in enumerate(results, 1):
+                print(f"{place:3}  {row['score']:.4f}  {row['path']}", flush=True)
+        return result
+
+    if options.query:
+        return [answer(text) for text in options.query]
+    answers = []
+    for text in lines():
+        try:
+            answers.append(answer(text))
+        except InputError as error:  # a query that can't be encoded does not end the session
+            print("error:", error, file=sys.stderr, flush=True)
+    return answers
+
+
+def lines():
+    """Queries from standard input, with a prompt on a terminal, until an empty line or its end."""
+    while True:
+        if sys.stdin.isatty():
+            print("query> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+if __name__ == "__main__":
+    run(main)

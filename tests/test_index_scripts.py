@@ -1,0 +1,157 @@
+"""scripts/index.py and scripts/search.py on a folder of generated scenes and the small ColPali."""
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from samer.cache_io import Cache, build_cache
+from samer.colpali import Projector, Retriever, save_projector
+from samer.config import InputError, MergeConfig
+
+MERGE = MergeConfig(num_regions=6)
+QUERY = "a red car on the left"
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def held(folder):
+    return [name for ids, *_ in Cache(folder).images("images") for name in ids]
+
+
+@pytest.fixture(scope="module")
+def album(world, base, script, tmp_path_factory):
+    """14 scenes in two folders and a file that is none, indexed with a projector, and what the index script said."""
+    folder = tmp_path_factory.mktemp("album")
+    for split in ("val", "test"):
+        for name in (world / "annotations" / f"{split}.txt").read_text().split():
+            (folder / "root" / split).mkdir(parents=True, exist_ok=True)
+            shutil.copy(world / "images" / "Images" / f"{name}.jpg", folder / "root" / split)
+    (folder / "root" / "broken.JPG").write_text("none")
+    (folder / "root" / "notes.txt").write_text("none")
+    retriever = Retriever.load(str(base))
+    layer = retriever.base_projector
+    step = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0))
+    retriever.use_projector(Projector(layer.weight + 0.05 * step, layer.bias))
+    save_projector(folder / "adapter", retriever.current_projector(), retriever, MERGE)
+    words = ["--images", folder / "root", "--cache-dir", folder / "c", "--adapter-path", folder / "adapter"]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        summary = script("index").main([*map(str, words), "--batch-size", "4"])
+    return folder, retriever, summary, said.getvalue().splitlines()
+
+
+def answers(folder, retriever, text=QUERY, split="images", top=10):
+    query = retriever.encode_queries(retriever.query_inputs([text]))
+    return Cache(folder).search(query, split, top)[0]
+
+
+def test_index_finds_pictures_below_a_folder(album):
+    folder, retriever, summary, said = album
+    names = sorted(str(path.relative_to(folder / "root")) for path in (folder / "root").rglob("*.jpg"))
+    cache = Cache(folder / "c")
+    assert held(folder / "c") == names
+    assert (summary.images, summary.regions, cache.manifest["dtype"]) == (14, 6, "int8")
+    assert cache.manifest["merge"]["num_regions"] == 6  # the adapter's
+    assert cache.manifest["projector"] == retriever.current_projector().hash
+    assert said[0] == f"15 pictures under {folder / 'root'}; writing the index to {folder / 'c'}"
+    assert said[1].startswith("images: 14 images x at most 6 vectors (102 bytes per image), 0 queries -> ")
+    assert len(said) == 3
+    assert said[2].startswith(f"skipped: {folder / 'root' / 'broken.JPG'}: not a readable image")
+
+
+def test_search_prints_the_best(album, script, capsys):
+    folder, retriever, *_ = album
+    (result,) = script("search").main([QUERY, "--cache-dir", str(folder / "c"), "--top", "3", "--threads", "1"])
+    expected = answers(folder / "c", retriever, top=3)
+    assert [(row["id"], row["score"]) for row in result["results"]] == [(n, round(s, 6)) for n, s in expected]
+    said = capsys.readouterr()
+    assert said.out.splitlines()[0].startswith(f"{QUERY}   (")
+    assert [line.split(maxsplit=2) for line in said.out.splitlines()[1:]] == [
+        [str(k), f"{score:.4f}", str(folder / "root" / name)] for k, (name, score) in enumerate(expected, 1)
+    ]
+    assert said.err == f"14 images x 6 vectors, 0.0 MB, in {folder / 'c'}\n"
+
+
+def test_search_prints_json_lines(album, script, capsys):
+    folder, retriever, *_ = album
+    script("search").main([QUERY, "ein grünes Schild", "--cache-dir", str(folder / "c"), "--json"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["query"] for line in lines] == [QUERY, "ein grünes Schild"]
+    for line in lines:
+        assert set(line) == {"query", "results", "encode_ms", "search_ms"}
+        expected = answers(folder / "c", retriever, line["query"])
+        assert [row["id"] for row in line["results"]] == [name for name, _ in expected]
+        assert all(Path(row["path"]).is_file() for row in line["results"])
+
+
+def test_search_asks_until_an_empty_line(album, script, capsys, monkeypatch):
+    folder, retriever, *_ = album
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"a dog\nan <image> of it\n{QUERY}\n\nnever read\n"))
+    results = script("search").main(["--cache-dir", str(folder / "c"), "--top", "2"])
+    assert [result["query"] for result in results] == ["a dog", QUERY]
+    assert [row["id"] for row in results[1]["results"]] == [name for name, _ in answers(folder / "c", retriever, top=2)]
+    assert "error: query 'an <image> of it' holds <image>" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a dog"))  # its end ends it too
+    assert len(script("search").main(["--cache-dir", str(folder / "c")])) == 1
+
+
+def test_index_takes_pictures_out_and_back_in(album, base, script, tmp_path, capsys):
+    folder = album[0]
+    shutil.copytree(folder / "c", tmp_path / "c")
+    first, second = held(tmp_path / "c")[:2]
+    assert script("index").main(["--cache-dir", str(tmp_path / "c"), "--delete", first, second]) == 12
+    assert capsys.readouterr().out == f"taken out of {tmp_path / 'c'}: 2; it holds 12\n"
+    assert not {first, second} & set(held(tmp_path / "c"))
+    words = ["--images", folder / "root", "--cache-dir", tmp_path / "c", "--adapter-path", folder / "adapter"]
+    assert script("index").main([*map(str, words)]).images == 14
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "error"),
+    [
+        ("index", ["--cache-dir", "{c}"], SystemExit),
+        ("index", ["--cache-dir", "{c}", "--images", "{root}", "--delete", "a"], SystemExit),
+        ("index", ["--cache-dir", "{c}", "--delete", "nobody.jpg"], "no image 'nobody.jpg'"),
+        ("index", ["--cache-dir", "{c}", "--images", "{root}/no"], "no/*: no such folder"),
+        ("index", ["--cache-dir", "{c}", "--images", "{c}"], "no pictures in it .looked for .bmp, "),
+        ("index", ["--cache-dir", "{c}", "--images", "{root}", "--adapter-path", "no"], "no: no such projector"),
+        ("index", ["--cache-dir", "{c}", "--images", "{root}", "model.name={base}"], "projector="),
+        ("index", ["--cache-dir", "{c}", "--images", "{root}/val", "--adapter-path", "{a}"], "holds the pictures of"),
+        ("search", ["x", "--cache-dir", "{c}", "--top", "0"], SystemExit),
+        ("search", ["x", "--cache-dir", "{c}", "--threads", "0"], SystemExit),
+        ("search", ["x", "--cache-dir", "{root}"], "no manifest.json; this is no finished cache"),
+        ("search", ["x", "--cache-dir", "{c}", "--split", "val"], "no split 'val' in this cache; it holds: images"),
+        ("search", ["x", "--cache-dir", "{c}", "--model", "{root}"], "can't be loaded"),
+        ("search", ["x", "--cache-dir", "{c}", "--device", "tpu9"], "device 'tpu9' can't be used here"),
+        ("search", ["<image>", "--cache-dir", "{c}"], "holds <image>"),
+    ],
+)
+def test_scripts_refuse_what_is_wrong(album, base, script, name, words, error):
+    folder = album[0]
+    before = contents(folder)
+    values = {"c": folder / "c", "root": folder / "root", "a": folder / "adapter", "base": base}
+    words = [word.format(**values) for word in words]
+    with pytest.raises(error if error is SystemExit else InputError, match="2" if error is SystemExit else error):
+        script(name).main(words)
+    assert contents(folder) == before
+
+
+def test_search_needs_a_split_where_there_are_several(world, base, script, tmp_path):
+    retriever = Retriever.load(str(base))
+    build_cache(tmp_path / "c", world, ["val", "test"], retriever, MERGE, dtype="binary")
+    with pytest.raises(InputError, match="c holds val, test; name one with --split"):
+        script("search").main([QUERY, "--cache-dir", str(tmp_path / "c")])
+    (result,) = script("search").main([QUERY, "--cache-dir", str(tmp_path / "c"), "--split", "val"])
+    expected = [name for name, _ in answers(tmp_path / "c", retriever, split="val")]
+    assert [row["id"] for row in result["results"]] == [row["path"] for row in result["results"]] == expected
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps({**manifest, "base_projector": "0" * 64}))
+    with pytest.raises(InputError, match=r"is not the model that .*c was made with"):
+        script("search").main([QUERY, "--cache-dir", str(tmp_path / "c"), "--split", "val"])
