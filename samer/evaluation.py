@@ -56,8 +56,8 @@ def compress_images(
 @torch.no_grad()
 def encode_texts(retriever: Encoder, texts: Sequence[str], batch_size: int) -> Iterator[QueryTokens]:
     """Encodes queries in batches."""
-    for batch in batched(texts, batch_size):
-        yield retriever.encode_queries(retriever.query_inputs(batch))
+    for _, inputs in prefetched(retriever.query_inputs, batched(texts, batch_size)):
+        yield retriever.encode_queries(inputs)
 
 
 def join_queries(batches: Sequence[QueryTokens]) -> QueryTokens:

@@ -8,7 +8,7 @@ Q queries, M query tokens, I images, K image tokens, D embedding width; b images
 
 import functools
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -94,16 +94,19 @@ def maxsim(
 
         image_blocks = images.split(images_per_block)
         image_masks = _split(image_mask, images_per_block, len(image_blocks))
-        columns, finite = [], []
+        product = torch.mm if queries.requires_grad or images.requires_grad else _ReusedProduct(torch.mm)
+        columns, sums = [], []
         for block, block_mask in zip(image_blocks, image_masks):
             block = _clean(block, block_mask, dtype)  # (b, K, D)
-            finite.append(_finite_rows(block))
+            sums.append(block.detach().sum())
             if ragged:
-                columns.append(valid.score(block, block_mask))
+                columns.append(valid.score(block, block_mask, product))
             else:
                 rows = zip(query_blocks, query_masks)
-                columns.append(torch.cat([_score_block(q, block, q_mask, block_mask) for q, q_mask in rows]))
-        _check_finite("images", finite)
+                columns.append(torch.cat([_score_block(q, block, q_mask, block_mask, product) for q, q_mask in rows]))
+        if not torch.stack(sums).isfinite().all():  # rare, so rows are looked at only now; a huge sum may be innocent
+            blocks = zip(image_blocks, image_masks)
+            _check_finite("images", [_finite_rows(_clean(block, mask, dtype)) for block, mask in blocks])
         scores = torch.cat(columns, dim=1)  # (Q, I)
     if not scores.detach().isfinite().all():
         raise InputError(f"the scores overflow {dtype}; MaxSim expects tokens of about unit length")
@@ -122,21 +125,43 @@ class _ValidTokens:
         owners = torch.arange(len(mask), device=mask.device).repeat_interleave(self.lengths)
         self.owners = owners.split(self.columns)
 
-    def score(self, images: Tensor, image_mask: Tensor | None) -> Tensor:
+    def score(self, images: Tensor, image_mask: Tensor | None, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """(Q, b) scores against one block of clean image tokens (b, K, D)."""
         totals = images.new_zeros(len(self.lengths), len(images))
         for tokens, owner in zip(self.blocks, self.owners):
-            products = (images.flatten(0, 1) @ tokens.t()).view(images.shape[0], images.shape[1], -1)  # (b, K, c)
+            products = product(images.flatten(0, 1), tokens.t())  # (b*K, c)
+            products = products.view(images.shape[0], images.shape[1], -1)
             if image_mask is not None:
                 products.masked_fill_(~image_mask[..., None], torch.finfo(products.dtype).min)
             totals.index_add_(0, owner, products.amax(dim=1).t())
         return totals / self.lengths[:, None]
 
 
-def _score_block(queries: Tensor, images: Tensor, query_mask: Tensor | None, image_mask: Tensor | None) -> Tensor:
+class _ReusedProduct:
+    """A matrix product into memory that is used again: fresh pages for every block would cost half a product more."""
+
+    def __init__(self, function: Callable[..., Tensor], dtype: torch.dtype | None = None) -> None:
+        """`function` takes `out`; its results are of `dtype`, by default that of its operands."""
+        self.function, self.dtype, self.memory = function, dtype, None
+
+    def __call__(self, left: Tensor, right: Tensor) -> Tensor:
+        """(n, D) times (D, c); valid until the next call."""
+        size = len(left) * right.shape[1]
+        if self.memory is None or len(self.memory) < size:
+            self.memory = left.new_empty(size, dtype=self.dtype or left.dtype)
+        return self.function(left, right, out=self.memory[:size].view(len(left), -1))
+
+
+def _score_block(
+    queries: Tensor,
+    images: Tensor,
+    query_mask: Tensor | None,
+    image_mask: Tensor | None,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.mm,
+) -> Tensor:
     """Return (q, b) scores of one block of clean tokens, (q, M, D) against (b, K, D)."""
     # Image tokens down, query tokens across: the maximum then runs over whole rows, which vectorises.
-    products = images.flatten(0, 1) @ queries.flatten(0, 1).t()  # (b*K, q*M)
+    products = product(images.flatten(0, 1), queries.flatten(0, 1).t())  # (b*K, q*M)
     products = products.view(images.shape[0], images.shape[1], -1)  # (b, K, q*M)
     if image_mask is not None:
         # Not a product with 0: a padded token would win against negative similarities.
@@ -253,7 +278,7 @@ def int8_product_works(device: torch.device) -> bool:
         try:
             # laid out as `score_stored` does: columns of a wider row-major matrix
             wide = torch.cat([right, right]).to(device).t().contiguous()
-            product = torch._int_mm(left.to(device), wide[:, columns:])
+            product = _ReusedProduct(torch._int_mm, torch.int32)(left.to(device), wide[:, columns:])
         except (AttributeError, RuntimeError, NotImplementedError):
             return False  # `_float_product` takes its place
         if product.dtype != torch.int32 or not torch.equal(product.cpu(), left.int() @ right.int().t()):
@@ -301,7 +326,8 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     _check_tokens("queries", queries.tokens, queries.mask)
     flat, spans = _valid_rows(queries)  # (n, D) float32
     whole, scales = quantise_queries(flat)
-    product = torch._int_mm if int8_product_works(tokens.device) and width % 8 == 0 else _float_product
+    fast = int8_product_works(tokens.device) and width % 8 == 0
+    product = _ReusedProduct(torch._int_mm, torch.int32) if fast else _float_product
     # the products' second operand has a multiple of 8 columns, as some kernels want
     columns = -(-len(whole) // 8) * 8
     right = torch.zeros(columns, width, dtype=torch.int8, device=tokens.device)
@@ -319,14 +345,14 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     for block, mask in zip(tokens.split(per_block), masks):
         left = unpack_signs(block) if signs else block
         left = left.reshape(-1, width)
-        if len(left) <= 16 and product is not _float_product:  # CUDA's kernel wants more rows than 16
+        if len(left) <= 16 and fast:  # CUDA's kernel wants more rows than 16
             left = torch.cat([left, left.new_zeros(17 - len(left), width)])
         best = []
         for start in range(0, columns, wide):
             found = product(left, right[:, start : start + wide])[: block.shape[0] * block.shape[1]]
             found = found.view(block.shape[0], block.shape[1], -1)
             if mask is not None:
-                found = found.masked_fill(~mask[..., None], torch.iinfo(torch.int32).min)
+                found = found.masked_fill_(~mask[..., None], torch.iinfo(torch.int32).min)
             best.append(found.amax(1))
         similar = torch.cat(best, dim=1)[:, : len(whole)].float() * (scales * unit)  # (b, n)
         if tokens.is_cuda:  # sums by index have no fixed order there
