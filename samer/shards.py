@@ -42,9 +42,10 @@ def write_shard(path: Path, tensors: dict[str, Tensor], stamp: dict, facts: dict
     header = {"stamp": stamp, "entry": facts, "checksum": _checksum(tensors)}
     # one key only: safetensors writes several in an order that differs from run to run
     metadata = {"samer": json.dumps(header, ensure_ascii=False)}
+    content = save(tensors, metadata=metadata)
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata=metadata))
-    return _entry(path, facts)
+        temporary.write_bytes(content)
+    return {"file": path.name, **facts, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def load_shard(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -64,7 +65,7 @@ def finished_shard(path: Path, stamp: dict) -> dict | None:
         tensors, header = load_shard(path)
         if header["stamp"] != stamp or header["checksum"] != _checksum(tensors):
             return None
-        return _entry(path, header["entry"])
+        return {"file": path.name, **header["entry"], "sha256": file_hash(path)}
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
 
@@ -80,7 +81,3 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _entry(path: Path, facts: dict) -> dict:
-    return {"file": path.name, **facts, "sha256": file_hash(path)}
