@@ -247,9 +247,8 @@ def building(runs):
             decode = time.perf_counter() - started
             rest.append((100 * (whole - inside[0]) / whole, 100 * decode / whole))
         outside, decode = (statistics.median(column) for column in zip(*rest))
-        print(
-            f"outside the model (backbone and projection): {outside:.1f} % of {whole:.1f} s, of which {decode:.1f} % decode pictures"
-        )
+        print(f"outside the model (backbone and projection): {outside:.1f} % of {whole:.1f} s")
+        print(f"  decoding the pictures takes {decode:.1f} % of it, in a thread beside the model")
 
 
 def quality(runs):
