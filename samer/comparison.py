@@ -386,6 +386,8 @@ def _pairs(rows: dict[tuple[str, str], np.ndarray]) -> list[tuple[tuple[str, str
 
 def _intervals(values: dict[tuple, np.ndarray], owner: np.ndarray) -> dict[tuple, list[float]]:
     """95 % intervals of means, (Q,) each, over images; all of them see the same resamples."""
+    if not values:
+        return {}
     found = bootstrap_intervals({str(k): value for k, value in enumerate(values.values())}, groups=owner)
     return {key: [round(edge, 4) for edge in found[str(k)]] for k, key in enumerate(values)}
 

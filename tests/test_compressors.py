@@ -495,7 +495,7 @@ def test_a_compressor_of_ones_own_reaches_the_scores(frozen, world, tmp_path, mo
 
 
 def test_an_unknown_name_is_refused_before_any_work(frozen, base, tmp_path):
-    listed = "'hpol' is unknown; use one of none, samer, hpool, hpc, sap-mean, sap-max, random, grid, kmeans"
+    listed = "'hpol' is unknown; use one of grid, hpc, hpool, kmeans, none, random, samer, sap-max, sap-mean"
     with pytest.raises(InputError, match=listed):
         make_compressor(MergeConfig(compressor="hpol"))
     with pytest.raises(InputError, match=listed):

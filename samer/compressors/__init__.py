@@ -34,6 +34,6 @@ def make_compressor(settings: MergeConfig) -> Compressor:
     """
     kind = COMPRESSORS.get(settings.compressor)
     if kind is None:
-        known = ", ".join(COMPRESSORS)
+        known = ", ".join(sorted(COMPRESSORS))
         raise InputError(f"merge.compressor {settings.compressor!r} is unknown; use one of {known}")
     return kind(settings)
