@@ -20,6 +20,7 @@ Shape letters: I images, K regions, N tokens before compression, D embedding, Q 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ FORMAT_VERSION = 2  # 1 had no projector, no int8, no signs and no deletions
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = (*FLOATS, "int8", "binary")
 IMAGES_PER_SHARD = 1024
+PICTURES_PER_SHARD = 256  # of a folder: what a kill can cost
 QUERIES_PER_SHARD = 8192
 FOLDER_SPLIT = "images"  # where pictures without captions go
 SCALE_IMAGES = 64  # what int8's scale is taken from, evenly spaced
@@ -109,6 +111,7 @@ def build_cache(
             if any(writer.manifest["splits"].get(split, {}).get("deleted", {}).values()):
                 raise InputError(f"{folder}: images of {split} were deleted; build it in another folder")
             compressor = fitted_compressor(retriever, rows, merge, batch_size)
+            writer.corpus = [record.image_id for record in rows] if compressor.needs_corpus else None
             writer.choose_scale(rows, compressor)
             shards, reused = writer.write_images(split, rows, compressor)
             queries, kept = writer.write_queries(split, rows)
@@ -130,8 +133,9 @@ def add_images(
 ) -> tuple[CacheSummary, list[str]]:
     """Adds pictures without captions to an index, which is made if it is missing.
 
-    A picture's id is its path under `root`; ids that the index holds are left out. After each shard the index on disk
-    holds what is written so far, so an interrupted run goes on where it stopped.
+    A picture's id is its path under `root`; ids that the index holds are left out, deleted ones are not: a picture that
+    is still in the folder comes back. After each shard the index on disk holds what is written so far, so an
+    interrupted run loses at most `PICTURES_PER_SHARD` pictures' work.
 
     Args:
         folder: the index.
@@ -171,14 +175,14 @@ def add_images(
         held = set(_ids(Path(folder) / FOLDER_SPLIT, split))
         fresh = [flickr.ImageRecord(path, Path(root) / path, ()) for path in dict.fromkeys(paths) if path not in held]
         with tqdm(total=len(fresh), desc="images", unit="img", disable=None) as progress:
-            for start in range(0, len(fresh), IMAGES_PER_SHARD):
-                chunk = fresh[start : start + IMAGES_PER_SHARD]
+            for chunk in batched(fresh, PICTURES_PER_SHARD):
                 records, parts = [], []
                 for batch, (good, inputs, bad) in prefetched(prepare, batched(chunk, batch_size)):
                     skipped += bad
                     if good:
                         with torch.no_grad():
-                            parts.append(compressor(retriever.encode_images(inputs, compressor.needs)))
+                            visual = retriever.encode_images(inputs, compressor.needs)
+                            parts.append(writer.kept(compressor(visual)))
                         records += good
                     progress.update(len(batch))
                 if not records:
@@ -295,6 +299,7 @@ class _Writer:
     ) -> None:
         self.folder, self.retriever, self.batch_size, self.dtype = folder, retriever, batch_size, dtype
         self.assignments = assignments
+        self.corpus: list[str] | None = None  # ids that a compressor with a codebook was fitted on
         self.projector = retriever.current_projector()
         identity = {
             "format": FORMAT,
@@ -319,7 +324,7 @@ class _Writer:
             steps = np.linspace(0, len(records) - 1, min(SCALE_IMAGES, len(records))).round().astype(int)
             sample = [records[k] for k in steps]
             batches = compress_images(self.retriever, sample, compressor, self.batch_size)
-            self.choose_scale_from([merged for _, merged in batches])
+            self.choose_scale_from([self.kept(merged) for _, merged in batches])
 
     def choose_scale_from(self, parts: Sequence[MergedTokens]) -> None:
         """The same from tokens at hand: all but a share of 1e-4 of the components fit into +-127."""
@@ -330,7 +335,12 @@ class _Writer:
 
     def _stamp(self, ids: Sequence[str], texts: Sequence[str] = ()) -> dict:
         """What a shard was made from; a shard with another stamp is made anew."""
-        return {**self.identity, "scale": self.scale, "ids": list(ids), "texts": list(texts)}
+        stamp = {**self.identity, "scale": self.scale, "ids": list(ids), "texts": list(texts)}
+        return (
+            stamp
+            if self.corpus is None
+            else {**stamp, "corpus": hashlib.sha256(repr(self.corpus).encode()).hexdigest()}
+        )
 
     def commit(self, split: str, entry: dict) -> None:
         """Makes a split, or its new state, visible to readers."""
@@ -359,9 +369,15 @@ class _Writer:
                 total = -(-len(shard) // self.batch_size)
                 name = f"images-{number:05d}"
                 bar = tqdm(batches, total=total, desc=name, disable=True if rank() else None, leave=False)
-                entry = self.write_shard(split, number, shard, [merged for _, merged in bar])
+                entry = self.write_shard(split, number, shard, [self.kept(merged) for _, merged in bar])
             own.append((number, entry, reused))
         return _collect(own)
+
+    def kept(self, merged: MergedTokens) -> MergedTokens:
+        """What a shard needs of a batch, on the CPU; N x K weights of a whole shard would take gigabytes."""
+        regions = merged.assignments if self.assignments else merged.assignments[:, :0]
+        tokens, mask, regions = (value.cpu().clone() for value in (merged.tokens, merged.mask, regions))
+        return MergedTokens(tokens, tokens[..., :0], mask, tokens[..., :0], regions)
 
     def finished(self, split: str, number: int, records: Sequence[flickr.ImageRecord]) -> dict | None:
         """The manifest entry of a shard that is there, whole, made of these records."""
@@ -486,6 +502,7 @@ class Cache:
                 "build the cache anew"
             )
         self._mapped: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
+        self._uploaded: dict[tuple[str, str, str], Tensor] = {}  # tokens on a device, once they were asked for there
         self._checked: set[tuple[str, str]] = set()
 
     def projector(self) -> Projector:
@@ -577,12 +594,21 @@ class Cache:
             yield (
                 header["stamp"]["ids"],
                 StoredImages(
-                    tensors["tokens"].to(device),
+                    self._tokens_on(device, split, entry["file"], tensors["tokens"]),
                     self.manifest.get("scale"),
                     None if full else mask.to(device),
                     None if live is None else live.to(device),
                 ),
             )
+
+    def _tokens_on(self, device: torch.device | str, split: str, file: str, tokens: Tensor) -> Tensor:
+        """Mapped tokens, or their copy on a device, which holds the index from its first search there on."""
+        if torch.device(device).type == "cpu":
+            return tokens
+        key = (str(device), split, file)
+        if key not in self._uploaded:
+            self._uploaded[key] = tokens.to(device)
+        return self._uploaded[key]
 
     def assignments(self, split: str) -> Iterator[tuple[list[str], Tensor]]:
         """Ids and (n, N) uint8, the region of every token, 255 where it has none.

@@ -5,8 +5,9 @@
     DIR/measured/<name>-seed<s>.safetensors    per-query, per-phrase and per-image values of all rows of one projector
     DIR/results.json, results.md, *.png, *.svg (samer/tables.py)
 
-Each image is encoded once per projector and shared by all compressors measured with it; what is finished is kept. The
-rows of one projector are measured together, so another set of rows measures that projector's anew.
+Each image is encoded once per projector and shared by all compressors measured with it (a codebook is fitted on up to
+256 images before); what is finished is kept. The rows of one projector are measured together, so another set of rows
+measures that projector's anew. One process: a trained row's batch is train_batch_size x grad_accum_steps.
 
 Shape letters: Q queries (captions), I images, P phrases, N tokens, K budget, D embedding.
 """
@@ -155,6 +156,7 @@ def compare(
     folder = Path(folder)
     check_request(sections, seeds)
     records = flickr.load_split(config.data.root, split, boxes=True, limit_images=config.data.limit_eval_images)
+    size_thirds(_named_objects(records)[0])  # data without a box is refused before anything is trained
     tokens_per_image = store.record_inputs(records[:1])["input_ids"].shape[1]
     rows = [row for row in plan(config.merge, tokens_per_image) if row.section in sections]
     jobs: dict[tuple[str, int], tuple[MergeConfig | None, dict[str, MergeConfig]]] = {}
@@ -453,8 +455,8 @@ def cost(
     images, times = [], [[] for _ in all_budgets]
     for budget in all_budgets:
         compressor = make_compressor(replace(merge, compressor="samer", num_regions=budget))
-        merged = [compressor(batch) for batch in visual]
-        images.append((torch.cat([m.tokens for m in merged]), torch.cat([m.mask for m in merged])))
+        kept = [(merged.tokens, merged.mask) for merged in map(compressor, visual)]  # not the weights, N x K each
+        images.append(tuple(map(torch.cat, zip(*kept))))
     for _ in range(6):  # in turn, so that a noisy moment hits all of them; the first round warms up
         for (tokens, mask), seconds in zip(images, times):
             started = time.perf_counter()

@@ -269,7 +269,7 @@ def unpack_signs(packed: Tensor) -> Tensor:
 def int8_product_works(device: torch.device) -> bool:
     """Whether torch's int8 product (a private function) is here and right, extremes included; asked once per device."""
     generator = torch.Generator().manual_seed(0)
-    for rows, width, columns in ((64, 128, 32), (96, 64, 40), (17, 8, 24)):
+    for rows, width, columns in ((64, 128, 32), (96, 64, 48), (1024, 128, 1024)):
         left, right = (
             torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
             for shape in ((rows, width), (columns, width))
@@ -279,7 +279,7 @@ def int8_product_works(device: torch.device) -> bool:
             # laid out as `score_stored` does: columns of a wider row-major matrix
             wide = torch.cat([right, right]).to(device).t().contiguous()
             product = _ReusedProduct(torch._int_mm, torch.int32)(left.to(device), wide[:, columns:])
-        except (AttributeError, RuntimeError, NotImplementedError):
+        except (AttributeError, TypeError, RuntimeError, NotImplementedError):
             return False  # `_float_product` takes its place
         if product.dtype != torch.int32 or not torch.equal(product.cpu(), left.int() @ right.int().t()):
             return False

@@ -5,7 +5,8 @@
     python scripts/index.py --cache-dir outputs/pictures --delete trips/a.jpg
 
 Pictures are found in subfolders too; a file that can't be read is skipped and listed at the end. Interrupted, it goes
-on where it stopped. Search it with scripts/search.py.
+on where it stopped, in steps of 256 pictures. A picture that was taken out but is still in the folder comes back when
+the folder is indexed again. Search with scripts/search.py.
 """
 
 import argparse

@@ -80,6 +80,7 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(cache_io, "IMAGES_PER_SHARD", 4)
+    monkeypatch.setattr(cache_io, "PICTURES_PER_SHARD", 4)
     monkeypatch.setattr(cache_io, "QUERIES_PER_SHARD", 15)
 
 
@@ -240,7 +241,7 @@ def crowd(tmp_path_factory):
     folder, names = tmp_path_factory.mktemp("crowd"), [f"{k:03}.png" for k in range(150)]
     paint(folder / "root", names)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_io, "IMAGES_PER_SHARD", 40)
+        patch.setattr(cache_io, "PICTURES_PER_SHARD", 40)
         for dtype in ("float32", "bfloat16", "int8", "binary"):
             add(folder / dtype, folder / "root", names, dtype)
     tokens = compressed(folder / "root", names)[:, :3]
@@ -471,7 +472,7 @@ STEPS = st.lists(st.tuples(st.sampled_from("+-"), st.sets(st.integers(0, 11), mi
 def test_any_history_of_additions_and_deletions(pictures, steps, dtype, shard):
     model, exact = [], dict(zip(NAMES, compressed(pictures, NAMES)))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_io, "IMAGES_PER_SHARD", shard)
+        patch.setattr(cache_io, "PICTURES_PER_SHARD", shard)
         folder = Path(folder) / "c"
         for what, numbers in steps:
             names = [NAMES[k] for k in sorted(numbers)]
@@ -632,7 +633,7 @@ def test_a_split_with_deletions_is_not_built_over(world, tmp_path):
 
 def killed(folder, root):
     """A writer that dies when its second shard is written and not yet named in the manifest."""
-    cache_io.IMAGES_PER_SHARD = 4
+    cache_io.PICTURES_PER_SHARD = 4
     original = runtime.os.replace
 
     def replace(source, target):
