@@ -150,10 +150,10 @@ def add_images(
         InputError: as `build_cache`; no readable picture at all.
     """
     _check_settings(retriever, merge, batch_size, dtype, assignments)
-    if make_compressor(merge).needs_corpus:
+    compressor = make_compressor(merge)
+    if compressor.needs_corpus:
         raise InputError(f"{merge.compressor} learns from a whole corpus; an index that grows needs another compressor")
     skipped: list[str] = []
-    compressor = make_compressor(merge)
 
     def prepare(batch: Sequence[flickr.ImageRecord]) -> tuple[list[flickr.ImageRecord], dict[str, Tensor], list[str]]:
         good, images, bad = [], [], []

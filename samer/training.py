@@ -131,8 +131,7 @@ class ProjectorModel(nn.Module):
                 merged = compress(compressor, distinct, None)
                 return merged.tokens.index_select(0, place), merged.mask[place]
 
-            regions_kept = count if compressor.settings.compressor == "none" else compressor.settings.num_regions
-            width = image_hidden.shape[2] + 3 * queries.shape[2] + 4 * min(regions_kept, count)
+            width = image_hidden.shape[2] + 3 * queries.shape[2] + 4 * compressor.places(count)
             images, valid = _in_chunks(regions, CHUNK_ELEMENTS // (count * width), image_of, labels)
             if self.gather_negatives:
                 images, valid = gather_with_grad(images), gather_with_grad(valid.to(torch.uint8)).bool()

@@ -1,7 +1,10 @@
-"""The merge of METHOD.md sections 2-3, written as plain loops over one image: the independent oracle of the tests."""
+"""What tests compare with: the merge of METHOD sections 2-3 as plain loops over one image, search by sorting all."""
 
 import numpy as np
 import torch
+from torch.nn.functional import normalize
+
+from samer.tokens import QueryTokens
 
 
 def _normalise(v):
@@ -62,3 +65,20 @@ def naive_merge(tokens, coords, config, labels=None):
         merged.append(_normalise((w[:, k, None] * tokens).sum(0) / mass))
         places.append((w[:, k, None] * coords).sum(0) / mass)
     return torch.stack(merged), torch.stack(places), w, c
+
+
+def unit(*shape, seed=0):
+    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def ask(count=5, tokens=4, width=16, seed=0):
+    """Ragged random queries; some have their padding first."""
+    mask = torch.rand(count, tokens, generator=torch.Generator().manual_seed(seed + 1)) > 0.4
+    mask[:, -1] = True
+    return QueryTokens(unit(count, tokens, width, seed=seed + 2), mask)
+
+
+def best_of(scores, ids, top, live=None):
+    """Brute force: every score sorted, ties by id."""
+    shown = [k for k in range(len(ids)) if live is None or live[k]]
+    return [[(ids[k], row[k]) for k in sorted(shown, key=lambda k: (-row[k], ids[k]))][:top] for row in scores.tolist()]

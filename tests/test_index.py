@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import ask, best_of, unit
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
@@ -101,23 +102,6 @@ def contents(folder):
 def held(cache, split="images"):
     """Id -> tokens as the index stores them."""
     return {name: row for ids, tokens, _ in cache.images(split) for name, row in zip(ids, tokens)}
-
-
-def unit(*shape, seed=0):
-    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
-def ask(count=5, tokens=4, width=DIM, seed=0):
-    """Ragged random queries; some have their padding first."""
-    mask = torch.rand(count, tokens, generator=torch.Generator().manual_seed(seed + 1)) > 0.4
-    mask[:, -1] = True
-    return QueryTokens(unit(count, tokens, width, seed=seed + 2), mask)
-
-
-def best_of(scores, ids, top, live=None):
-    """Brute force: every score sorted, ties by id."""
-    shown = [k for k in range(len(ids)) if live is None or live[k]]
-    return [[(ids[k], row[k]) for k in sorted(shown, key=lambda k: (-row[k], ids[k]))][:top] for row in scores.tolist()]
 
 
 # --- what an index stores -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import normalize
+from oracle import ask, best_of, unit
 
 from samer import scoring
 from samer.config import InputError
@@ -19,17 +19,6 @@ from samer.tokens import QueryTokens
 
 DIM = 16
 CPU = torch.device("cpu")
-
-
-def unit(*shape, seed=0):
-    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
-def ask(count=5, tokens=4, width=DIM, seed=0):
-    """Ragged random queries; some have their padding first."""
-    mask = torch.rand(count, tokens, generator=torch.Generator().manual_seed(seed + 1)) > 0.4
-    mask[:, -1] = True
-    return QueryTokens(unit(count, tokens, width, seed=seed + 2), mask)
 
 
 def stored_int8(count, regions, width, seed=0, masked=True):
@@ -61,12 +50,6 @@ def naive_scores(queries, values, mask, factor):
             row.append(torch.tensor(np.array(best)).mean())
         rows.append(torch.stack(row))
     return torch.stack(rows)
-
-
-def best_of(scores, ids, top, live=None):
-    """Brute force: every score sorted, ties by id."""
-    shown = [k for k in range(len(ids)) if live is None or live[k]]
-    return [[(ids[k], row[k]) for k in sorted(shown, key=lambda k: (-row[k], ids[k]))][:top] for row in scores.tolist()]
 
 
 # --- signs and int8 -------------------------------------------------------------------------------------------------

@@ -37,6 +37,10 @@ class Compressor:
     def __init__(self, settings: MergeConfig) -> None:
         self.settings = settings
 
+    def places(self, count: int) -> int:
+        """The width of the result for images of `count` tokens."""
+        return min(self.settings.num_regions, count)
+
     def fit(self, corpus: Iterable[VisualTokens]) -> None:
         """Learns from a corpus what `compress` needs of it; only where `needs_corpus` says so."""
 
@@ -52,7 +56,7 @@ class Compressor:
             instance_labels: (B, N) long, for a compressor that `uses_labels`; training only.
 
         Returns:
-            `MergedTokens` with min(K, N) places, `mask` says which are filled.
+            `MergedTokens` with `places(N)` vectors, min(K, N) but for "none"; `mask` says which are filled.
 
         Raises:
             InputError: shapes that do not fit, an image without a valid token, non-finite tokens, a signal that is

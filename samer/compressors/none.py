@@ -12,5 +12,8 @@ from samer.tokens import MergedTokens, VisualTokens
 class NoCompression(Compressor):
     """All N tokens."""
 
+    def places(self, count: int) -> int:
+        return count
+
     def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
         return keep_tokens(visual.tokens, visual.coords, visual.mask)
