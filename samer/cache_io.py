@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,14 +33,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from samer import flickr
 from samer.colpali import Encoder, Projector, Retriever, image_seeds
 from samer.compressors import Compressor, make_compressor
 from samer.config import InputError, MergeConfig
-from samer.evaluation import compress_images, encode_texts, fitted_compressor
-from samer.runtime import atomic_path, file_hash, gather_objects, prefetched, rank, read_json, write_json
+from samer.evaluation import compress_images, fitted_compressor
+from samer.runtime import Progress, atomic_path, file_hash, gather_objects, prefetched, rank, read_json, write_json
 from samer.scoring import StoredImages, maxsim, pack_signs, score_stored, search
 from samer.shards import check_manifest, finished_shard, load_shard, shared_out, write_shard
 from samer.tokens import MergedTokens, QueryTokens
@@ -51,7 +51,7 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DTYPES = (*FLOATS, "int8", "binary")
 IMAGES_PER_SHARD = 1024
 PICTURES_PER_SHARD = 256  # of a folder: what a kill can cost
-QUERIES_PER_SHARD = 8192
+QUERIES_PER_SHARD = 2048
 FOLDER_SPLIT = "images"  # where pictures without captions go
 SCALE_IMAGES = 64  # what int8's scale is taken from, evenly spaced
 CLIPPED = 1e-4  # share of components that int8 may clip
@@ -174,7 +174,7 @@ def add_images(
             raise InputError(f"{folder} holds the pictures of {split.get('root')}; name another index for {root}")
         held = set(_ids(Path(folder) / FOLDER_SPLIT, split))
         fresh = [flickr.ImageRecord(path, Path(root) / path, ()) for path in dict.fromkeys(paths) if path not in held]
-        with tqdm(total=len(fresh), desc="images", unit="img", disable=None) as progress:
+        with Progress(total=len(fresh), desc="images", unit="images") as progress:
             for chunk in batched(fresh, PICTURES_PER_SHARD):
                 records, parts = [], []
                 for batch, (good, inputs, bad) in prefetched(prepare, batched(chunk, batch_size)):
@@ -323,7 +323,7 @@ class _Writer:
         if self.dtype == "int8" and self.scale is None:
             steps = np.linspace(0, len(records) - 1, min(SCALE_IMAGES, len(records))).round().astype(int)
             sample = [records[k] for k in steps]
-            batches = compress_images(self.retriever, sample, compressor, self.batch_size)
+            batches = compress_images(self.retriever, batched(sample, self.batch_size), compressor)
             self.choose_scale_from([self.kept(merged) for _, merged in batches])
 
     def choose_scale_from(self, parts: Sequence[MergedTokens]) -> None:
@@ -360,18 +360,29 @@ class _Writer:
     def write_images(
         self, split: str, records: Sequence[flickr.ImageRecord], compressor: Compressor
     ) -> tuple[list[dict], int]:
-        own = []
-        for number, shard in shared_out(list(batched(records, IMAGES_PER_SHARD)), f"{split} images"):
-            entry = self.finished(split, number, shard)
-            reused = entry is not None
-            if entry is None:
-                batches = compress_images(self.retriever, shard, compressor, self.batch_size)
-                total = -(-len(shard) // self.batch_size)
-                name = f"images-{number:05d}"
-                bar = tqdm(batches, total=total, desc=name, disable=True if rank() else None, leave=False)
-                entry = self.write_shard(split, number, shard, [self.kept(merged) for _, merged in bar])
-            own.append((number, entry, reused))
-        return _collect(own)
+        shards = dict(shared_out(list(batched(records, IMAGES_PER_SHARD))))
+        own = {number: self.finished(split, number, shard) for number, shard in shards.items()}
+        reused = {number for number, entry in own.items() if entry is not None}
+        jobs = {number: list(batched(shards[number], self.batch_size)) for number in shards if number not in reused}
+        # one row of batches over all shards: reading ahead does not start anew with each
+        batches = [batch for rows in jobs.values() for batch in rows]
+        results = compress_images(self.retriever, batches, compressor)
+
+        def encoded() -> Iterator[tuple[int, list[MergedTokens]]]:
+            with Progress(desc=f"{split} images", total=len(batches), unit="batches") as bar:
+                for number, ours in jobs.items():
+                    parts = []
+                    for _, merged in itertools.islice(results, len(ours)):
+                        parts.append(self.kept(merged))
+                        bar.update()
+                    yield number, parts
+
+        # a shard is written in a thread while the next is encoded
+        for (number, _), entry in prefetched(
+            lambda job: self.write_shard(split, job[0], shards[job[0]], job[1]), encoded()
+        ):
+            own[number] = entry
+        return _collect([(number, entry, number in reused) for number, entry in own.items()])
 
     def kept(self, merged: MergedTokens) -> MergedTokens:
         """What a shard needs of a batch, on the CPU; N x K weights of a whole shard would take gigabytes."""
@@ -429,26 +440,34 @@ class _Writer:
     def write_queries(self, split: str, records: Sequence[flickr.ImageRecord]) -> tuple[list[dict], int]:
         rows = [(k, caption.text) for k, record in enumerate(records) for caption in record.captions]
         kind = FLOATS.get(self.dtype, torch.bfloat16)
-        own = []
-        for number, shard in shared_out(list(batched(rows, QUERIES_PER_SHARD)), f"{split} queries"):
-            path = self.folder / split / f"queries-{number:05d}.safetensors"
-            texts = [text for _, text in shard]
-            stamp = self._stamp([records[k].image_id for k, _ in shard], texts)
-            entry = finished_shard(path, stamp)
-            reused = entry is not None
-            if entry is None:
+        texts = lambda shard: [text for _, text in shard]
+        path = lambda number: self.folder / split / f"queries-{number:05d}.safetensors"
+        stamp = lambda shard: self._stamp([records[k].image_id for k, _ in shard], texts(shard))
+        shards = dict(shared_out(list(batched(rows, QUERIES_PER_SHARD))))
+        own = {number: finished_shard(path(number), stamp(shard)) for number, shard in shards.items()}
+        reused = {number for number, entry in own.items() if entry is not None}
+
+        def encoded() -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
+            jobs = {k: list(batched(texts(shards[k]), self.batch_size)) for k in shards if k not in reused}
+            inputs = prefetched(self.retriever.query_inputs, [batch for ours in jobs.values() for batch in ours])
+            for number, ours in Progress(jobs.items(), f"{split} queries", unit="shards"):
                 flat, lengths = [], []
-                for query in encode_texts(self.retriever, texts, self.batch_size):
+                for _, batch in itertools.islice(inputs, len(ours)):
+                    with torch.no_grad():
+                        query = self.retriever.encode_queries(batch)
                     flat.append(query.tokens[query.mask].to(kind).cpu())
                     lengths.append(query.mask.sum(1).cpu())
-                tensors = {
-                    "tokens": torch.cat(flat),
-                    "lengths": torch.cat(lengths),
-                    "image": torch.tensor([k for k, _ in shard]),
-                }
-                entry = write_shard(path, tensors, stamp, {"count": len(shard)})
-            own.append((number, entry, reused))
-        return _collect(own)
+                yield number, flat, lengths
+
+        def write(job: tuple[int, list[Tensor], list[Tensor]]) -> dict:
+            number, flat, lengths = job
+            image = torch.tensor([k for k, _ in shards[number]])
+            tensors = {"tokens": torch.cat(flat), "lengths": torch.cat(lengths), "image": image}
+            return write_shard(path(number), tensors, stamp(shards[number]), {"count": len(image)})
+
+        for (number, *_), entry in prefetched(write, encoded()):
+            own[number] = entry
+        return _collect([(number, entry, number in reused) for number, entry in own.items()])
 
 
 def _collect(own: list[tuple[int, dict, bool]]) -> tuple[list[dict], int]:

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from samer import flickr
 from samer.colpali import Encoder, load_projector
@@ -37,7 +36,7 @@ from samer.features import FeatureStore
 from samer.grounding import HIT_IOU, PhraseIndex, ground, size_thirds
 from samer.metrics import bootstrap_intervals, query_metrics
 from samer.objects import instance_labels, object_diagnostics
-from samer.runtime import print0, write_json
+from samer.runtime import Progress, print0, write_json
 from samer.scoring import maxsim
 from samer.shards import finished_shard, load_shard, write_shard
 from samer.train_data import batched
@@ -266,7 +265,7 @@ def measure(
     scores = {key: torch.empty(len(texts), len(records)) for key in merges}
     kept: dict[str, dict[str, list[Tensor]]] = {key: {} for key in merges}
     whole: list[Tensor] = []
-    for images in tqdm(list(batched(range(len(records)), batch_size)), desc="measure", disable=None, leave=False):
+    for images in Progress(list(batched(range(len(records)), batch_size)), "measure", leave=False):
         batch = records[images.start : images.stop]
         visual = encoder.encode_images(encoder.record_inputs(batch), needs)
         own = index.own_tokens(images, flat)

@@ -5,7 +5,7 @@ Shape letters: Q queries, I images.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -42,14 +42,14 @@ def fitted_compressor(
 
 @torch.no_grad()
 def compress_images(
-    retriever: Encoder, records: Sequence[flickr.ImageRecord], compressor: Compressor, batch_size: int
+    retriever: Encoder, batches: Iterable[Sequence[flickr.ImageRecord]], compressor: Compressor
 ) -> Iterator[tuple[Sequence[flickr.ImageRecord], MergedTokens]]:
-    """Encodes and compresses images in batches, without boxes.
+    """Encodes and compresses batches of images, without boxes; the next batch is read meanwhile.
 
     Yields:
         (records of the batch, their `MergedTokens` on the retriever's device).
     """
-    for batch, inputs in prefetched(retriever.record_inputs, batched(records, batch_size)):
+    for batch, inputs in prefetched(retriever.record_inputs, batches):
         yield batch, compressor(retriever.encode_images(inputs, compressor.needs))
 
 
@@ -78,9 +78,10 @@ def evaluate_records(
     texts = [caption.text for record in records for caption in record.captions]
     queries = join_queries(list(encode_texts(retriever, texts, batch_size)))
     compressor = fitted_compressor(retriever, records, merge, batch_size)
+    own_batches = batched(records[rank() :: world_size()], batch_size)
     own = [
         maxsim(queries.tokens, merged.tokens, queries.mask, merged.mask).cpu()
-        for _, merged in compress_images(retriever, records[rank() :: world_size()], compressor, batch_size)
+        for _, merged in compress_images(retriever, own_batches, compressor)
     ]
     scores = torch.empty(len(texts), len(records))
     for number, columns in enumerate(gather_objects(own)):

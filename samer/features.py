@@ -13,6 +13,7 @@ H hidden.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import shutil
 from collections.abc import Sequence
@@ -27,9 +28,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from samer import flickr
-from samer.colpali import ATTENTION, NO_OFFSET, Encoder, Projector, Retriever, check_signals, image_seeds
+from samer.colpali import (
+    ATTENTION,
+    NO_OFFSET,
+    Encoder,
+    Projector,
+    Retriever,
+    check_signals,
+    image_seeds,
+    load_projector,
+)
 from samer.config import InputError
-from samer.runtime import atomic_path, file_hash, gather_objects, print0, rank, read_json, write_json
+from samer.runtime import Progress, atomic_path, file_hash, gather_objects, print0, rank, read_json, write_json
 from samer.shards import check_manifest, finished_shard, load_shard, shared_out, write_shard
 from samer.train_data import batched
 
@@ -207,7 +217,7 @@ def _announce(folder: Path, records: dict[str, list], retriever: Retriever, dtyp
 def _write_shards(folder: Path, kind: str, jobs: list, retriever: Retriever, batch_size: int, dtype: str, stamp: dict):
     """Writes this process's share of the shards and returns the manifest entries of all of them."""
     own = []
-    for number, items in shared_out(jobs, f"{folder.name} {kind}"):
+    for number, items in Progress(shared_out(jobs), f"{folder.name} {kind}", unit="shards"):
         path = folder / f"{kind}-{number:05d}.safetensors"
         names = [item if kind == "texts" else item.image_id for item in items]
         mark = {**stamp, "names": names}
@@ -246,6 +256,43 @@ def _encode(
     else:
         tensors["hidden"] = flat.to(DTYPES[dtype])
     return tensors
+
+
+def open_encoder(
+    name: str,
+    device: torch.device | str,
+    *,
+    features: str | Path = "",
+    adapter_path: str | Path = "",
+    dtype: torch.dtype | None = None,
+    local_files_only: bool = False,
+) -> Encoder:
+    """The encoder of a run: a retriever, or the feature store at `features`, with the projector at `adapter_path`.
+
+    Args:
+        name: of the model, on the hub or a folder.
+        device: to compute on.
+        features: empty: load the model.
+        adapter_path: empty: the model's own projection.
+        dtype: that the backbone computes in; None: bfloat16 on a GPU, else float32.
+        local_files_only: don't ask the hub.
+
+    Raises:
+        InputError: as `Retriever.load`, `FeatureStore` and `load_projector`.
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    encoder: Encoder
+    if features:
+        encoder = FeatureStore(features, name, device)
+    else:
+        encoder = Retriever.load(name, dtype=dtype, device=device, local_files_only=local_files_only)
+    if adapter_path:
+        encoder.use_projector(load_projector(adapter_path, encoder))
+    # a million objects of libraries and model stay for the whole run; each full collection over them takes 0.2 s
+    gc.collect()
+    gc.freeze()
+    return encoder
 
 
 class FeatureStore(Encoder):

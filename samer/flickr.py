@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from samer.config import InputError
+from samer.runtime import Progress
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in [0, 1]
 
@@ -226,7 +226,7 @@ def load_split(root: str | Path, split: str, *, boxes: bool, limit_images: int |
     unrelated = _read_unrelated(layout.unrelated) if layout.unrelated else frozenset()
 
     records = []
-    for image_id in tqdm(image_ids, f"reading {split}", disable=None if len(image_ids) > 2000 else True):
+    for image_id in Progress(image_ids, f"reading {split}") if len(image_ids) > 2000 else image_ids:
         chains = parse_annotation(layout.annotations / f"{image_id}.xml") if boxes else None
         path = layout.sentences / f"{image_id}.txt"
         lines = _read_lines(path)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from samer.config import Config, InputError, load_config
 
@@ -38,6 +39,34 @@ def print0(*words: object) -> None:
     """Prints on the first process only, at once."""
     if rank() == 0:
         print(*words, flush=True)
+
+
+class Progress(tqdm):
+    """A progress bar on a terminal; in a log one plain line at the start, every half minute and at the end.
+
+    Takes what tqdm takes. Only the first process shows it.
+    """
+
+    def __init__(self, *words: Any, **settings: Any) -> None:
+        self.plain = not sys.stderr.isatty()
+        if self.plain:
+            line = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} since the start, about {remaining} to go"
+            settings |= {"mininterval": 30, "maxinterval": 30, "bar_format": line}
+        super().__init__(*words, **settings, disable=rank() != 0)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Shows the current state, as tqdm asks for it."""
+        if self.plain:
+            print(self, file=sys.stderr, flush=True)
+        else:
+            super().display(msg, pos)
+
+    def close(self) -> None:
+        """Shows the last state; tqdm would move a cursor that a log has not."""
+        if self.plain and not self.disable:
+            self.display()
+            self.disable = True
+        super().close()
 
 
 @contextmanager
@@ -73,6 +102,25 @@ def pick_device(name: str | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} can't be used here ({str(error).splitlines()[0][:120]})") from None
     return device
+
+
+def add_compute_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --device and --threads, which `compute_device` reads."""
+    parser.add_argument("--device", default="auto", help="e.g. cpu, cuda:0; default: a GPU if there is one")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all, or OMP_NUM_THREADS)")
+
+
+def compute_device(options: argparse.Namespace) -> torch.device:
+    """The device that the options ask for, with the threads they ask for.
+
+    Raises:
+        InputError: a device that is not there, or less than one thread.
+    """
+    if options.threads is not None:
+        if options.threads < 1:
+            raise InputError(f"--threads is {options.threads}; it must be at least 1")
+        torch.set_num_threads(options.threads)
+    return pick_device(options.device)
 
 
 class _Gather(torch.autograd.Function):
@@ -166,7 +214,8 @@ def read_json(path: str | Path) -> dict:
 def prefetched(function: Callable[[Any], Any], items: Iterable) -> Iterator[tuple[Any, Any]]:
     """Pairs (item, function(item)) in order; the next result is computed in a thread while the caller uses this one.
 
-    For work that waits or releases Python's lock, such as decoding images; an error is raised at its item.
+    Also the other way round: where `items` is the work, `function` may store each result while the next is made. For
+    what waits or releases Python's lock, such as decoding images; an error is raised at its item.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting: tuple[Any, Future] | None = None

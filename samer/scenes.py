@@ -20,9 +20,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from tqdm import tqdm
 
 from samer.config import InputError
+from samer.runtime import Progress
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -757,5 +757,5 @@ def _write_files(partial: Path, counts: dict[str, int], style: str, seed: int, w
             group += 1
         (partial / "annotations" / f"{split}.txt").write_text("".join(f"{i}\n" for i in ids))
     with ProcessPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        for _ in tqdm(pool.map(_write_group, jobs, chunksize=16), total=len(jobs), desc="scenes", disable=None):
+        for _ in Progress(pool.map(_write_group, jobs, chunksize=16), "scenes", len(jobs)):
             pass

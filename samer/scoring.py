@@ -80,6 +80,13 @@ def maxsim(
     images_per_block = max(1, block_elements // (queries_per_block * pair_elements))
 
     with torch.autocast(queries.device.type, enabled=False):  # it would run the product in half precision
+        product = torch.mm if queries.requires_grad or images.requires_grad else _ReusedProduct(torch.mm)
+        if (
+            isinstance(product, _ReusedProduct)
+            and queries.dtype == images.dtype
+            and half_product_works(images.device, images.dtype)
+        ):
+            dtype, product = images.dtype, _half_product
         clean_queries = _clean(queries, query_mask, dtype)
         _check_finite("queries", [_finite_rows(clean_queries)])
         ragged = query_mask is not None and not (queries.requires_grad or images.requires_grad or queries.is_cuda)
@@ -94,11 +101,10 @@ def maxsim(
 
         image_blocks = images.split(images_per_block)
         image_masks = _split(image_mask, images_per_block, len(image_blocks))
-        product = torch.mm if queries.requires_grad or images.requires_grad else _ReusedProduct(torch.mm)
         columns, sums = [], []
         for block, block_mask in zip(image_blocks, image_masks):
             block = _clean(block, block_mask, dtype)  # (b, K, D)
-            sums.append(block.detach().sum())
+            sums.append(block.detach().sum(dtype=torch.promote_types(dtype, torch.float32)))
             if ragged:
                 columns.append(valid.score(block, block_mask, product))
             else:
@@ -127,7 +133,9 @@ class _ValidTokens:
 
     def score(self, images: Tensor, image_mask: Tensor | None, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """(Q, b) scores against one block of clean image tokens (b, K, D)."""
-        totals = images.new_zeros(len(self.lengths), len(images))
+        totals = images.new_zeros(
+            len(self.lengths), len(images), dtype=torch.promote_types(images.dtype, torch.float32)
+        )
         for tokens, owner in zip(self.blocks, self.owners):
             products = product(images.flatten(0, 1), tokens.t())  # (b*K, c)
             products = products.view(images.shape[0], images.shape[1], -1)
@@ -284,6 +292,25 @@ def int8_product_works(device: torch.device) -> bool:
         if product.dtype != torch.int32 or not torch.equal(product.cpu(), left.int() @ right.int().t()):
             return False
     return True
+
+
+def _half_product(left: Tensor, right: Tensor) -> Tensor:
+    """float32 product of bfloat16 or float16 operands on a GPU's tensor cores: products are exact, sums are float32."""
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+@functools.cache
+def half_product_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device multiplies halves into float32, and rightly; asked once per device and dtype."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(shape, generator=generator).to(dtype) for shape in ((96, 128), (128, 64)))
+    try:
+        product = _half_product(left.to(device), right.to(device))
+    except (TypeError, RuntimeError, NotImplementedError):  # only CUDA has it
+        return False
+    return product.dtype == torch.float32 and torch.allclose(product.cpu(), left.float() @ right.float(), atol=1e-4)
 
 
 def quantise_queries(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from samer.config import InputError
 from samer.runtime import atomic_path, file_hash, rank, read_json, world_size
@@ -70,10 +70,9 @@ def finished_shard(path: Path, stamp: dict) -> dict | None:
         return None
 
 
-def shared_out(jobs: Sequence, label: str) -> Iterator:
-    """This process's share of the jobs with their numbers, with a progress bar on the first one."""
-    mine = range(rank(), len(jobs), world_size())
-    return tqdm([(k, jobs[k]) for k in mine], desc=label, disable=True if rank() else None, unit="shard")
+def shared_out(jobs: Sequence) -> list[tuple[int, Any]]:
+    """This process's share of the jobs, with their numbers."""
+    return [(k, jobs[k]) for k in range(rank(), len(jobs), world_size())]
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

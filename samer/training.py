@@ -23,10 +23,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from samer import evaluation, flickr
-from samer.colpali import Encoder, Projector, Retriever, load_projector, save_projector
+from samer.colpali import Encoder, Projector, load_projector, save_projector
 from samer.compressors import Compressor, make_compressor
 from samer.config import Config, InputError, MergeConfig, TrainConfig, dump_config, load_config
-from samer.features import FeatureStore
+from samer.features import open_encoder
 from samer.losses import multi_positive_t2i_loss
 from samer.objects import object_diagnostics
 from samer.runtime import atomic_path, gather_objects, gather_with_grad, print0, rank, read_json, world_size
@@ -328,15 +328,13 @@ def train(config: Config) -> TrainResult:
             config.data.root, config.data.eval_split, boxes=False, limit_images=config.data.limit_eval_images
         )
     dataset = CaptionDataset(records)
-    if config.data.features:
-        retriever: Encoder = FeatureStore(config.data.features, config.model.name, arguments.device)
-    else:
-        retriever = Retriever.load(
-            config.model.name,
-            dtype=torch.bfloat16 if settings.bf16 else torch.float32,
-            device=arguments.device,
-            local_files_only=config.model.local_files_only,
-        )
+    retriever = open_encoder(
+        config.model.name,
+        arguments.device,
+        features=config.data.features,
+        dtype=torch.bfloat16 if settings.bf16 else torch.float32,
+        local_files_only=config.model.local_files_only,
+    )
     model = ProjectorModel(retriever, config.merge, settings.temperature, settings.gather_negatives, settings.budgets)
     trainable = sum(p.numel() for p in model.parameters())
     dropped = 5 * len(records) - len(dataset)

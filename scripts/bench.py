@@ -3,6 +3,7 @@
 python scripts/bench.py merge     the operator against its own products, a loop over images and clusters, and H-Pool
 python scripts/bench.py maxsim    exact scoring against the bare product and other engines (tests/peers.txt)
 python scripts/bench.py scale     one million images of 64 x 128 int8 on disk: time and memory of a search (8.2 GB)
+python scripts/bench.py eval      5,000 captions against 1,000 images: scores, metrics, memory
 python scripts/bench.py cache     how much of building an index is spent outside the backbone
 python scripts/bench.py quality   what each stored dtype keeps: recall, overlap with float32, bytes
 python scripts/bench.py train     training from pixels and from stored features
@@ -211,16 +212,15 @@ def building(runs):
     """Building an index of 1,500 generated images: what merging, storing and the rest take beside the model."""
     from samer import flickr
     from samer.cache_io import build_cache
-    from samer.colpali import Retriever
+    from samer.features import open_encoder
     from samer.scenes import write_world
 
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         write_world(place / "world", {"test": 1500})
-        retriever = Retriever.load(str(ROOT / "assets" / "retriever"))
+        retriever = open_encoder(str(ROOT / "assets" / "retriever"), CPU)
         records = flickr.load_split(place / "world", "test", boxes=False)
-        inside = [0.0]
-        load = flickr.load_image
+        inside = {}
 
         def timed(function):
             def call(*words):
@@ -228,14 +228,14 @@ def building(runs):
                 try:
                     return function(*words)
                 finally:
-                    inside[0] += time.perf_counter() - started
+                    inside[function.__name__] = inside.get(function.__name__, 0) + time.perf_counter() - started
 
             return call
 
         retriever.hidden_states, retriever.project = timed(retriever.hidden_states), timed(retriever.project)
         rest = []
-        for turn in range(3):
-            inside[0] = 0.0
+        for turn in range(5):
+            inside.clear()
             started = time.perf_counter()
             build_cache(
                 place / f"c{turn}", place / "world", ["test"], retriever, MergeConfig(num_regions=16), dtype="int8"
@@ -243,12 +243,41 @@ def building(runs):
             whole = time.perf_counter() - started
             started = time.perf_counter()
             for record in records:
-                load(record.image_path)
+                flickr.load_image(record.image_path)
             decode = time.perf_counter() - started
-            rest.append((100 * (whole - inside[0]) / whole, 100 * decode / whole))
-        outside, decode = (statistics.median(column) for column in zip(*rest))
-        print(f"outside the model (backbone and projection): {outside:.1f} % of {whole:.1f} s")
+            parts = whole - inside["hidden_states"], inside["project"], decode, whole
+            rest.append([100 * part / whole for part in parts[:3]] + [whole])
+        outside, project, decode, whole = (statistics.median(column) for column in zip(*rest))
+        print(f"outside the backbone: {outside:.1f} % of {whole:.1f} s; the projection is {project:.1f} % of it")
         print(f"  decoding the pictures takes {decode:.1f} % of it, in a thread beside the model")
+
+
+def evaluation(runs):
+    """5,000 captions of 8 to 24 tokens against 1,000 images of 64 x 128: scores and metrics, time and peak memory."""
+    from samer.evaluation import both_directions
+
+    images = clustered(1000)
+    lengths = torch.randint(8, 25, (5000,), generator=torch.Generator().manual_seed(2))
+    owner = torch.arange(5000) // 5
+    words = torch.stack([images[k, torch.randperm(64)[:24]] for k in owner.tolist()])
+    words = F.normalize(words + 0.5 * F.normalize(torch.randn(5000, 24, 128), dim=-1), dim=-1)
+    queries = QueryTokens(words, torch.arange(24) < lengths[:, None])
+    scale = float(images.abs().max()) / 127
+    kinds = {"float32": StoredImages(images), "int8": StoredImages((images / scale).round().to(torch.int8), scale)}
+    whole = 5000 * 1000 * 64 * float(lengths.float().mean()) * 4 / 1e9
+    print(f"5,000 captions x 1,000 images; all query x image x token products would take {whole:.0f} GB")
+    for name, stored in kinds.items():
+        before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+        for _ in range(3):
+            started = time.perf_counter()
+            scores = score_stored(queries, stored)
+            scored = time.perf_counter()
+            metrics = both_directions(scores, owner)
+            seconds.append((scored - started, time.perf_counter() - scored))
+        scoring, measuring = (statistics.median(column) for column in zip(*seconds))
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
+        words = f"scores {scoring:.1f} s, metrics with intervals {measuring:.1f} s, peak memory {grown:.2f} GB more"
+        print(f"{name}: {words}; R@1 {metrics['text_to_image']['r@1']['value']:.1f}")
 
 
 def quality(runs):
@@ -328,7 +357,7 @@ def training(runs):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["merge", "maxsim", "scale", "cache", "quality", "train"])
+    parser.add_argument("what", choices=["merge", "maxsim", "scale", "eval", "cache", "quality", "train"])
     parser.add_argument("--runs", type=int, default=200, help="timed calls (200; the longer ones a part of it)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     options = parser.parse_args(argv)
@@ -338,10 +367,9 @@ def main(argv=None):
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     if options.what == "train":
         return training(options.runs)
+    what = {"merge": merge, "maxsim": score, "scale": scale, "eval": evaluation, "cache": building, "quality": quality}
     with torch.no_grad():
-        {"merge": merge, "maxsim": score, "scale": scale, "cache": building, "quality": quality}[options.what](
-            options.runs
-        )
+        what[options.what](options.runs)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from samer.runtime import adapter_config, pick_device, print0, process_group, run, split_words
+from samer.runtime import adapter_config, add_compute_options, compute_device, print0, process_group, run, split_words
 
 
 def main(argv=None):
@@ -31,29 +31,24 @@ def main(argv=None):
     parser.add_argument("--assignments", action="store_true", help="keep each token's region, a byte each")
     parser.add_argument("--limit-images", type=int, help="the first so many images of each split")
     parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
-    parser.add_argument("--device", default="auto", help="e.g. cpu, cuda:0; default: a GPU if there is one")
+    add_compute_options(parser)
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
     splits, overrides = split_words(parser, options.splits, options.overrides)
     config = adapter_config(options.adapter_path, options.config, overrides)
-    device = pick_device(options.device)
-    import torch
-
+    device = compute_device(options)
     from samer.cache_io import build_cache, describe
-    from samer.colpali import Retriever, load_projector
-    from samer.features import FeatureStore
+    from samer.features import open_encoder
 
     with process_group():
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        if options.features:
-            retriever = FeatureStore(options.features, config.model.name, device)
-        else:
-            retriever = Retriever.load(
-                config.model.name, dtype=dtype, device=device, local_files_only=config.model.local_files_only
-            )
-        if options.adapter_path:
-            retriever.use_projector(load_projector(options.adapter_path, retriever))
+        retriever = open_encoder(
+            config.model.name,
+            device,
+            features=options.features,
+            adapter_path=options.adapter_path,
+            local_files_only=config.model.local_files_only,
+        )
         print0(f"writing the index to {options.cache_dir} ({options.adapter_path or 'projection untouched'})")
         summaries = build_cache(
             options.cache_dir,

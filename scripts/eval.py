@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from samer.runtime import pick_device, run, write_json
+from samer.runtime import add_compute_options, compute_device, run, write_json
 
 
 def main(argv=None):
@@ -20,9 +20,9 @@ def main(argv=None):
     parser.add_argument("--cache-dir", required=True, help="made by scripts/cache.py")
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument("--output-json", required=True, help="where the metrics go")
-    parser.add_argument("--device", default="auto", help="e.g. cpu, cuda:0; default: a GPU if there is one")
+    add_compute_options(parser)
     options = parser.parse_args(argv)
-    device = pick_device(options.device)
+    device = compute_device(options)
     from samer.cache_io import Cache
     from samer.evaluation import both_directions
 

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import InputError, load_config
-from samer.runtime import pick_device, print0, process_group, run, split_words
+from samer.runtime import add_compute_options, compute_device, print0, process_group, run, split_words
 
 
 def main(argv=None):
@@ -27,18 +27,15 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=int, default=32, help="images and captions per forward pass (32)")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 or int8; default: as the model computes")
     parser.add_argument("--limit-images", type=int, help="the first so many images of each split")
-    parser.add_argument("--device", default="auto", help="e.g. cpu, cuda:0; default: a GPU if there is one")
+    add_compute_options(parser)
     parser.add_argument("--verify", action="store_true", help="only check a finished store")
     parser.add_argument("--config", help="YAML file with model settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=assets/retriever")
     options = parser.parse_args(argv)
     splits, overrides = split_words(parser, options.splits, options.overrides)
     config = load_config(options.config, overrides)
-    device = pick_device(options.device)
-    import torch
-
-    from samer.colpali import Retriever
-    from samer.features import FeatureStore, write_features
+    device = compute_device(options)
+    from samer.features import FeatureStore, open_encoder, write_features
 
     if options.verify:
         total = FeatureStore(options.out, config.model.name).verify()
@@ -47,17 +44,14 @@ def main(argv=None):
     if not options.data_root:
         raise InputError("--data-root is not set; give the Flickr30k-Entities folder")
     with process_group():
-        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-        retriever = Retriever.load(
-            config.model.name, dtype=compute, device=device, local_files_only=config.model.local_files_only
-        )
+        retriever = open_encoder(config.model.name, device, local_files_only=config.model.local_files_only)
         entries = write_features(
             options.out,
             options.data_root,
             splits,
             retriever,
             batch_size=options.batch_size,
-            dtype=options.dtype or str(compute).removeprefix("torch."),
+            dtype=options.dtype or retriever.source["computed_in"],
             limit_images=options.limit_images,
         )
         for split, entry in entries.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import InputError
-from samer.runtime import adapter_config, pick_device, run
+from samer.runtime import adapter_config, add_compute_options, compute_device, run
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -31,7 +31,7 @@ def main(argv=None):
     parser.add_argument("--cache-dtype", default="int8", help="int8 (default), binary, bfloat16, float16 or float32")
     parser.add_argument("--assignments", action="store_true", help="keep each token's region, a byte each")
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (32)")
-    parser.add_argument("--device", default="auto", help="e.g. cpu, cuda:0; default: a GPU if there is one")
+    add_compute_options(parser)
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
@@ -51,20 +51,16 @@ def main(argv=None):
     if not paths:
         raise InputError(f"{root}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
     config = adapter_config(options.adapter_path, options.config, options.overrides)
-    device = pick_device(options.device)
-    import torch
-
+    device = compute_device(options)
     from samer.cache_io import add_images, describe
-    from samer.colpali import Retriever, load_projector
+    from samer.features import open_encoder
 
-    retriever = Retriever.load(
+    retriever = open_encoder(
         config.model.name,
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-        device=device,
+        device,
+        adapter_path=options.adapter_path,
         local_files_only=config.model.local_files_only,
     )
-    if options.adapter_path:
-        retriever.use_projector(load_projector(options.adapter_path, retriever))
     print(f"{len(paths):,} pictures under {root}; writing the index to {options.cache_dir}", flush=True)
     started = time.monotonic()
     summary, skipped = add_images(

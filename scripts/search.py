@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import InputError
-from samer.runtime import pick_device, run
+from samer.runtime import add_compute_options, compute_device, run
 
 
 def main(argv=None):
@@ -28,19 +28,16 @@ def main(argv=None):
     parser.add_argument("--top", type=int, default=10, help="how many images per query (10)")
     parser.add_argument("--json", action="store_true", help="one JSON object per query")
     parser.add_argument("--model", help="where the model is, if not where the index says")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    parser.add_argument("--device", default="auto", help="e.g. cpu, cuda:0; default: a GPU if there is one")
+    add_compute_options(parser)
     options = parser.parse_args(argv)
-    if options.top < 1 or (options.threads is not None and options.threads < 1):
-        parser.error("--top and --threads must be at least 1")
-    device = pick_device(options.device)
+    if options.top < 1:
+        parser.error("--top must be at least 1")
+    device = compute_device(options)
     import torch
 
     from samer.cache_io import Cache
-    from samer.colpali import Retriever
+    from samer.features import open_encoder
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
     cache = Cache(options.cache_dir)
     splits = list(cache.manifest["splits"])
     if options.split is None and len(splits) != 1:
@@ -48,11 +45,7 @@ def main(argv=None):
     split = options.split or splits[0]
     images, _, regions, size = cache.size(split)
     root = Path(cache.manifest["splits"][split].get("root", ""))
-    retriever = Retriever.load(
-        options.model or cache.manifest["base_model"],
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-        device=device,
-    )
+    retriever = open_encoder(options.model or cache.manifest["base_model"], device)
     if retriever.base_projector.hash != cache.manifest["base_projector"]:
         raise InputError(f"{retriever.name} is not the model that {options.cache_dir} was made with")
     retriever.use_projector(cache.projector())

@@ -314,8 +314,13 @@ def test_an_interrupted_build_goes_on(world, frozen, tmp_path, small_shards, mon
     shards = [name for name in sorted(whole) if name.startswith("test/")]
     files = [*shards, "projector.safetensors", "manifest.json"]  # in the order of writing
     assert sorted(whole) == sorted(files)
-    assert sorted(contents(broken)) == sorted(files[:finished])  # neither a manifest nor a half-written file
-    shards = shards[:finished]
+    left = contents(broken)
+    # neither a manifest nor a half-written file; a shard that was encoded meanwhile may follow one that failed
+    assert set(files[:finished]) <= set(left) < set(files)
+    assert len(left) <= finished + 1
+    assert "manifest.json" not in left
+    assert left.items() <= whole.items()
+    shards = [name for name in shards if name in left]
     with pytest.raises(InputError, match=r"broken: no manifest.json; .*run it again if it was interrupted"):
         Cache(broken)
     clock = {shard: (broken / shard).stat().st_mtime_ns for shard in shards}

@@ -15,6 +15,7 @@ from samer.compressors import make_compressor
 from samer.config import MergeConfig
 from samer.evaluation import both_directions, compress_images, encode_texts, evaluate_records
 from samer.runtime import prefetched
+from samer.train_data import batched
 
 METRICS = ["r@1", "r@5", "r@10", "median_rank", "mrr@10", "ndcg@5", "ndcg@10"]
 MERGE = MergeConfig(num_regions=8)
@@ -187,14 +188,16 @@ def test_boxes_in_the_records_change_nothing(world, frozen):
     with_boxes = flickr.load_split(world, "test", boxes=True)
     assert any(phrase.boxes for record in with_boxes for caption in record.captions for phrase in caption.phrases)
     without = flickr.load_split(world, "test", boxes=False)
-    pairs = zip(*(compress_images(frozen, records, make_compressor(MERGE), 3) for records in (with_boxes, without)))
+    pairs = zip(
+        *(compress_images(frozen, batched(records, 3), make_compressor(MERGE)) for records in (with_boxes, without))
+    )
     for (_, ours), (_, theirs) in pairs:
         assert torch.equal(ours.tokens, theirs.tokens)
 
 
 def test_batches_keep_order_and_leave_no_gradient(world, frozen):
     records = flickr.load_split(world, "test", boxes=False)
-    seen = list(compress_images(frozen, records, make_compressor(MERGE), 3))
+    seen = list(compress_images(frozen, batched(records, 3), make_compressor(MERGE)))
     assert [record.image_id for batch, _ in seen for record in batch] == [record.image_id for record in records]
     assert [len(merged.tokens) for _, merged in seen] == [3, 3, 2]
     assert not any(merged.tokens.requires_grad for _, merged in seen)

@@ -175,7 +175,10 @@ def test_a_build_interrupted_at_any_file_gives_the_same_bytes(world, tmp_path, s
             stop_at(patch, runtime.os, "replace", call)
             with pytest.raises(KeyboardInterrupt):
                 build(tmp_path / str(call), world, dtype, assignments=True)
-        assert len(contents(tmp_path / str(call))) == call - 1
+        left = contents(tmp_path / str(call))
+        assert call - 1 <= len(left) <= call + 1  # the next shard, of one file or two, may follow the one that failed
+        assert "manifest.json" not in left
+        assert left.items() <= whole.items()
         build(tmp_path / str(call), world, dtype, assignments=True)
         assert contents(tmp_path / str(call)) == whole
 

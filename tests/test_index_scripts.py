@@ -125,7 +125,7 @@ def test_index_takes_pictures_out_and_back_in(album, base, script, tmp_path, cap
         ("index", ["--cache-dir", "{c}", "--images", "{root}", "model.name={base}"], "projector="),
         ("index", ["--cache-dir", "{c}", "--images", "{root}/val", "--adapter-path", "{a}"], "holds the pictures of"),
         ("search", ["x", "--cache-dir", "{c}", "--top", "0"], SystemExit),
-        ("search", ["x", "--cache-dir", "{c}", "--threads", "0"], SystemExit),
+        ("search", ["x", "--cache-dir", "{c}", "--threads", "0"], "--threads is 0; it must be at least 1"),
         ("search", ["x", "--cache-dir", "{root}"], "no manifest.json; this is no finished cache"),
         ("search", ["x", "--cache-dir", "{c}", "--split", "val"], "no split 'val' in this cache; it holds: images"),
         ("search", ["x", "--cache-dir", "{c}", "--model", "{root}"], "can't be loaded"),

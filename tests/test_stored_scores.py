@@ -301,3 +301,46 @@ def test_search_of_nothing_and_of_no_results():
     assert search(ask(2), [(["a", "b", "c"], gone)], 3) == [[], []]
     with pytest.raises(InputError, match="top is 0; it must be at least 1"):
         search(ask(2), [], 0)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_halves_are_multiplied_as_they_are_where_the_device_can(monkeypatch, kind):
+    """The tensor-core path with its product replaced: it must see halves, and its scores must be float32's."""
+    seen = []
+
+    def product(left, right):
+        seen.append((left.dtype, right.dtype))
+        return left.float() @ right.float()
+
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1).to(kind)
+    queries, images = draw(5, 7, 16), draw(9, 4, 16)
+    query_mask, image_mask = torch.rand(5, 7, generator=generator) > 0.3, torch.rand(9, 4, generator=generator) > 0.3
+    query_mask[:, 0] = image_mask[:, 0] = True
+    plain = scoring.maxsim(queries, images, query_mask, image_mask)
+    monkeypatch.setattr(scoring, "_half_product", product)
+    monkeypatch.setattr(scoring, "half_product_works", lambda device, dtype: dtype == kind)
+    fast = scoring.maxsim(queries, images, query_mask, image_mask)
+    assert fast.dtype == torch.float32
+    assert seen
+    assert set(seen) == {(kind, kind)}
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-6)
+    seen.clear()
+    scoring.maxsim(queries.float(), images, query_mask, image_mask)  # other dtypes, or a gradient, go on in float32
+    scoring.maxsim(queries.requires_grad_(), images, query_mask, image_mask).sum().backward()
+    assert not seen
+
+
+def test_a_product_of_halves_is_checked_before_it_is_used(monkeypatch):
+    scoring.half_product_works.cache_clear()
+    try:
+        assert not scoring.half_product_works(CPU, torch.bfloat16)  # torch has none on a CPU
+        scoring.half_product_works.cache_clear()
+        monkeypatch.setattr(scoring, "_half_product", lambda left, right: left.float() @ right.float())
+        assert scoring.half_product_works(CPU, torch.bfloat16)
+        assert not scoring.half_product_works(CPU, torch.float32)
+        scoring.half_product_works.cache_clear()
+        monkeypatch.setattr(scoring, "_half_product", lambda left, right: (left @ right).float())  # rounded sums
+        assert not scoring.half_product_works(CPU, torch.bfloat16)
+    finally:
+        scoring.half_product_works.cache_clear()

@@ -53,7 +53,7 @@ def settings(base, world):
 def captured(monkeypatch):
     """What one call of `train` works with: the retriever, the module, every batch, a hash of the frozen weights."""
     seen = SimpleNamespace(batches=[], retriever=None, model=None, before=None)
-    load = Retriever.load
+    load = training.open_encoder
 
     def loading(*words, **more):
         seen.retriever = load(*words, **more)
@@ -70,7 +70,7 @@ def captured(monkeypatch):
             seen.batches.append(super().__call__(rows))
             return seen.batches[-1]
 
-    monkeypatch.setattr(training, "Retriever", SimpleNamespace(load=loading))
+    monkeypatch.setattr(training, "open_encoder", loading)
     monkeypatch.setattr(training, "ProjectorModel", Model)
     monkeypatch.setattr(training, "Collator", Recorder)
     return seen
