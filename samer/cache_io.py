@@ -271,6 +271,8 @@ def _check_settings(retriever: Encoder, merge: MergeConfig, batch_size: int, dty
         raise InputError(f"batch size must be at least 1; it is {batch_size}")
     if dtype == "binary" and retriever.embedding_dim % 8:
         raise InputError(f"cache dtype binary needs a width divisible by 8; it is {retriever.embedding_dim}")
+    if assignments and merge.compressor == "none":
+        raise InputError("all tokens are kept, each is its own region: leave --assignments out")
     if assignments and merge.num_regions > NO_REGION:
         raise InputError(f"assignments take a byte per token, so at most {NO_REGION} regions, not {merge.num_regions}")
 
@@ -415,12 +417,6 @@ class _Writer:
             rows = [part.assignments.cpu() for part in parts]
             longest = max(row.shape[1] for row in rows)
             filled = [torch.nn.functional.pad(row, (0, longest - row.shape[1]), value=-1) for row in rows]
-            highest = max(int(row.max()) for row in rows)
-            if highest >= NO_REGION:
-                raise InputError(
-                    f"assignments take a byte per token; {self.identity['merge']['compressor']} left region "
-                    f"{highest}, and {NO_REGION - 1} is the highest that fits"
-                )
             tensors["assignments"] = torch.cat(filled).remainder(NO_REGION + 1).to(torch.uint8)  # -1 becomes 255
         path = self.folder / split / f"images-{number:05d}.safetensors"
         exact = {}
@@ -523,6 +519,7 @@ class Cache:
         self._mapped: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
         self._uploaded: dict[tuple[str, str, str], Tensor] = {}  # tokens on a device, once they were asked for there
         self._checked: set[tuple[str, str]] = set()
+        self._numbered: dict[str, dict[str, int]] = {}
 
     def projector(self) -> Projector:
         """What queries must be projected with.
@@ -541,6 +538,11 @@ class Cache:
                 f"{path}: not the projector that this cache was made with; remove the cache and build it anew"
             )
         return projector
+
+    def check_model(self, encoder: Encoder) -> None:
+        """Refuses an encoder of another model than the index was made with, as its untouched projection tells."""
+        if encoder.base_projector.hash != self.manifest["base_projector"]:
+            raise InputError(f"{encoder.name} is not the model that {self.folder} was made with")
 
     def _split(self, split: str) -> dict:
         splits = self.manifest.get("splits", {})
@@ -643,6 +645,57 @@ class Cache:
             rows = torch.ones(entry["count"], dtype=torch.bool) if live is None else live
             yield [name for name, here in zip(stamp["ids"], rows.tolist()) if here], tensors["assignments"][rows]
 
+    def numbers(self, split: str) -> dict[str, int]:
+        """Number of every image by id: its row in the index, counted over all shards; deleted ones are left out.
+
+        Adding and deleting images leave the numbers of the others as they are.
+        """
+        if split not in self._numbered:
+            found, start = {}, 0
+            for entry in self._split(split)["images"]:
+                live = self._live(split, entry)
+                ids = self._header(split, entry)["stamp"]["ids"]
+                found |= {name: start + row for row, name in enumerate(ids) if live is None or live[row]}
+                start += entry["count"]
+            self._numbered[split] = found
+        return self._numbered[split]
+
+    def _place(self, split: str, number: int) -> tuple[dict, int]:
+        """The manifest entry and the row of an image by its number."""
+        for entry in self._split(split)["images"]:
+            if number < entry["count"]:
+                return entry, number
+            number -= entry["count"]
+        raise IndexError(number)
+
+    def image_id(self, split: str, number: int) -> str | None:
+        """Id of an image by its number; None where there is none, or it was deleted."""
+        if number < 0 or number >= sum(entry["count"] for entry in self._split(split)["images"]):
+            return None
+        entry, row = self._place(split, number)
+        live = self._live(split, entry)
+        return self._header(split, entry)["stamp"]["ids"][row] if live is None or live[row] else None
+
+    def vectors(self, split: str, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One image as the index stores it: what its score is made of, and what its vectors stand for.
+
+        Args:
+            split: of the index.
+            number: from `numbers`.
+
+        Returns:
+            tokens (K, D) float32 (int8 times its scale; with 1-bit tokens those of the exact file), mask (K,) bool,
+            assignments (N,) uint8 or None where the index holds none.
+        """
+        entry, row = self._place(split, number)
+        tensors, _ = self._map(split, entry["file"])
+        exact = self._map(split, entry["exact"]["file"])[0] if "exact" in entry else tensors
+        tokens = exact["tokens"][row].float()
+        if exact["tokens"].dtype == torch.int8:
+            tokens = tokens * self.manifest["scale"]
+        regions = tensors["assignments"][row] if "assignments" in tensors else None
+        return tokens, tensors["mask"][row], regions
+
     def queries(self, split: str, block: int = 1024) -> Iterator[tuple[QueryTokens, Tensor, list[str]]]:
         """Blocks of queries in order: padded `QueryTokens`, the image each describes (q,), and their texts."""
         for entry in self._split(split)["queries"]:
@@ -705,13 +758,7 @@ class Cache:
         if self.manifest["dtype"] != "binary":
             return search(queries, self.stored(split, device), top)
         found = search(queries, self.stored(split, device), max(100, CANDIDATES * top))
-        places = {}
-        wanted = {name for row in found for name, _ in row}
-        for entry in self._split(split)["images"]:
-            live = self._live(split, entry)
-            for row, name in enumerate(self._header(split, entry)["stamp"]["ids"]):
-                if name in wanted and (live is None or live[row]):
-                    places[name] = entry, row
+        numbers = self.numbers(split)
         result = []
         for number, candidates in enumerate(found):
             query = queries.tokens[number][queries.mask[number]][None]
@@ -719,9 +766,7 @@ class Cache:
             if not names:  # every image was deleted
                 result.append([])
                 continue
-            rows = [places[name] for name in names]
-            tokens = [self._map(split, entry["exact"]["file"])[0]["tokens"][row] for entry, row in rows]
-            masks = [self._map(split, entry["file"])[0]["mask"][row] for entry, row in rows]
+            tokens, masks, _ = zip(*(self.vectors(split, numbers[name]) for name in names))
             pad = torch.nn.utils.rnn.pad_sequence
             mask = pad(masks, batch_first=True).to(device)
             exact = maxsim(query, pad(tokens, batch_first=True).to(device), None, mask)[0].tolist()

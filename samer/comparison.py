@@ -36,6 +36,7 @@ from samer.features import FeatureStore
 from samer.grounding import HIT_IOU, PhraseIndex, ground, size_thirds
 from samer.metrics import bootstrap_intervals, query_metrics
 from samer.objects import instance_labels, object_diagnostics
+from samer.report import Shown
 from samer.runtime import Progress, print0, write_json
 from samer.scoring import maxsim
 from samer.shards import finished_shard, load_shard, write_shard
@@ -47,6 +48,7 @@ SHARES = (2, 4, 8, 16, 32)  # budgets are N / share
 SECTIONS = ("untouched", "adapted", "budgets", "components", "crossed", "cost")
 HARD = 1e-4  # a temperature at which the soft assignment is all but hard
 CENTRES = ("raster", "farthest")
+MEASURED = ("box_mass", "iou", "mixed_clusters", "purity", "vectors")  # per phrase or image
 METRICS = ("r@1", "r@5", "r@10", "ndcg@10")
 
 
@@ -107,6 +109,75 @@ def plan(base: MergeConfig, tokens_per_image: int) -> list[Row]:
         rows.append(Row("crossed", f"{through}, hard assignment", hard[init], merge))
     rows.append(Row("crossed", "trained with all tokens, hpool", every["hpool"], every["none"]))
     return rows
+
+
+def sweep(
+    encoder: Encoder,
+    records: Sequence[flickr.ImageRecord],
+    shown: Sequence[Shown],
+    curves: Sequence[str],
+    data: str,
+    batch_size: int,
+) -> dict:
+    """Grounding of some methods over a split, and recall of some of them at all budgets with the projectors they have.
+
+    Args:
+        encoder: its projector is replaced.
+        records: of the split, with boxes.
+        shown: methods with a name (", trained" at its end if so), `merge` and `projector`.
+        curves: names of those whose recall is measured at all budgets.
+        data: the name of it.
+        batch_size: images and captions per forward pass.
+
+    Returns:
+        As `compare`, with rows in the sections untouched, adapted and budgets only.
+    """
+    tokens_per_image = encoder.record_inputs(records[:1])["input_ids"].shape[1]
+    rows, jobs = [], {}
+    for method in shown:
+        trained = None if method.projector.hash == encoder.base_projector.hash else method.merge
+        section = "untouched" if trained is None else "adapted"
+        own = [Row(section, method.name.removesuffix(", trained"), method.merge, trained)]
+        if method.name in curves:
+            at = {budget: replace(method.merge, num_regions=budget) for budget in budgets(tokens_per_image)}
+            own += [Row("budgets", f"{method.name} @ {budget}", merge, trained) for budget, merge in at.items()]
+        projector, merges = jobs.setdefault(slug(trained), (method.projector, {}))
+        merges |= {slug(row.merge): row.merge for row in own}
+        rows += own
+    measured = {}
+    for number, (key, (projector, merges)) in enumerate(jobs.items(), 1):
+        print0(f"[{number}/{len(jobs)}] {key}: {len(merges)} compressions of {len(records):,} images")
+        encoder.use_projector(projector)
+        values = measure(encoder, records, merges, batch_size)
+        measured[key, 0] = {name: {n: v.numpy() for n, v in row.items()} for name, row in values.items()}
+    about = {"data": data, "tokens_per_image": tokens_per_image, "embedding_dim": encoder.embedding_dim}
+    return {"about": about, **summarise(rows, measured, records, [0])}
+
+
+def shown_methods(
+    base: MergeConfig, folder: str | Path, store: Encoder, sections: Sequence[str], seed: int
+) -> tuple[list[Shown], list[Shown]]:
+    """What a comparison's report shows: the methods of its gallery, the baseline first, and those with regions.
+
+    Args:
+        base, folder, sections: as in `compare`.
+        store: gives the untouched projector.
+        seed: whose trained projectors are taken.
+    """
+    every = variants(base)
+    plain = store.base_projector
+    named = {"all tokens": "none", "H-Pool": "hpool", "SAP-mean": "sap-mean", "HPC": "hpc"}
+    methods = [Shown(name, every[key], plain) for name, key in named.items()]
+    methods.append(Shown("SaMer, farthest", every["samer, farthest"], plain))
+    regions = []
+    for init in CENTRES:
+        merge = every[f"samer, {init}"]
+        regions.append(Shown(f"{init}, untouched", merge, plain))
+        if "adapted" in sections:
+            projector = load_projector(Path(folder) / "projectors" / f"{slug(merge)}-seed{seed}", store)
+            methods.append(Shown(f"SaMer, {init}, trained", merge, projector))
+            regions.append(Shown(f"{init}, trained", merge, projector))
+    return methods, regions
 
 
 def slug(merge: MergeConfig | None) -> str:
@@ -265,7 +336,7 @@ def measure(
     scores = {key: torch.empty(len(texts), len(records)) for key in merges}
     kept: dict[str, dict[str, list[Tensor]]] = {key: {} for key in merges}
     whole: list[Tensor] = []
-    for images in Progress(list(batched(range(len(records)), batch_size)), "measure", leave=False):
+    for images in Progress(list(batched(range(len(records)), batch_size)), "measure", unit="batches", leave=False):
         batch = records[images.start : images.stop]
         visual = encoder.encode_images(encoder.record_inputs(batch), needs)
         own = index.own_tokens(images, flat)
@@ -281,12 +352,12 @@ def measure(
             for name in ("mixed_clusters", "purity"):
                 found[name] = mixing[name].cpu().masked_fill(~boxed, float("nan"))
             found["vectors"] = merged.mask.sum(1)
-            for name, value in found.items():
-                kept[key].setdefault(name, []).append(value.cpu())
+            for name in (*MEASURED, "match"):
+                kept[key].setdefault(name, []).append(found[name].cpu())
     result = {}
     positives = owner[:, None] == torch.arange(len(records))
     for key, parts in kept.items():
-        values = {name: torch.cat(part) for name, part in parts.items() if name not in ("captions", "phrases", "match")}
+        values = {name: torch.cat(part) for name, part in parts.items() if name in MEASURED}
         forward, backward = query_metrics(scores[key], positives), query_metrics(scores[key].T, positives.T)
         values |= {name: torch.from_numpy(forward[name]) for name in METRICS}
         values["back:r@1"] = torch.from_numpy(backward["r@1"])

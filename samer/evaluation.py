@@ -68,16 +68,16 @@ def join_queries(batches: Sequence[QueryTokens]) -> QueryTokens:
     return QueryTokens(tokens, torch.cat([torch.nn.functional.pad(batch.mask, (0, fill(batch))) for batch in batches]))
 
 
-def evaluate_records(
-    retriever: Encoder, records: Sequence[flickr.ImageRecord], merge: MergeConfig, *, batch_size: int
-) -> dict[str, float]:
-    """Text-to-image metrics of a split: every caption is a query, images are compressed without boxes.
+@torch.no_grad()
+def score_records(
+    retriever: Encoder, records: Sequence[flickr.ImageRecord], compressor: Compressor, *, batch_size: int
+) -> Tensor:
+    """Scores (Q, I) of every caption against every image of a split, on the CPU; images are compressed without boxes.
 
-    The images are shared out over the processes; every process returns the same metrics.
+    The images are shared out over the processes; every process returns the same scores.
     """
     texts = [caption.text for record in records for caption in record.captions]
     queries = join_queries(list(encode_texts(retriever, texts, batch_size)))
-    compressor = fitted_compressor(retriever, records, merge, batch_size)
     own_batches = batched(records[rank() :: world_size()], batch_size)
     own = [
         maxsim(queries.tokens, merged.tokens, queries.mask, merged.mask).cpu()
@@ -87,6 +87,15 @@ def evaluate_records(
     for number, columns in enumerate(gather_objects(own)):
         if columns:
             scores[:, number :: world_size()] = torch.cat(columns, dim=1)
+    return scores
+
+
+def evaluate_records(
+    retriever: Encoder, records: Sequence[flickr.ImageRecord], merge: MergeConfig, *, batch_size: int
+) -> dict[str, float]:
+    """Text-to-image metrics of a split, from `score_records`; every process returns the same ones."""
+    compressor = fitted_compressor(retriever, records, merge, batch_size)
+    scores = score_records(retriever, records, compressor, batch_size=batch_size)
     owner = torch.tensor([k for k, record in enumerate(records) for _ in record.captions])
     return retrieval_metrics(scores, owner[:, None] == torch.arange(len(records)))
 

@@ -130,7 +130,7 @@ def ground(merged: MergedTokens, own: OwnTokens, index: PhraseIndex, patches: Te
     Returns:
         `phrases` (p,) the phrases seen, in order; `box_mass` (p,) in [0, 1], mean over the phrase's tokens; `iou` (p,)
         of the union of the regions with the boxes; `captions` (c,) and `match` (c,), the sum over a caption's tokens of
-        the best similarity, what OSR compares.
+        the best similarity, what OSR compares; `evidence` (p, N), what `box_mass` counts.
 
     Source: METHOD section 6 (definitions ours); RegionHit is the share of `iou` >= `HIT_IOU`.
     """
@@ -153,11 +153,19 @@ def ground(merged: MergedTokens, own: OwnTokens, index: PhraseIndex, patches: Te
     covered[patches[home]] = grid.flatten()
     add = lambda values: torch.zeros(len(phrases), *values.shape[1:]).to(values).index_add_(0, place, values)
     size = add(torch.ones_like(place, dtype=evidence.dtype))
-    mass = add((evidence * covered[place]).sum(1)) / size
+    evidence = add(evidence) / size[:, None]  # (p, N)
+    mass = (evidence * covered).sum(1)
     region = add(((merged.assignments[images] == winner[:, None]) & on_patch).to(evidence.dtype)) > 0  # (p, N)
     overlap = (region * covered).sum(1)
     union = region.sum(1) + covered.sum(1) - overlap
-    return {"phrases": phrases, "box_mass": mass, "iou": overlap / union, "captions": captions, "match": match}
+    return {
+        "phrases": phrases,
+        "box_mass": mass,
+        "iou": overlap / union,
+        "captions": captions,
+        "match": match,
+        "evidence": evidence,
+    }
 
 
 def size_thirds(smallest: np.ndarray) -> tuple[tuple[float, float], np.ndarray]:

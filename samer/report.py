@@ -1,122 +1,407 @@
-"""Pictures: the architecture figure of the README, drawn from a generated scene and its real regions.
+"""The report: one HTML file that shows what a run did, its figures, and what its winning vectors stand on.
 
-Shape letters: B images, N tokens, K regions.
+The file holds everything it shows; no request leaves it. Beside it, `<name>_figures/` has the same pictures for papers.
+
+Shape letters: Q queries (captions), I images.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+from torch import Tensor
 
-from samer import scenes
-from samer.colpali import Retriever
-from samer.config import MergeConfig
-from samer.merging import merge_tokens
+from samer import flickr
+from samer.cache_io import Cache
+from samer.colpali import Encoder, Projector
+from samer.config import InputError, MergeConfig
+from samer.drawing import draw_boxes, panels, regions_over, spotlight, thumbnail
+from samer.evaluation import fitted_compressor, score_records
+from samer.grounding import PhraseIndex, ground
+from samer.metrics import query_metrics
+from samer.runtime import Progress, atomic_path
+from samer.tables import plain_tables, plots
 
-INK, SOFT, PAPER = (32, 38, 46), (112, 122, 134), (255, 255, 255)
-FROZEN, TRAINED, PRIOR, VECTOR = (226, 232, 240), (253, 216, 165), (196, 226, 208), (205, 219, 245)
-# Okabe and Ito's colours, told apart with the common colour vision deficiencies
-PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+PER_RULE = 3  # cases that each rule chooses
+TOP = 5
+EVIDENCE_SIDE, THUMBNAIL_SIDE = 320, 150  # pixels
+PLOT_TITLES = {
+    "recall_budget": "Recall against budget",
+    "recall_bytes": "Recall against bytes per image",
+    "grounding": "What winning vectors stand on",
+}
 
 
-def region_colours(assignments: torch.Tensor, grid: int) -> Image.Image:
-    """A picture of grid x grid pixels, coloured by region; neighbours in number differ in colour or shade.
+@dataclass(frozen=True)
+class Shown:
+    """A method in the gallery: how images are compressed, the projector, and its scores (Q, I) if they are at hand."""
 
-    Args:
-        assignments: (N,) long; the first grid * grid tokens are patches in row-major order.
-        grid: patches per side.
+    name: str
+    merge: MergeConfig
+    projector: Projector
+    scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A caption in the gallery.
+
+    Attributes:
+        rule: why it was chosen.
+        image: number of the image it describes.
+        caption: its text.
+        phrase: the phrase whose evidence is shown, of all with boxes the one with the smallest.
+        ranks: of its image, per method.
+        top: per method, the best images' numbers.
+        evidence: per method, (rows, columns) float: what the winning vectors of the phrase's tokens stand on.
+        box_mass: per method, the share of it inside the phrase's boxes, in [0, 1].
     """
-    numbers = assignments[: grid * grid].reshape(grid, grid).numpy()
-    colours = np.array(PALETTE, dtype=np.float32)[numbers % len(PALETTE)]
-    shade = 1 - 0.16 * ((numbers // len(PALETTE)) % 4)
-    return Image.fromarray((colours * shade[..., None]).astype(np.uint8))
+
+    rule: str
+    image: int
+    caption: flickr.Caption
+    phrase: flickr.Phrase
+    ranks: list[int]
+    top: list[list[int]]
+    evidence: list[np.ndarray]
+    box_mass: list[float]
 
 
-def architecture_figure(retriever: Retriever, *, seed: int = 11, group: int = 4) -> Image.Image:
-    """Draws the method: frozen retriever, trained projection, box-biased merge, MaxSim.
+@dataclass(frozen=True)
+class Regions:
+    """An image's regions: (name, assignments (N,) long) per method."""
+
+    image: int
+    assignments: list[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Cases and regions of a split, with what is needed to draw them."""
+
+    records: Sequence[flickr.ImageRecord]
+    grid: int
+    names: list[str]
+    cases: list[Case]
+    regions: list[Regions]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report; cells are text."""
+
+    title: str
+    note: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def metrics_table(rows: Sequence[dict]) -> Table:
+    """Recall both ways with intervals, from what scripts/eval.py writes (`both_directions`), a name added to each."""
+    with_interval = lambda metric: "{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]".format(**metric)
+    body = []
+    for row in rows:
+        text, image = row["text_to_image"], row["image_to_text"]
+        plain = [f"{text[name]['value']:.1f}" for name in ("r@5", "r@10", "ndcg@10")]
+        size = [f"{row['vectors_per_image']:,}", f"{row['bytes_per_image']:,.0f}"]
+        body.append([row["name"], with_interval(text["r@1"]), *plain, with_interval(image["r@1"]), *size])
+    note = (
+        "In percent, text to image unless said otherwise; 95 % bootstrap intervals, captions of one image together. "
+        "Bytes as these indexes store them."
+    )
+    head = ["", "R@1", "R@5", "R@10", "nDCG@10", "R@1, image to text", "vectors", "bytes per image"]
+    return Table("Retrieval", note, head, body)
+
+
+def headline(base: dict, own: dict, controls: Sequence[dict] = ()) -> list[tuple[str, str]]:
+    """The rows of `metrics_table` that matter most, as large figures: baseline, the one in question, controls."""
+    recall = lambda row: f"{row['text_to_image']['r@1']['value']:.1f} %"
+    if base is own:
+        tiles = [(recall(own), "R@1, text to image")]
+        return [*tiles, (f"{own['bytes_per_image']:,.0f}", f"bytes per image, {own['vectors_per_image']:,} vectors")]
+    share = base["bytes_per_image"] / own["bytes_per_image"]
+    return [
+        *(
+            (recall(row), f"R@1, {row['name']} ({row['vectors_per_image']:,} vectors per image)")
+            for row in (base, own, *controls)
+        ),
+        (
+            f"{share:.1f} x",
+            f"smaller: {own['bytes_per_image']:,.0f} bytes per image, not {base['bytes_per_image']:,.0f}",
+        ),
+    ]
+
+
+def check_images(cache: Cache, split: str, records: Sequence[flickr.ImageRecord], root: str | Path) -> None:
+    """Refuses an index whose split holds other images than the records, in number or order."""
+    if [image for ids, *_ in cache.images(split) for image in ids] != [record.image_id for record in records]:
+        raise InputError(f"{cache.folder}: its images are not those of {split} in {root}")
+
+
+def smallest_phrase(caption: flickr.Caption) -> flickr.Phrase | None:
+    """The phrase with boxes whose smallest box is the smallest; None if no phrase has boxes."""
+    area = lambda phrase: min((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in phrase.boxes)
+    return min((phrase for phrase in caption.phrases if phrase.boxes), key=area, default=None)
+
+
+def choose_cases(
+    records: Sequence[flickr.ImageRecord], ranks: Sequence[np.ndarray], names: Sequence[str], *, seed: int = 0
+) -> list[tuple[str, int]]:
+    """Captions for the gallery, by rule, never by hand: an image at most once, ties in an order drawn from `seed`.
 
     Args:
-        retriever: its regions of a generated scene are what the right-hand picture shows.
-        seed, group: which scene.
+        records: of the split, with boxes; a caption without boxes is never chosen.
+        ranks: (Q,) of each caption's image, per method: the first is the baseline, the last the method in question.
+        names: of the methods.
+        seed: of ties and of the random captions.
 
     Returns:
-        RGB picture, 1800 pixels wide.
+        Pairs (rule, caption number): largest gains and losses in 1 / rank, the smallest objects, and some at random.
     """
-    scene = scenes.make_group("outdoor", seed, group)[0]
-    inputs = retriever.image_inputs([scene.image])
-    visual = retriever.encode_images(inputs)
-    merged = merge_tokens(visual.tokens, visual.coords, MergeConfig(num_regions=16, center_init="farthest"))
-    regions = region_colours(merged.assignments[0].cpu(), retriever.grid)
-
-    canvas = Image.new("RGB", (1800, 800), PAPER)
-    draw = ImageDraw.Draw(canvas)
-    _text(draw, (900, 40), "SaMer: merge image tokens into K regions that keep objects apart", 34)
-    picture = scene.image.resize((300, 300))
-    boxed = picture.copy()
-    marks = ImageDraw.Draw(boxed)
-    scale = np.array([300 / scene.image.width, 300 / scene.image.height] * 2)
-    for entity in scene.entities:
-        for box in entity.boxes:
-            marks.rectangle((np.array(box) * scale).tolist(), outline=(20, 120, 60), width=3)
-    canvas.paste(boxed, (40, 150))
-    _text(draw, (190, 475), "image, with boxes\n(boxes: training only)", 20, SOFT)
-    _block(draw, (385, 215, 605, 385), "vision encoder\n+ language model\n\nfrozen", FROZEN)
-    _block(draw, (660, 215, 830, 385), "projection\n+ L2 norm\n\nthe only part\nthat trains", TRAINED)
-    _block(draw, (910, 215, 1130, 385), "cluster T = 3 times\ncosine + place,\nthen soft\nassignment", VECTOR)
-    _block(draw, (860, 95, 1180, 180), "object prior: mixing\ninstances costs (training)", PRIOR)
-    overlay = Image.blend(picture, regions.resize((300, 300), Image.Resampling.NEAREST), 0.62)
-    canvas.paste(overlay, (1210, 150))
-    _text(draw, (1360, 475), "K regions instead of N tokens\n(these: K = 16 of N = 262)", 20, SOFT)
-    caption = _wrapped(scenes.caption_text(scene.captions[0])[0], 26)
-    _block(draw, (40, 575, 340, 725), caption, PAPER)
-    _block(draw, (385, 585, 605, 715), "language model\n\nfrozen", FROZEN)
-    _block(draw, (660, 585, 830, 715), "the same\nprojection", TRAINED)
-    _block(draw, (1270, 570, 1450, 730), "MaxSim\nmean over\nquery tokens", VECTOR)
-    _block(draw, (1560, 570, 1770, 730), "training: loss\n\nafterwards: rank,\nno boxes needed", PAPER)
-    for line in (
-        ((342, 300), (383, 300)),
-        ((607, 300), (658, 300)),
-        ((832, 300), (908, 300)),
-        ((1132, 300), (1208, 300)),
-        ((1020, 182), (1020, 213)),
-        ((342, 650), (383, 650)),
-        ((607, 650), (658, 650)),
-        ((832, 650), (1268, 650)),
-        ((1360, 530), (1360, 568)),
-        ((1452, 650), (1558, 650)),
-    ):
-        _arrow(draw, *line)
-    _text(draw, (870, 275), "N", 20, SOFT)
-    _text(draw, (1050, 632), "M query tokens", 20, SOFT)
-    _text(draw, (1665, 300), "the index holds\nK vectors per image:\n64 of 1,030 with\nColPali, 16 x less", 22)
-    _arrow(draw, (1512, 300), (1560, 300))
-    return canvas
+    captions = [(image, caption) for image, record in enumerate(records) for caption in record.captions]
+    phrases = [smallest_phrase(caption) for _, caption in captions]
+    order = [k for k in np.random.default_rng(seed).permutation(len(captions)).tolist() if phrases[k]]
+    area = lambda k: min((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in phrases[k].boxes)
+    gain = 1 / ranks[-1] - 1 / ranks[0]
+    rules = [("Smallest object named", sorted(order, key=area)), ("Chosen at random", order)]
+    if len(ranks) > 1:
+        losses = sorted((k for k in order if gain[k] < 0), key=lambda k: gain[k])
+        gains = sorted((k for k in order if gain[k] > 0), key=lambda k: -gain[k])
+        changes = f"{names[-1]} against {names[0]}"
+        rules = [(f"Largest gain, {changes}", gains), (f"Largest loss, {changes}", losses), *rules]
+    else:
+        worst = sorted((k for k in order if ranks[0][k] > 1), key=lambda k: -ranks[0][k])
+        rules = [("Ranked worst", worst), *rules]
+    chosen, seen = [], set()
+    for rule, candidates in rules:
+        found = 0
+        for k in candidates:
+            if found < PER_RULE and captions[k][0] not in seen:
+                seen.add(captions[k][0])
+                chosen.append((rule, k))
+                found += 1
+    return chosen
 
 
-def _wrapped(text: str, width: int) -> str:
-    lines = [""]
-    for word in text.split():
-        lines[-1:] = [f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [lines[-1], word]
-    return "\n".join(lines)
+@torch.no_grad()
+def make_gallery(
+    encoder: Encoder,
+    records: Sequence[flickr.ImageRecord],
+    shown: Sequence[Shown],
+    regions: Sequence[Shown] = (),
+    *,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> Gallery:
+    """Chooses cases and finds what every method's winning vectors stand on; nothing is compressed with boxes.
+
+    Args:
+        encoder: a retriever or a feature store; its projector is replaced.
+        records: of the split, with boxes, in the order of the scores.
+        shown: the methods, the baseline first, the one in question last.
+        regions: whose regions are drawn, for the first case of each rule.
+        batch_size: images and captions per forward pass.
+        seed: of `choose_cases`.
+    """
+    captions = [(image, caption) for image, record in enumerate(records) for caption in record.captions]
+    positives = torch.tensor([image for image, _ in captions])[:, None] == torch.arange(len(records))
+    ranks, tops, compressors = [], [], []
+    for method in shown:
+        encoder.use_projector(method.projector)
+        compressors.append(fitted_compressor(encoder, records, method.merge, batch_size))
+        scores = method.scores
+        if scores is None:
+            scores = score_records(encoder, records, compressors[-1], batch_size=batch_size)
+        ranks.append(query_metrics(scores, positives)["median_rank"])
+        tops.append(scores.topk(min(TOP, len(records)), dim=1).indices)
+    chosen = choose_cases(records, ranks, [method.name for method in shown], seed=seed)
+    cases = []
+    for rule, number in Progress(chosen, "gallery", unit="captions"):
+        image, caption = captions[number]
+        phrase = smallest_phrase(caption)
+        alone = [replace(records[image], captions=(replace(caption, phrases=(phrase,)),))]
+        inputs = encoder.record_inputs(alone)
+        evidence, mass = [], []
+        for method, compressor in zip(shown, compressors):
+            encoder.use_projector(method.projector)
+            query = encoder.encode_queries(encoder.query_inputs([caption.text]))
+            index = PhraseIndex(alone, [query], encoder.grid)
+            visual = encoder.encode_images(inputs, compressor.needs)
+            found = ground(
+                compressor(visual), index.own_tokens([0], [query.tokens[0][query.mask[0]]]), index, visual.patches
+            )
+            if not len(found["phrases"]):  # a tokenizer that drops every character of it
+                break
+            on_patch = found["evidence"][0][visual.patches[0]].reshape(encoder.grid, encoder.grid)
+            evidence.append(on_patch.float().cpu().numpy())
+            mass.append(float(found["box_mass"][0]))
+        else:
+            top = [rows[number].tolist() for rows in tops]
+            places = [int(values[number]) for values in ranks]
+            cases.append(Case(rule, image, caption, phrase, places, top, evidence, mass))
+    firsts = {case.rule: case.image for case in reversed(cases)}
+    drawn = []
+    for image in dict.fromkeys(reversed(firsts.values())) if regions else ():
+        found = []
+        for method in regions:
+            encoder.use_projector(method.projector)
+            compressor = fitted_compressor(encoder, records, method.merge, batch_size)
+            visual = encoder.encode_images(encoder.record_inputs([records[image]]), compressor.needs)
+            found.append((method.name, compressor(visual).assignments[0][visual.patches[0]].cpu()))
+        drawn.append(Regions(image, found))
+    return Gallery(records, encoder.grid, [method.name for method in shown], cases, drawn)
 
 
-def _text(draw: ImageDraw.ImageDraw, centre: Sequence[float], text: str, size: int, colour=INK) -> None:
-    font = ImageFont.load_default(size)
-    draw.multiline_text(tuple(centre), text, fill=colour, font=font, anchor="mm", align="center", spacing=6)
+def image_boxes(record: flickr.ImageRecord) -> list[flickr.Box]:
+    """All boxes that any caption of the image names, each once."""
+    phrases = (phrase for caption in record.captions for phrase in caption.phrases)
+    return list(dict.fromkeys(box for phrase in phrases for box in phrase.boxes))
 
 
-def _block(draw: ImageDraw.ImageDraw, box: Sequence[float], text: str, fill) -> None:
-    draw.rounded_rectangle(tuple(box), radius=14, fill=fill, outline=SOFT, width=2)
-    _text(draw, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), text, 21)
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    about: Sequence[tuple[str, str]],
+    tiles: Sequence[tuple[str, str]],
+    tables: Sequence[Table],
+    results: dict | None = None,
+    gallery: Gallery | None = None,
+    note: str = "",
+) -> list[Path]:
+    """Writes the HTML file and, beside it, the same pictures as files.
+
+    Args:
+        path: of the HTML file.
+        title: what was run.
+        about: (term, description), what it was run on and how.
+        tiles: (figure, what it is), the run in a few numbers.
+        tables: shown below them, in order.
+        results: as `comparison.compare` returns them; its rows are plotted.
+        gallery: None: no pictures, the note says why.
+        note: a sentence above the gallery.
+
+    Returns:
+        The files written, the HTML first.
+    """
+    path = Path(path)
+    folder = path.with_name(f"{path.stem}_figures")
+    written = []
+    drawn = []
+    for name, (light, dark) in (plots(results) if results else {}).items():
+        written.append(folder / f"{name}.svg")
+        with atomic_path(written[-1]) as temporary:
+            temporary.write_bytes(light)
+        drawn.append({"title": PLOT_TITLES[name], "light": _data(light, "svg+xml"), "dark": _data(dark, "svg+xml")})
+    cases, regions, firsts = [], [], []
+    if gallery:
+        pictures: dict[int, Image.Image] = {}
+
+        def picture(number: int) -> Image.Image:
+            if number not in pictures:
+                pictures[number] = thumbnail(flickr.load_image(gallery.records[number].image_path), 2 * EVIDENCE_SIDE)
+            return pictures[number]
+
+        for number, case in enumerate(gallery.cases, 1):
+            lit = [spotlight(picture(case.image), evidence, case.phrase.boxes) for evidence in case.evidence]
+            cases.append(_case_words(case, gallery, lit, picture))
+            row = [("the image, boxed", draw_boxes(picture(case.image), case.phrase.boxes))]
+            for name, image, mass, rank in zip(gallery.names, lit, case.box_mass, case.ranks):
+                row.append((f"{name}\nBoxMass {100 * mass:.0f} %, rank {rank}", image))
+            head = f"{case.caption.text}   [{case.phrase.text}]"
+            written.append(
+                _save(
+                    panels([row[:4], row[4:]] if row[4:] else [row], [head, ""] if row[4:] else [head]),
+                    folder / f"case-{number:02d}.png",
+                )
+            )
+            if case.rule not in [other.rule for other in gallery.cases[: number - 1]]:
+                firsts.append((f"{case.rule}: {head}", row))
+        if firsts:
+            heads, rows = zip(*firsts)
+            written.append(_save(panels(rows, heads, height=190), folder / "qualitative.png"))
+        for number, item in enumerate(gallery.regions, 1):
+            boxes = image_boxes(gallery.records[item.image])
+            image = picture(item.image)
+            row = [("image, with all its boxes", draw_boxes(image, boxes))]
+            row += [(name, regions_over(image, labels, gallery.grid, boxes)) for name, labels in item.assignments]
+            regions.append([{"name": name, "source": _jpeg(drawing, EVIDENCE_SIDE)} for name, drawing in row])
+            written.append(_save(panels([row], [""]), folder / f"regions-{number:02d}.png"))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    text = environment.get_template("report.html").render(
+        title=title,
+        about=about,
+        tiles=tiles,
+        tables=[*tables, *(Table(*words) for words in (plain_tables(results) if results else []))],
+        plots=drawn,
+        cases=cases,
+        regions=regions,
+        note=note,
+        folder=folder.name,
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return [path, *written]
 
 
-def _arrow(draw: ImageDraw.ImageDraw, start: Sequence[float], end: Sequence[float]) -> None:
-    draw.line((*start, *end), fill=INK, width=3)
-    (x0, y0), (x1, y1) = start, end
-    length = max(1.0, ((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5)
-    ux, uy = (x1 - x0) / length, (y1 - y0) / length
-    wing = [(x1 - 12 * ux + s * 7 * uy, y1 - 12 * uy - s * 7 * ux) for s in (1, -1)]
-    draw.polygon([(x1, y1), *wing], fill=INK)
+def _case_words(case: Case, gallery: Gallery, lit: Sequence[Image.Image], picture) -> dict:
+    """What the page needs of a case."""
+    text, phrase = case.caption.text, case.phrase
+    methods = [
+        {
+            "name": name,
+            "rank": rank,
+            "box_mass": f"{100 * mass:.0f} %",
+            "evidence": _jpeg(image, EVIDENCE_SIDE),
+        }
+        for name, rank, mass, image in zip(gallery.names, case.ranks, case.box_mass, lit)
+    ]
+    shown = [0, len(gallery.names) - 1] if len(gallery.names) > 1 else [0]
+    tops = [
+        {
+            "name": gallery.names[k],
+            "rank": case.ranks[k],
+            "images": [
+                {"source": _jpeg(picture(image), THUMBNAIL_SIDE), "true": image == case.image, "place": place}
+                for place, image in enumerate(case.top[k], 1)
+            ],
+        }
+        for k in shown
+    ]
+    return {
+        "rule": case.rule,
+        "boxed": _jpeg(draw_boxes(picture(case.image), phrase.boxes), EVIDENCE_SIDE),
+        "before": text[: phrase.start],
+        "phrase": text[phrase.start : phrase.end],
+        "after": text[phrase.end :],
+        "area": f"{100 * min((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in phrase.boxes):.1f} %",
+        "methods": methods,
+        "tops": tops,
+        "image": gallery.records[case.image].image_id,
+    }
+
+
+def _data(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _jpeg(image: Image.Image, side: int) -> str:
+    content = io.BytesIO()
+    thumbnail(image, side).save(content, "JPEG", quality=82, optimize=True)
+    return _data(content.getvalue(), "jpeg")
+
+
+def _save(image: Image.Image, path: Path) -> Path:
+    with atomic_path(path) as temporary:
+        image.save(temporary, "PNG", optimize=True)
+    return path

@@ -51,7 +51,7 @@ class Progress(tqdm):
         self.plain = not sys.stderr.isatty()
         if self.plain:
             line = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} since the start, about {remaining} to go"
-            settings |= {"mininterval": 30, "maxinterval": 30, "bar_format": line}
+            settings |= {"mininterval": 30, "maxinterval": 30, "miniters": 1, "bar_format": line}
         super().__init__(*words, **settings, disable=rank() != 0)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -49,13 +50,20 @@ def write_tables(results: dict, folder: str | Path) -> list[Path]:
     files = [folder / "results.md"]
     with atomic_path(files[0]) as temporary:
         temporary.write_text(markdown(results), encoding="utf-8")
-    for name, draw in (
-        ("recall_budget", _recall_by_budget),
-        ("recall_bytes", _recall_by_bytes),
-        ("grounding", _grounding_bars),
-    ):
-        files += _plot(folder / name, draw, results)
+    for name, draw in PLOTS.items():
+        for suffix in (".png", ".svg"):
+            content = _plot(draw, results, suffix[1:])
+            if content is not None:
+                files.append((folder / name).with_suffix(suffix))
+                with atomic_path(files[-1]) as temporary:
+                    temporary.write_bytes(content)
     return files
+
+
+def plots(results: dict) -> dict[str, tuple[bytes, bytes]]:
+    """The plots that the results have rows for: name -> SVG for a light and for a dark page."""
+    found = {name: tuple(_plot(draw, results, "svg", dark) for dark in (False, True)) for name, draw in PLOTS.items()}
+    return {name: pair for name, pair in found.items() if pair[0] is not None}
 
 
 def markdown(results: dict) -> str:
@@ -156,7 +164,7 @@ def _budget_table(rows: Sequence[dict], results: dict) -> list[str]:
     head = ["", *(f"K = {budget}" for budget in budgets)]
     lines = [["*SaMer, published, at the same shares N/2 to N/32*", *(_number(published.get(k)) for k in budgets)]]
     own = [[name, *(_recall(at[name, k]) if (name, k) in at else "" for k in budgets)] for name in names]
-    return [*_table(head, lines), "", *_table(head, own)]
+    return [*(_table(head, lines) if published else []), "", *_table(head, own)]
 
 
 def _component_table(rows: Sequence[dict], results: dict) -> list[str]:
@@ -171,6 +179,37 @@ def _component_table(rows: Sequence[dict], results: dict) -> list[str]:
 
 def _crossed_table(rows: Sequence[dict], results: dict) -> list[str]:
     return _table(["projector, and compression", *MEASURED], [[r["name"], *_recall_cells(r, results)] for r in rows])
+
+
+def plain_tables(results: dict) -> list[tuple[str, str, list[str], list[list[str]]]]:
+    """What the report shows of a comparison: (title, note, head, rows) of grounding and of budgets, where measured."""
+    found = []
+    both = [row for row in results["rows"] if row["section"] in ("untouched", "adapted")]
+    if both:
+        note = (
+            "In percent. The winning vector of each word of a phrase: share of its evidence inside the phrase's boxes "
+            "(BoxMass), phrases whose regions reach IoU 0.1 with the boxes (RegionHit), that IoU (CovIoU); OSR: best "
+            "similarities after compression over before; mixed: clusters with two or more annotated objects."
+        )
+        names = ("box_mass", "region_hit", "iou", "osr", "mixed_clusters")
+        body = [[_label(row), *(_number(row[name]) for name in names)] for row in both]
+        found.append(("Grounding", note, ["", "BoxMass", "RegionHit", "CovIoU", "OSR", "mixed"], body))
+    lines = _budget_lines(results)
+    if lines:
+        budgets = sorted({row["merge"]["num_regions"] for rows in lines.values() for row in rows}, reverse=True)
+        body = []
+        for name, rows in lines.items():
+            at = {row["merge"]["num_regions"]: row for row in rows}
+            body.append([name, *(_recall(at[k]) if k in at else "" for k in budgets)])
+        note = "R@1, text to image, K vectors per image at most, from float32 vectors."
+        found.append(("Budgets", note, ["", *(f"K = {k}" for k in budgets)], body))
+    return found
+
+
+def recall_table(results: dict) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of a comparison's untouched and trained compressors."""
+    both = [row for row in results["rows"] if row["section"] in ("untouched", "adapted")]
+    return ["", *MEASURED], [[_label(row), *_recall_cells(row, results)] for row in both]
 
 
 def _label(row: dict) -> str:
@@ -253,27 +292,41 @@ SECTION_TITLES: dict[str, tuple[str, str, Callable[[Sequence[dict], dict], list[
 }
 
 
-def _plot(stem: Path, draw: Callable, results: dict) -> list[Path]:
-    """Draws with `draw(axes, results)`, which says False where it has no rows; PNG and SVG."""
+def _plot(draw: Callable, results: dict, kind: str, dark: bool = False) -> bytes | None:
+    """Draws with `draw(axes, results)`, which says False where it has no rows (None then); PNG or SVG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    ink = "#e6e8eb" if dark else "#000000"
     settings = {"svg.hashsalt": "samer", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    settings |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
+    if dark:
+        settings |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none")
     with pyplot.rc_context(settings):
         figure, axes = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
         try:
             if draw(axes, results) is False:
-                return []
-            files = []
-            for suffix, facts in ((".png", {"Software": None}), (".svg", {"Date": None})):
-                files.append(stem.with_suffix(suffix))
-                with atomic_path(files[-1]) as temporary:
-                    figure.savefig(temporary, format=suffix[1:], dpi=150, metadata=facts)
-            return files
+                return None
+            content = io.BytesIO()
+            figure.savefig(
+                content,
+                format=kind,
+                dpi=150,
+                bbox_inches="tight",
+                metadata={"png": {"Software": None}, "svg": {"Date": None}}[kind],
+            )
+            return content.getvalue()
         finally:
             pyplot.close(figure)
+
+
+def _colour(number: int) -> str:
+    """A line's colour; the first is that of the text, so that it shows on a dark page."""
+    from matplotlib import rcParams
+
+    return COLOURS[number % len(COLOURS)] if number % len(COLOURS) else rcParams["text.color"]
 
 
 def _budget_lines(results: dict) -> dict[str, list[dict]]:
@@ -288,8 +341,8 @@ def _reference(axes, results: dict) -> None:
     """All tokens as horizontal lines."""
     for section, style, words in (("untouched", ":", "all tokens"), ("adapted", "--", "all tokens, same training")):
         for row in results["rows"]:
-            if (row["section"], row["name"]) == (section, "none"):
-                axes.axhline(row["r@1"], color="#555555", linestyle=style, linewidth=1.2, label=words)
+            if (row["section"], row["compressor"]) == (section, "none"):
+                axes.axhline(row["r@1"], color=_colour(0), alpha=0.65, linestyle=style, linewidth=1.2, label=words)
 
 
 def _draw_lines(axes, results: dict, place: Callable[[dict], float]) -> bool:
@@ -306,7 +359,7 @@ def _draw_lines(axes, results: dict, place: Callable[[dict], float]) -> bool:
             [place(row) for row in rows],
             [row["r@1"] for row in rows],
             yerr=list(zip(*low_high)) if trained else None,
-            color=COLOURS[number % len(COLOURS)],
+            color=_colour(number),
             marker=MARKERS[number % len(MARKERS)],
             linestyle="-" if trained else (0, (4, 2)),
             linewidth=2 if trained else 1.2,
@@ -362,3 +415,6 @@ def _grounding_bars(axes, results: dict) -> bool:
     axes.grid(True, axis="x", alpha=0.25)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     return True
+
+
+PLOTS = {"recall_budget": _recall_by_budget, "recall_bytes": _recall_by_bytes, "grounding": _grounding_bars}

@@ -21,6 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from samer.config import load_config
 from samer.runtime import pick_device, run
 
+TILES = {  # the figures in large
+    "none": "all tokens",
+    "none, trained": "all tokens, same training",
+    "samer, farthest, trained": "SaMer, farthest, trained",
+    "samer, raster, trained": "SaMer, raster, trained",
+}
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,7 +45,8 @@ def main(argv=None):
     given = options.sections or []
     overrides = [*(word for word in given if "=" in word), *options.overrides]  # argparse takes them for sections
     config = load_config(options.config, overrides)
-    from samer.comparison import SECTIONS, check_request, compare
+    from samer import flickr
+    from samer.comparison import SECTIONS, check_request, compare, shown_methods
 
     sections = SECTIONS if options.sections is None else [word for word in given if "=" not in word]
     check_request(sections, options.seeds)
@@ -52,13 +60,46 @@ def main(argv=None):
             words = ["--out", features, "--data-root", options.data_root, "--config", options.config, "--splits", split]
             write.main([*words, *(["--limit-images", str(limit)] if limit else []), *overrides])
     from samer.features import FeatureStore
-    from samer.tables import write_tables
+    from samer.report import Table, make_gallery, write_report
+    from samer.tables import recall_table, write_tables
 
     config = replace(config, data=replace(config.data, root=options.data_root, features=features))
     store = FeatureStore(features, config.model.name, pick_device())
     results = compare(config, options.out, store, seeds=options.seeds, sections=sections, split=options.split)
     files = write_tables(results, options.out)
     files = [Path(options.out) / "results.json", *files]
+    records = flickr.load_split(
+        options.data_root, options.split, boxes=True, limit_images=config.data.limit_eval_images
+    )
+    methods, regions = shown_methods(config.merge, options.out, store, sections, options.seeds[0])
+    gallery = make_gallery(store, records, methods, regions, batch_size=config.train.eval_batch_size)
+    about = results["about"]
+    head, rows = recall_table(results)
+    note = (
+        f"In percent, text to image unless said otherwise, 95 % bootstrap intervals over images. Trained rows: mean of "
+        f"{len(options.seeds)} seed{'s' * (len(options.seeds) > 1)}, ± standard deviation. Pictures below: seed "
+        f"{options.seeds[0]}."
+    )
+    report = Path(options.out) / "report.html"
+    write_report(
+        report,
+        title=f"Compressors compared on {about['data']}",
+        about=[
+            (
+                "data",
+                f"{about['split']} of {options.data_root}: {about['images']:,} images, {about['captions']:,} captions",
+            ),
+            ("retriever", f"{about['model']}, {about['tokens_per_image']} tokens per image"),
+            ("compressed to", f"{about['merge']['num_regions']} vectors"),
+            ("training", ", ".join(f"{name} {value:g}" for name, value in about["train"].items())),
+            ("all tables", str(Path(options.out) / "results.md")),
+        ],
+        tiles=[(f"{float(row[1].split()[0]):.1f} %", f"R@1, {TILES[row[0]]}") for row in rows if row[0] in TILES],
+        tables=[Table("Retrieval", note, head, rows)],
+        results=results,
+        gallery=gallery,
+    )
+    files.append(report)
     print(f"{time.monotonic() - started:.0f} s; wrote {', '.join(map(str, files))}")
     return results
 

@@ -31,12 +31,25 @@ ROWS = (  # name, compressor of the index, what the projector was trained throug
     ("SAP-mean, trained", "sap-mean", "sap-mean"),
     ("all tokens, same training", "none", "none"),
 )
+# the rows with pictures: the baseline first, the one in question last
+SHOWN = (
+    "all tokens",
+    "H-Pool",
+    "SAP-mean",
+    "HPC",
+    "SaMer, farthest",
+    "SaMer, raster, trained",
+    "SaMer, farthest, trained",
+)
+CURVES = ("SAP-mean", "SaMer, farthest", "SaMer, farthest, trained")  # recall at five budgets
+REGIONS = ("SaMer, raster", "SaMer, raster, trained", "SaMer, farthest", "SaMer, farthest, trained")
 SIZES = {False: (800, 60, 400), True: (80, 20, 60)}  # quick -> images in train, val, test
 
 
 def main(argv=None):
     from scripts import cache, features, scenes, train
     from scripts import eval as evaluate
+    from scripts import report as make_report
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="outputs/demo", help="folder for everything (outputs/demo)")
@@ -63,7 +76,7 @@ def main(argv=None):
     )
     results = []
     for name, compressor, training in ROWS:
-        label = name.replace(", ", "-").replace(" ", "-").lower()
+        label = folder_name(name)
         adapter = []
         if training is not None:
             folder = out / "checkpoints" / label
@@ -83,6 +96,7 @@ def main(argv=None):
             "--splits",
             "test",
             *adapter,
+            *(["--assignments"] if compressor != "none" else []),  # for the search page; all tokens need none
         )
         step(f"build the index: {name}", cache, *words, model, *settings(compressor))
         report = step(
@@ -90,10 +104,24 @@ def main(argv=None):
         )
         results.append({"name": name, **report})
     write_json(out / "results.json", {"rows": results})
+    report = out / "report.html"
+    place = lambda name: f"{name}={out / 'caches' / folder_name(name)}"
+    metrics = lambda name: place(name) + "/metrics.json"
+    words = ["--data-root", world, "--features", store, "--out", report, "--title", "SaMer on generated scenes"]
+    words += ["--method", *map(place, SHOWN), "--row", *(metrics(name) for name, *_ in ROWS if name not in SHOWN)]
+    words += ["--regions", *map(place, REGIONS), "--sweep", *CURVES]
+    step("make the report", make_report, *words)
     print("\n" + table(results))
     print(f"\n{time.monotonic() - started:.0f} s. Projectors in {out / 'checkpoints'}, indexes in {out / 'caches'},")
-    print(f"scenes in {world}, these figures in {out / 'results.json'}.")
+    print(f"scenes in {world}, these figures in {out / 'results.json'}. To search the scenes with words:")
+    print(f"  CACHE_DIR={out / 'caches' / folder_name(SHOWN[-1])} DATA_ROOT={world} bash bash/serve.sh")
+    print(f"What it all means, with pictures: {report}")
     return results
+
+
+def folder_name(row):
+    """Where a row's index and projector lie."""
+    return row.replace(", ", "-").replace(" ", "-").lower()
 
 
 def settings(compressor):

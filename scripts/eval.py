@@ -3,7 +3,8 @@
     PYTHONPATH=. python scripts/eval.py --cache-dir outputs/flickr_samer_k64 --split test --output-json metrics.json
 
 Needs the cache only: neither model nor images. Intervals are 95 % bootstrap over queries; captions of one image are
-drawn together.
+drawn together. A report (HTML) is written beside the JSON; with --data-root it shows pictures: failures by rule, and
+what winning vectors stand on. For that the captions shown are encoded again, by the model or from --features.
 """
 
 import argparse
@@ -20,6 +21,8 @@ def main(argv=None):
     parser.add_argument("--cache-dir", required=True, help="made by scripts/cache.py")
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument("--output-json", required=True, help="where the metrics go")
+    parser.add_argument("--data-root", help="Flickr30k-Entities folder, with boxes, for the report's pictures")
+    parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
     add_compute_options(parser)
     options = parser.parse_args(argv)
     device = compute_device(options)
@@ -28,7 +31,8 @@ def main(argv=None):
 
     cache = Cache(options.cache_dir)
     images, queries, regions, size = cache.size(options.split)
-    metrics = both_directions(*cache.scores(options.split, device))
+    scores, image_of = cache.scores(options.split, device)
+    metrics = both_directions(scores, image_of)
     about = {key: cache.manifest[key] for key in ("base_model", "projector", "merge", "dtype")}
     result = {
         "split": options.split,
@@ -44,8 +48,45 @@ def main(argv=None):
     for direction, values in metrics.items():
         shown = [f"{n} {m['value']:.1f} [{m['interval'][0]:.1f}, {m['interval'][1]:.1f}]" for n, m in values.items()]
         print(f"  {direction.replace('_', ' ')}: " + ", ".join(shown))
-    print(f"-> {options.output_json}")
+    report = Path(options.output_json).with_suffix(".html")
+    write_eval_report(report, cache, result, scores, options, device)
+    print(f"-> {options.output_json}, {report}")
     return result
+
+
+def write_eval_report(path, cache, result, scores, options, device):
+    from samer.config import MergeConfig
+    from samer.report import Shown, check_images, headline, make_gallery, metrics_table, write_report
+
+    gallery = None
+    name = MergeConfig(**result["cache"]["merge"]).compressor
+    if options.data_root:
+        from samer import flickr
+        from samer.features import open_encoder
+
+        records = flickr.load_split(options.data_root, options.split, boxes=True, limit_images=result["images"])
+        check_images(cache, options.split, records, options.data_root)
+        encoder = open_encoder(result["cache"]["base_model"], device, features=options.features)
+        cache.check_model(encoder)
+        shown = Shown(name, MergeConfig(**cache.manifest["merge"]), cache.projector(), scores)
+        gallery = make_gallery(encoder, records, [shown])
+    row = {"name": name, **result}
+    merge = ", ".join(f"{key} {value}" for key, value in result["cache"]["merge"].items())
+    write_report(
+        path,
+        title=f"{Path(options.cache_dir).name}: retrieval on {options.split}",
+        about=[
+            ("index", options.cache_dir),
+            ("split", f"{options.split}: {result['images']:,} images, {result['queries']:,} captions"),
+            ("retriever", result["cache"]["base_model"]),
+            ("merge", merge),
+            ("stored as", result["cache"]["dtype"]),
+        ],
+        tiles=headline(row, row),
+        tables=[metrics_table([row])],
+        gallery=gallery,
+        note="" if gallery else "scripts/eval.py --data-root FOLDER shows pictures here, with what was found and why.",
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def main(argv=None):
     parser.add_argument("--retriever", default="assets/retriever", help="whose regions are shown")
     options = parser.parse_args(argv)
     from samer.colpali import Retriever
-    from samer.report import architecture_figure
+    from samer.drawing import architecture_figure
 
     path = Path(options.out) / "architecture.png"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ query.
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,36 +32,21 @@ def main(argv=None):
     if options.top < 1:
         parser.error("--top must be at least 1")
     device = compute_device(options)
-    import torch
+    from samer.serving import Models, SearchIndex
 
-    from samer.cache_io import Cache
-    from samer.features import open_encoder
-
-    cache = Cache(options.cache_dir)
-    splits = list(cache.manifest["splits"])
-    if options.split is None and len(splits) != 1:
-        raise InputError(f"{options.cache_dir} holds {', '.join(splits)}; name one with --split")
-    split = options.split or splits[0]
-    images, _, regions, size = cache.size(split)
-    root = Path(cache.manifest["splits"][split].get("root", ""))
-    retriever = open_encoder(options.model or cache.manifest["base_model"], device)
-    if retriever.base_projector.hash != cache.manifest["base_projector"]:
-        raise InputError(f"{retriever.name} is not the model that {options.cache_dir} was made with")
-    retriever.use_projector(cache.projector())
+    index = SearchIndex(options.cache_dir, Models(device, options.model), options.split)
     print(
-        f"{images:,} images x {regions} vectors, {images * size / 1e6:,.1f} MB, in {options.cache_dir}",
+        f"{index.images:,} images x {index.regions} vectors, {index.images * index.bytes_per_image / 1e6:,.1f} MB, "
+        f"in {options.cache_dir}",
         file=sys.stderr,
     )
 
     def answer(text):
-        started = time.perf_counter()
-        with torch.no_grad():
-            query = retriever.encode_queries(retriever.query_inputs([text]))
-        encoded = time.perf_counter()
-        found = cache.search(query, split, options.top, device)[0]
-        results = [{"id": name, "path": str(root / name), "score": round(score, 6)} for name, score in found]
-        took = {"encode_ms": 1000 * (encoded - started), "search_ms": 1000 * (time.perf_counter() - encoded)}
-        result = {"query": text, "results": results, **{name: round(value, 2) for name, value in took.items()}}
+        found = index.search(text, options.top)
+        path = lambda name: str(index.root / name if index.root else name)
+        results = [{"id": name, "path": path(name), "score": round(score, 6)} for name, score in found.hits]
+        took = {"encode_ms": round(found.encode_ms, 2), "search_ms": round(found.search_ms, 2)}
+        result = {"query": text, "results": results, **took}
         if options.json:
             print(json.dumps(result, ensure_ascii=False), flush=True)
         else:

@@ -19,6 +19,10 @@ hypothesis.settings.load_profile("samer")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is a defect
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "browser: drives a headless Chromium; skipped where there is none")
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A generated world: 12 train, 6 val and 8 test images."""

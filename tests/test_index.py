@@ -564,11 +564,16 @@ def test_an_index_without_a_live_picture_finds_nothing(pictures, tmp_path, dtype
     assert Cache(tmp_path / "c").search(ask(2), "images", 5) == [[], []]
 
 
-def test_regions_beyond_a_byte_are_refused(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_io, "NO_REGION", GRID * GRID - 1)
-    everything = MergeConfig(num_regions=2, compressor="none")
-    with pytest.raises(InputError, match="a byte per token; none left region 15"):
-        add(tmp_path / "c", pictures, NAMES[:2], merge=everything, assignments=True)
+@pytest.mark.parametrize(
+    ("merge", "words"),
+    [
+        (MergeConfig(num_regions=2, compressor="none"), "each is its own region: leave --assignments out"),
+    ],
+)
+def test_regions_that_no_byte_holds_are_refused(pictures, tmp_path, merge, words):
+    with pytest.raises(InputError, match=words):
+        add(tmp_path / "c", pictures, NAMES[:2], merge=merge, assignments=True)
+    assert not (tmp_path / "c").exists()
 
 
 def test_deleting_where_there_is_no_index_touches_nothing(tmp_path):

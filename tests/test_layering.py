@@ -17,8 +17,9 @@ RANKS = [
     {"colpali"},
     {"train_data", "features", "compressors"},
     {"evaluation"},
-    {"training", "cache_io", "report"},
-    {"comparison"},
+    {"training", "cache_io", "drawing"},
+    {"report"},
+    {"comparison", "serving"},
 ]
 # What a room may import of samer, where the house says so. `merging` takes labels, so it needs the penalty.
 ALLOWED = {

@@ -1,0 +1,40 @@
+"""Serves a page to search indexes by words, and to see what each word of a query looked at.
+
+    python scripts/serve.py --cache-dir outputs/pictures                             -> http://127.0.0.1:8000/
+    python scripts/serve.py --cache-dir outputs/k8 outputs/k64 --data-root /data/flickr30k_entities --split test
+
+Several indexes of the same pictures make a slider from the smallest to the largest. What a word looked at is drawn for
+indexes made with --assignments. --data-root says where the pictures of indexes lie that scripts/cache.py made, and with
+its Annotations the page also shows boxes, and how much of the evidence lies in them. The page answers to this machine
+only; --host 0.0.0.0 opens it, and the pictures, to the network. Ctrl-C ends it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from samer.runtime import add_compute_options, compute_device, run
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache-dir", required=True, nargs="+", help="made by scripts/index.py or scripts/cache.py")
+    parser.add_argument("--split", help="default: each index's only one")
+    parser.add_argument("--data-root", help="Flickr30k-Entities folder, for indexes that scripts/cache.py made")
+    parser.add_argument("--model", help="where the model is, if not where the indexes say")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1, this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="8000; 0: any that is free")
+    add_compute_options(parser)
+    options = parser.parse_args(argv)
+    device = compute_device(options)
+    from samer.serving import Models, SearchIndex, serve
+
+    models = Models(device, options.model)
+    indexes = [SearchIndex(folder, models, options.split, options.data_root) for folder in options.cache_dir]
+    serve(indexes, options.host, options.port)
+
+
+if __name__ == "__main__":
+    run(main)
