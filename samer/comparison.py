@@ -60,6 +60,11 @@ class Row:
     name: str
     merge: MergeConfig
     trained: MergeConfig | None = None
+    projector: str = ""  # its name among the measurements; empty: that of `trained`
+
+    @property
+    def measured_with(self) -> str:
+        return self.projector or slug(self.trained)
 
 
 def budgets(tokens_per_image: int) -> list[int]:
@@ -137,16 +142,17 @@ def sweep(
     for method in shown:
         trained = None if method.projector.hash == encoder.base_projector.hash else method.merge
         section = "untouched" if trained is None else "adapted"
-        own = [Row(section, method.name.removesuffix(", trained"), method.merge, trained)]
+        key = method.projector.hash
+        own = [Row(section, method.name.removesuffix(", trained"), method.merge, trained, key)]
         if method.name in curves:
             at = {budget: replace(method.merge, num_regions=budget) for budget in budgets(tokens_per_image)}
-            own += [Row("budgets", f"{method.name} @ {budget}", merge, trained) for budget, merge in at.items()]
-        projector, merges = jobs.setdefault(slug(trained), (method.projector, {}))
+            own += [Row("budgets", f"{method.name} @ {budget}", merge, trained, key) for budget, merge in at.items()]
+        _, merges = jobs.setdefault(key, (method.projector, {}))
         merges |= {slug(row.merge): row.merge for row in own}
         rows += own
     measured = {}
     for number, (key, (projector, merges)) in enumerate(jobs.items(), 1):
-        print0(f"[{number}/{len(jobs)}] {key}: {len(merges)} compressions of {len(records):,} images")
+        print0(f"[{number}/{len(jobs)}] projector {key[:8]}: {len(merges)} compressions of {len(records):,} images")
         encoder.use_projector(projector)
         values = measure(encoder, records, merges, batch_size)
         measured[key, 0] = {name: {n: v.numpy() for n, v in row.items()} for name, row in values.items()}
@@ -389,7 +395,7 @@ def summarise(
     edges, part = size_thirds(smallest)
     table, per_query = [], {}
     for row in rows:
-        runs = [measured[slug(row.trained), seed][slug(row.merge)] for seed in (seeds if row.trained else [0])]
+        runs = [measured[row.measured_with, seed][slug(row.merge)] for seed in (seeds if row.trained else [0])]
         per_query[row.section, row.name] = np.stack([run["r@1"] for run in runs])  # (seeds, Q)
         r1 = per_query[row.section, row.name].mean(0)
         by_seed = [float(run["r@1"].mean()) for run in runs]

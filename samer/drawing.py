@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from samer import flickr, scenes
 from samer.colpali import Retriever
@@ -71,10 +71,10 @@ def spotlight(image: Image.Image, evidence: np.ndarray, boxes: Sequence[flickr.B
     alpha = Image.fromarray((255 * np.sqrt(strength)).astype(np.uint8)).resize(image.size, Image.NEAREST)
     dim = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, PAPER), 0.55)
     lit = Image.composite(image, dim, alpha)
-    edge = np.kron(np.pad(strength > 0.25, 1), np.ones((8, 8), dtype=bool))  # outline of what is lit, at 8 x the grid
-    core = edge[1:-1, 1:-1] & edge[:-2, 1:-1] & edge[2:, 1:-1] & edge[1:-1, :-2] & edge[1:-1, 2:]
-    line = Image.fromarray((edge[1:-1, 1:-1] & ~core)[7:-7, 7:-7]).resize(image.size, Image.NEAREST)
-    lit.paste(Image.new("RGB", image.size, LIGHT), mask=line.convert("L"))
+    on = Image.fromarray(strength > 0.25).convert("L").resize(image.size, Image.NEAREST)
+    core = ImageOps.expand(on, 3).filter(ImageFilter.MinFilter(5)).crop((3, 3, on.width + 3, on.height + 3))
+    line = ImageChops.subtract(on, core)  # two pixels, within what is lit, along the picture's edge too
+    lit.paste(Image.new("RGB", image.size, LIGHT), mask=line)
     return draw_boxes(lit, boxes)
 
 
@@ -89,7 +89,7 @@ def panels(rows: Sequence[Sequence[tuple[str, Image.Image]]], heads: Sequence[st
     font, small, gap = ImageFont.load_default(20), ImageFont.load_default(16), 14
     scaled = [
         [
-            (text, picture.resize((round(picture.width * height / picture.height), height), Image.LANCZOS))
+            (text, picture.resize((max(1, round(picture.width * height / picture.height)), height), Image.LANCZOS))
             for text, picture in row
         ]
         for row in rows

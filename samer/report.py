@@ -296,6 +296,11 @@ def write_report(
     folder = path.with_name(f"{path.stem}_figures")
     written = []
     drawn = []
+    for pattern in ("case-*.png", "regions-*.png", "qualitative.png", "*.svg"):  # of an earlier report
+        for old in folder.glob(pattern):
+            old.unlink()
+    if gallery and not gallery.cases:
+        note = note or "No caption names anything that has a box, so there is nothing to show."
     for name, (light, dark) in (plots(results) if results else {}).items():
         written.append(folder / f"{name}.svg")
         with atomic_path(written[-1]) as temporary:

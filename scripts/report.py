@@ -52,10 +52,12 @@ def main(argv=None):
             if not (name and equals and place):
                 parser.error(f"{word!r}: expected NAME={what}")
             found.append((name, place))
+        if len({name for name, _ in found}) < len(found):
+            raise InputError(f"{', '.join(words)}: give each name once")
         return found
 
     methods_in, regions_in = pairs(options.method, "CACHE_DIR"), pairs(options.regions, "CACHE_DIR")
-    others = [(name, read_metrics(place)) for name, place in pairs(options.row, "METRICS.json")]
+    others = [(name, read_metrics(place, options.split)) for name, place in pairs(options.row, "METRICS.json")]
     unknown = set(options.sweep or ()) - {name for name, _ in methods_in}
     if unknown:
         raise InputError(f"--sweep {sorted(unknown)[0]!r}: name a method of --method")
@@ -110,12 +112,14 @@ def main(argv=None):
     return files
 
 
-def read_metrics(path):
-    """What scripts/eval.py wrote."""
+def read_metrics(path, split):
+    """What scripts/eval.py wrote of a split."""
     row = read_json(path)
-    wanted = {"text_to_image", "image_to_text", "vectors_per_image", "bytes_per_image", "cache"}
-    if not wanted <= set(row):
-        raise InputError(f"{path}: no metrics of scripts/eval.py; it lacks {sorted(wanted - set(row))[0]}")
+    wanted = {"split", "text_to_image", "image_to_text", "vectors_per_image", "bytes_per_image", "cache"}
+    if not wanted <= set(row) or "merge" not in row["cache"]:
+        raise InputError(f"{path}: no metrics of scripts/eval.py; make them anew")
+    if row["split"] != split:
+        raise InputError(f"{path}: metrics of {row['split']}, not of {split}")
     return row
 
 

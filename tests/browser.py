@@ -15,9 +15,8 @@ QUIET = "--no-sandbox --disable-quic --disable-background-networking --disable-c
 SIZES = [(1280, 900), (390, 844)]
 
 
-@pytest.fixture(scope="session")
-def chromium():
-    """A running Chromium; the test is skipped where it or Playwright is missing."""
+def launched():
+    """Yields a running Chromium once; skips where it or Playwright is missing. The fixture `chromium` is made of it."""
     library = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     path = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if path is None:

@@ -66,6 +66,14 @@ def retriever(base):
 
 
 @pytest.fixture(scope="session")
+def chromium():
+    """A running Chromium; Playwright allows one in a process."""
+    from browser import launched
+
+    yield from launched()
+
+
+@pytest.fixture(scope="session")
 def script():
     """Loads scripts/<name>.py as a module, so that a test calls its main([...])."""
 

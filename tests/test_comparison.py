@@ -239,7 +239,8 @@ def test_every_planned_row_is_in_the_results(bench):
 def test_the_files_of_a_run(bench):
     names = {path.name for path in bench.out.iterdir()}
     plots = {"grounding.png", "grounding.svg"}  # no budgets, no lines
-    assert names == {"features", "projectors", "measured", "results.json", "results.md", *plots}
+    report = {"report.html", "report_figures"}
+    assert names == {"features", "projectors", "measured", "results.json", "results.md", *plots, *report}
     assert {path.name for path in (bench.out / "features").iterdir() if path.is_dir()} == {"train", "test"}
     projectors = {path.name for path in (bench.out / "projectors").iterdir()}
     assert len(projectors) == 2 * (7 + 4)

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from browser import SIZES, chromium, fits_sideways, opened, pixels, until  # noqa: F401
+from browser import SIZES, fits_sideways, opened, pixels, until
 
 from samer.cache_io import build_cache
 from samer.colpali import Retriever
@@ -71,7 +71,7 @@ def drawn(page):
     )
 
 
-def test_typing_searches_and_the_address_keeps_it(chromium, server):  # noqa: F811
+def test_typing_searches_and_the_address_keeps_it(chromium, server):
     with opened(chromium, server) as page:
         until(page, "document.querySelector('#status').textContent.startsWith('Write what to look for')")
         assert page.evaluate("document.activeElement.id") == "query"
@@ -92,7 +92,7 @@ def test_typing_searches_and_the_address_keeps_it(chromium, server):  # noqa: F8
         assert page.input_value("#query") == "a red car"
 
 
-def test_a_word_shows_what_it_matched(chromium, server):  # noqa: F811
+def test_a_word_shows_what_it_matched(chromium, server):
     with opened(chromium, f"{server}/?q=a+red+car&index=0", reduced_motion="reduce") as page:
         settled(page)
         assert drawn(page) == [0] * 8
@@ -108,7 +108,7 @@ def test_a_word_shows_what_it_matched(chromium, server):  # noqa: F811
         assert np.array_equal(pixels(page.locator(".frame").first), before)
 
 
-def test_the_keyboard_is_enough(chromium, server):  # noqa: F811
+def test_the_keyboard_is_enough(chromium, server):
     with opened(chromium, f"{server}/?q=a+red+car&index=0") as page:
         settled(page)
         page.focus("#query")
@@ -131,7 +131,7 @@ def test_the_keyboard_is_enough(chromium, server):  # noqa: F811
         assert page.locator(f"{WORD}.active").count() == 0
 
 
-def test_a_tap_holds_a_word(chromium, server):  # noqa: F811
+def test_a_tap_holds_a_word(chromium, server):
     with opened(chromium, f"{server}/?q=a+red+car", size=(390, 844), has_touch=True) as page:
         settled(page)
         page.locator(WORD).nth(2).tap()
@@ -141,7 +141,7 @@ def test_a_tap_holds_a_word(chromium, server):  # noqa: F811
         assert page.locator(f"{WORD}.active").count() == 0
 
 
-def test_the_slider_moves_between_indexes(chromium, server):  # noqa: F811
+def test_the_slider_moves_between_indexes(chromium, server):
     with opened(chromium, f"{server}/?q=a+red+car&index=1") as page:
         settled(page)
         assert [text.split()[0] for text in page.locator("#ticks span").all_inner_texts()] == ["small", "large", "bare"]
@@ -163,7 +163,7 @@ def test_the_slider_moves_between_indexes(chromium, server):  # noqa: F811
         assert drawn(page) == [0] * 8
 
 
-def test_troubles_are_told_in_words(chromium, server):  # noqa: F811
+def test_troubles_are_told_in_words(chromium, server):
     with opened(chromium, f"{server}/?q=an+<image>", forgiven=["400 (Bad Request)"]) as page:
         page.wait_for_selector("#status.error")
         assert "holds <image>" in page.locator("#status").inner_text()
@@ -173,7 +173,7 @@ def test_troubles_are_told_in_words(chromium, server):  # noqa: F811
         assert not page.locator("#status.error").count()
 
 
-def test_an_answer_that_comes_late_changes_nothing(chromium, server):  # noqa: F811
+def test_an_answer_that_comes_late_changes_nothing(chromium, server):
     with opened(chromium, server) as page:
 
         def late(route):
@@ -194,7 +194,7 @@ def test_an_answer_that_comes_late_changes_nothing(chromium, server):  # noqa: F
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES, ids=["desk", "phone"])
-def test_it_fits_the_window_and_is_not_blank(chromium, server, size, scheme):  # noqa: F811
+def test_it_fits_the_window_and_is_not_blank(chromium, server, size, scheme):
     query = "a+red+car+" + "w" * 120
     with opened(chromium, f"{server}/?q={query}&index=0", size=size, scheme=scheme) as page:
         settled(page)
