@@ -493,6 +493,55 @@ def _summary(split: str, entry: dict, reused: int) -> CacheSummary:
     return CacheSummary(split, live, sum(shard["count"] for shard in entry["queries"]), regions, size, reused)
 
 
+def _check_manifest(path: Path, manifest: dict) -> None:
+    """Refuses a manifest that cannot be true, before anything believes its counts or opens what it names."""
+
+    def check(right: bool, what: str) -> None:
+        if not right:
+            raise InputError(f"{path}: {what}; it is damaged: remove the cache and build it anew")
+
+    whole = lambda value, least: type(value) is int and value >= least
+    bare = lambda name: isinstance(name, str) and bool(name) and Path(name).name == name and name not in (".", "..")
+    dtype, scale, width = manifest.get("dtype"), manifest.get("scale"), manifest.get("embedding_dim")
+    check(dtype in DTYPES if isinstance(dtype, str) else False, f"dtype {str(dtype)[:40]!r} is unknown")
+    check(scale is None or (type(scale) is float and 0 < scale < float("inf")), f"scale {str(scale)[:40]} is no scale")
+    check((scale is not None) == (dtype == "int8"), "a scale belongs to int8, and to it only")
+    check(whole(width, 1), f"embedding_dim {str(width)[:40]} is no width")
+    for key in ("base_model", "base_projector", "projector"):
+        check(isinstance(manifest.get(key), str), f"{key} is missing or no text")
+    check(isinstance(manifest.get("merge"), dict), "merge is missing or no mapping")
+    check(isinstance(manifest.get("assignments"), bool), "assignments is neither true nor false")
+    check(isinstance(manifest.get("splits"), dict), "splits is missing or no mapping")
+    stored = {"binary": width // 8, "int8": width}.get(dtype) or width * FLOATS.get(dtype, torch.int8).itemsize
+    for split, entry in manifest["splits"].items():
+        check(bare(split) and isinstance(entry, dict), f"split {split[:40]!r} is no split")
+        check(isinstance(entry.get("root", ""), str), f"root of {split} is no text")
+        counts: dict[str, int] = {}
+        for kind in ("images", "queries"):
+            check(isinstance(entry.get(kind), list), f"{kind} of {split} are missing or no list")
+            for shard in entry[kind]:
+                name = shard.get("file") if isinstance(shard, dict) else None
+                check(bare(name) and name not in counts, f"a shard of {split} has no name, or another's")
+                right = whole(shard.get("count"), 1) and isinstance(shard.get("sha256"), str)
+                if kind == "images":
+                    right = right and whole(shard.get("regions"), 1) and whole(shard.get("bytes"), 1)
+                    right = right and shard["bytes"] == shard["count"] * shard["regions"] * (stored + 1)
+                if kind == "images" and dtype == "binary":
+                    exact = shard.get("exact")
+                    right = right and isinstance(exact, dict) and bare(exact.get("file"))
+                    right = right and whole(exact.get("bytes"), 1) and isinstance(exact.get("sha256"), str)
+                check(
+                    right and (kind == "images") == ("regions" in shard), f"the entry of {split}/{name} can't be true"
+                )
+                counts[name] = shard["count"]
+        check(bool(entry["images"]), f"{split} has no shard of images")
+        deleted, names = entry.get("deleted", {}), {shard["file"] for shard in entry["images"]}
+        check(isinstance(deleted, dict) and set(deleted) <= names, f"deleted of {split} names no shard")
+        for name, rows in deleted.items():
+            right = isinstance(rows, list) and all(type(row) is int and 0 <= row < counts[name] for row in rows)
+            check(right and len(set(rows)) == len(rows), f"deleted rows of {split}/{name} are not there")
+
+
 class Cache:
     """A finished cache, opened for reading as it is now; shards are mapped, not loaded."""
 
@@ -516,6 +565,7 @@ class Cache:
                 f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {FORMAT} {FORMAT_VERSION}: "
                 "build the cache anew"
             )
+        _check_manifest(path, self.manifest)
         self._mapped: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
         self._uploaded: dict[tuple[str, str, str], Tensor] = {}  # tokens on a device, once they were asked for there
         self._checked: set[tuple[str, str]] = set()
@@ -551,14 +601,20 @@ class Cache:
             raise InputError(f"{self.folder}: no split {split!r} in this cache; it holds: {held}")
         return splits[split]
 
-    def _map(self, split: str, file: str) -> tuple[dict[str, Tensor], dict]:
-        """A shard's tensors, mapped, and its header; each file is opened once."""
+    def _map(self, split: str, entry: dict, exact: bool = False) -> tuple[dict[str, Tensor], dict]:
+        """A shard's tensors, mapped, and its header; each file is opened, and held against the manifest, once.
+
+        Args:
+            split: of the index.
+            entry: the manifest's, of images or queries.
+            exact: the shard beside it, with the exact vectors of 1-bit ones.
+        """
+        file = entry["exact"]["file"] if exact else entry["file"]
         path = self.folder / split / file
         if (split, file) not in self._mapped:
             try:
                 tensors, header = load_shard(path)
-                if header["stamp"]["projector"] != self.manifest["projector"]:
-                    raise ValueError("made with another projector")
+                self._check_shard(split, entry, tensors, header, exact)
                 self._mapped[split, file] = tensors, header
             except (OSError, SafetensorError, KeyError, ValueError) as error:
                 raise InputError(
@@ -566,15 +622,54 @@ class Cache:
                 ) from None
         return self._mapped[split, file]
 
-    def _header(self, split: str, entry: dict) -> dict:
-        return self._map(split, entry["file"])[1]
+    def _check_shard(self, split: str, entry: dict, tensors: dict[str, Tensor], header: dict, exact: bool) -> None:
+        """Raises ValueError or KeyError for a shard that is not what the manifest says."""
+        stamp = header.get("stamp") if isinstance(header, dict) else None
+        if not isinstance(stamp, dict):
+            raise ValueError("no header of a cache's shard")
+        if stamp["projector"] != self.manifest["projector"]:
+            raise ValueError("made with another projector")
+        for key in ("dtype", "scale", "merge", "assignments"):
+            if key in stamp and stamp[key] != self.manifest.get(key):
+                raise ValueError(f"made with another {key}")
+        count, width = entry["count"], self.manifest["embedding_dim"]
+        own = header.get("entry", {})
+        if not isinstance(own, dict) or own.get("count", count) != count:
+            raise ValueError("made with another count")
+        tokens, names = tensors["tokens"], stamp["texts" if "regions" not in entry else "ids"]
+        if "regions" not in entry:  # queries
+            lengths, image = tensors["lengths"], tensors["image"]
+            right = tokens.ndim == 2 and tokens.shape[1] == width and tokens.is_floating_point()
+            right &= all(t.dtype == torch.int64 and t.shape == (count,) for t in (lengths, image))
+            right = right and int(lengths.min()) >= 1 and int(lengths.sum()) == len(tokens)
+            images = sum(shard["count"] for shard in self._split(split)["images"])
+            right = right and int(image.min()) >= 0 and int(image.max()) < images
+        else:
+            kind = FLOATS.get(self.manifest["dtype"], torch.int8 if self.manifest["dtype"] == "int8" else torch.uint8)
+            stored = width // 8 if kind == torch.uint8 else width
+            kind, stored = (torch.bfloat16, width) if exact else (kind, stored)
+            right = tokens.dtype == kind and tokens.shape == (count, entry["regions"], stored)
+            if not exact:
+                mask = tensors["mask"]
+                right &= mask.dtype == torch.bool and mask.shape == (count, entry["regions"])
+            if self.manifest.get("assignments") and not exact:
+                regions = tensors["assignments"]
+                right &= regions.dtype == torch.uint8 and regions.ndim == 2 and len(regions) == count
+            right = right and isinstance(names, list) and len(set(map(str, names))) == count
+        right = right and isinstance(names, list) and len(names) == count and all(isinstance(n, str) for n in names)
+        if not right:
+            raise ValueError("its tensors or names are not what the manifest says")
 
-    def _read(self, split: str, entry: dict) -> tuple[dict[str, Tensor], dict]:
-        """A shard whose checksum holds: all of it is read, once."""
-        path = self.folder / split / entry["file"]
-        if (split, entry["file"]) not in self._checked:
+    def _header(self, split: str, entry: dict) -> dict:
+        return self._map(split, entry)[1]
+
+    def _read(self, split: str, entry: dict, exact: bool = False) -> tuple[dict[str, Tensor], dict]:
+        """As `_map`, of a shard whose checksum holds: all of it is read, once."""
+        own = entry["exact"] if exact else entry
+        path = self.folder / split / own["file"]
+        if (split, own["file"]) not in self._checked:
             try:
-                if path.stat().st_size and file_hash(path) != entry["sha256"]:
+                if path.stat().st_size and file_hash(path) != own["sha256"]:
                     raise InputError(
                         f"{path}: contents differ from the manifest's checksum; remove it and build the cache again"
                     )
@@ -582,8 +677,8 @@ class Cache:
                 raise InputError(
                     f"{path}: not readable ({str(error)[:120]}); remove it and build the cache again"
                 ) from None
-        tensors, header = self._map(split, entry["file"])
-        self._checked.add((split, entry["file"]))
+        tensors, header = self._map(split, entry, exact)
+        self._checked.add((split, own["file"]))
         return tensors, header["stamp"]
 
     def _live(self, split: str, entry: dict) -> Tensor | None:
@@ -609,7 +704,7 @@ class Cache:
     def stored(self, split: str, device: torch.device | str = "cpu") -> Iterator[tuple[list[str], StoredImages]]:
         """Shards of a split in order, mapped and unchecked, for scanning; deleted images are marked, not taken out."""
         for entry in self._split(split)["images"]:
-            tensors, header = self._map(split, entry["file"])
+            tensors, header = self._map(split, entry)
             mask, live = tensors["mask"], self._live(split, entry)
             full = header.setdefault("full", bool(mask.all()))  # asked once
             yield (
@@ -688,8 +783,8 @@ class Cache:
             assignments (N,) uint8 or None where the index holds none.
         """
         entry, row = self._place(split, number)
-        tensors, _ = self._map(split, entry["file"])
-        exact = self._map(split, entry["exact"]["file"])[0] if "exact" in entry else tensors
+        tensors, _ = self._map(split, entry)
+        exact = self._map(split, entry, exact=True)[0] if "exact" in entry else tensors
         tokens = exact["tokens"][row].float()
         if exact["tokens"].dtype == torch.int8:
             tokens = tokens * self.manifest["scale"]
@@ -728,14 +823,12 @@ class Cache:
         for entry, (_, images) in zip(self._split(split)["images"], self.stored(split, device)):
             self._read(split, entry)  # an evaluation checks what it reads
             if "exact" in entry:
-                self._read(split, entry["exact"])
+                self._read(split, entry, exact=True)
             columns.append(torch.cat([score_stored(query, images).cpu() for query, _ in blocks]))
         scores = torch.cat(columns, dim=1)
         if self.manifest["dtype"] == "binary":
-            tokens = torch.cat(
-                [self._map(split, e["exact"]["file"])[0]["tokens"] for e in self._split(split)["images"]]
-            )
-            masks = torch.cat([self._map(split, e["file"])[0]["mask"] for e in self._split(split)["images"]])
+            tokens = torch.cat([self._map(split, e, exact=True)[0]["tokens"] for e in self._split(split)["images"]])
+            masks = torch.cat([self._map(split, e)[0]["mask"] for e in self._split(split)["images"]])
             queries = [(tokens, mask) for query, _ in blocks for tokens, mask in zip(query.tokens, query.mask)]
             count = min(CANDIDATES * 10, scores.shape[1])
             chosen = scores.topk(count, dim=1).indices  # (Q, candidates)

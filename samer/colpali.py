@@ -233,6 +233,8 @@ class Retriever(Encoder):
                 name,
                 # float32 from the start: halves cast up would keep Gemma's embedding scale rounded
                 dtype=torch.float32 if dtype == torch.float32 else "auto",
+                attn_implementation="sdpa",  # else a config could name a kernel to fetch from the hub
+                use_safetensors=True,  # never a pickle
                 local_files_only=local_files_only,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they come out in the report, and are refused by name below
@@ -520,15 +522,17 @@ def _load_adapter(folder: Path, retriever: Encoder) -> Projector:
     whole = {name.partition("embedding_proj_layer.")[2]: tensor for name, tensor in tensors.items()}
     if set(whole) == {"weight", "bias"}:  # modules_to_save: the layer itself, which PEFT alone does not load
         return _as_projector(whole, file)
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
+    settings = _lora_settings(folder / "adapter_config.json", tensors)
     base = nn.Module()
     base.embedding_proj_layer = nn.Linear(retriever.hidden_size, retriever.embedding_dim)
     with torch.no_grad():
         base.embedding_proj_layer.weight.copy_(retriever.base_projector.weight)
         base.embedding_proj_layer.bias.copy_(retriever.base_projector.bias)
     try:
-        adapted = PeftModel.from_pretrained(base, str(folder), local_files_only=True)
+        adapted = get_peft_model(base, LoraConfig(target_modules=["embedding_proj_layer"], **settings))
+        set_peft_model_state_dict(adapted, tensors)
         # PEFT only warns of tensors that it misses, and leaves random ones in their place
         strange = sorted(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) ^ set(tensors))
         if strange:
@@ -539,3 +543,34 @@ def _load_adapter(folder: Path, retriever: Encoder) -> Projector:
         raise InputError(f"{folder}: not an adapter of {retriever.name}'s embedding_proj_layer ({reason})") from None
     layer = merged.embedding_proj_layer
     return Projector(layer.weight.detach().float().clone(), layer.bias.detach().float().clone())
+
+
+def _lora_settings(file: Path, tensors: dict[str, Tensor]) -> dict:
+    """What a LoRA of one layer is made of; the rest of its settings, regular expressions and module names, is not used.
+
+    Raises:
+        InputError: no LoRA, a value that cannot be, or a variant that changes the base weights as well.
+    """
+    found = read_json(file)
+    ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith("lora_A.weight") and tensor.ndim == 2}
+    if not ranks:
+        raise InputError(f"{file.parent}: not an adapter of embedding_proj_layer (no lora_A.weight in its tensors)")
+    rank, alpha, bias = found.get("r", 8), found.get("lora_alpha", 8), found.get("bias", "none")
+    flags = {name: found.get(name, False) for name in ("use_rslora", "use_dora", "fan_in_fan_out")}
+    start = found.get("init_lora_weights", True)  # PiSSA and the like start from changed base weights
+    others = ("rank_pattern", "alpha_pattern", "layer_replication", "megatron_config", "corda_config", "eva_config")
+    wrong = {
+        "peft_type": found.get("peft_type") != "LORA",
+        "r": type(rank) is not int or ranks != {rank},
+        "lora_alpha": type(alpha) not in (int, float) or not abs(alpha) < 1e6,
+        "bias": bias not in ("none", "all", "lora_only") if isinstance(bias, str) else True,
+        "target_modules": "embedding_proj_layer" not in str(found.get("target_modules"))[:10_000],
+        "init_lora_weights": not (start is None or isinstance(start, bool) or start == "gaussian"),
+        **{name: not isinstance(value, bool) for name, value in flags.items()},
+        **{name: bool(found.get(name)) for name in others},
+    }
+    for name, bad in wrong.items():
+        if bad:
+            shown = str(found.get(name))[:60]
+            raise InputError(f"{file}: {name} is {shown}; expected a plain LoRA of embedding_proj_layer")
+    return {"r": rank, "lora_alpha": alpha, "bias": bias, **flags}

@@ -218,21 +218,53 @@ def _build(cls: type, values: Any, where: str, prefix: str = "") -> Any:
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """SafeLoader, which builds no objects, that also refuses a key given twice instead of taking the last."""
+    """SafeLoader, which builds no objects, that also refuses a key given twice instead of taking the last, and aliases.
+
+    Settings need no aliases; nested ones stand for gigabytes.
+    """
+
+    def construct_yaml_int(self, node):
+        if len(node.value) > 40:
+            raise yaml.YAMLError(f"a number of {len(node.value):,} characters, {str(node.start_mark).strip()}")
+        return super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node):
+        if len(node.value) > 40:
+            raise yaml.YAMLError(f"a number of {len(node.value):,} characters, {str(node.start_mark).strip()}")
+        return super().construct_yaml_float(node)
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"an alias (*) is not accepted, {str(self.peek_event().start_mark).strip()}")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for k, key in enumerate(keys) if key in keys[:k]]
-        if twice:
-            raise yaml.YAMLError(f"key {twice[0]!r} stands twice, {str(node.start_mark).strip()}")
+        seen = set()
+        for key in keys:
+            if not isinstance(key, (str, int, float, bool, type(None))):
+                raise yaml.YAMLError(f"a key must be a word or a number, {str(node.start_mark).strip()}")
+            if key in seen:
+                raise yaml.YAMLError(f"key {key!r} stands twice, {str(node.start_mark).strip()}")
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_OnceLoader.add_constructor("tag:yaml.org,2002:int", _OnceLoader.construct_yaml_int)
+_OnceLoader.add_constructor("tag:yaml.org,2002:float", _OnceLoader.construct_yaml_float)
 
 
 def _parse_yaml(text: str) -> Any:
     """`text` as plain YAML values; whatever PyYAML raises on bad text comes out as `yaml.YAMLError`."""
     try:
         return yaml.load(text, Loader=_OnceLoader)
-    except (ValueError, LookupError, AttributeError, RecursionError) as error:  # e.g. the date 2024-13-45, `!!int x`
+    except (
+        ValueError,
+        OverflowError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # e.g. the date 2024-13-45, `!!int x`
         raise yaml.YAMLError(error) from error
 
 
@@ -243,6 +275,8 @@ def load_yaml(path: str | Path) -> Any:
         InputError: the file is missing, not UTF-8 or not YAML.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("not a regular file")
         return _parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; name a YAML config, for example one from configs/") from None
@@ -250,14 +284,14 @@ def load_yaml(path: str | Path) -> Any:
         raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())[:200]})") from None
 
 
-def _spread_budgets(values: Any) -> Any:
+def _spread_budgets(values: Any, where: str) -> Any:
     """A list in merge.num_regions means: train for all of these budgets, validate and index with the largest."""
     merge = values.get("merge") if isinstance(values, dict) else None
     regions = merge.get("num_regions") if isinstance(merge, dict) else None
     if not isinstance(regions, list):
         return values
     if not regions or not all(isinstance(k, int) and not isinstance(k, bool) for k in regions):
-        raise InputError(f"merge.num_regions must be a whole number or a list of them; it is {regions!r}")
+        raise InputError(f"{where}: merge.num_regions must be a whole number or a list of them; it is {regions!r}")
     train = values.get("train") or {}
     if isinstance(train, dict):  # else it is refused by name when the settings are built
         train = {**train, "budgets": regions}
@@ -279,7 +313,7 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     """
     values = load_yaml(path) if path is not None else {}
     where = str(path) if path is not None else "config"
-    values = _spread_budgets(values)
+    values = _spread_budgets(values, where)
     _build(Config, values, where)  # the file is checked by itself, so that a message names it rightly
     values = dict(values or {})
     for override in overrides:
@@ -297,7 +331,7 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
         values[section] = {**(values.get(section) or {}), name: value}
         if key == "merge.num_regions" and isinstance(values.get("train"), dict):
             values["train"] = {k: v for k, v in values["train"].items() if k != "budgets"}  # it replaces a list too
-    values = _spread_budgets(values)
+    values = _spread_budgets(values, " ".join([f"{where} with", *overrides]))
     # the overrides are checked together: a range may hold only with the file's value or another override's
     return _build(Config, values, " ".join([f"{where} with", *overrides]) if overrides else where)
 

@@ -78,7 +78,12 @@ def fingerprint(name: str) -> dict[str, str] | None:
         except (LocalEntryNotFoundError, HFValidationError, OSError):
             return None
     index = folder / "model.safetensors.index.json"
-    weights = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
+    weights = ["model.safetensors"]
+    if index.is_file():
+        files = read_json(index).get("weight_map", {})
+        if not isinstance(files, dict) or not all(isinstance(file, str) and len(file) < 256 for file in files.values()):
+            raise InputError(f"{index}: weight_map must map each weight to a file; it may be damaged, restore it")
+        weights = sorted(set(files.values()))
     result = {}
     for part, names in (("weights", ["config.json", *weights]), ("processor", PROCESSOR_FILES)):
         digest = hashlib.sha256()

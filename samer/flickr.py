@@ -5,8 +5,10 @@ Everything read here comes from outside, so every defect of a file is an `InputE
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import struct
 import xml.etree.ElementTree as ET
 import zlib
@@ -25,6 +27,9 @@ Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in [0, 1]
 
 SPLITS = ("train", "val", "test")
 IMAGE_FOLDERS = ("images/Images", "images", "Images", "flickr30k-images", "flickr30k_images")
+# raster formats only: Pillow would start another program for PostScript, whatever its name
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+MOST_PIXELS = 64 * 10**6  # of an image; a small file can claim many
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 CAPTIONS_PER_IMAGE = 5
 UNRELATED = "UNRELATED_CAPTIONS"
@@ -160,6 +165,7 @@ def parse_annotation(path: str | Path) -> dict[str, tuple[Box, ...]]:
     is clamped. Raises InputError for a missing or malformed file and for a box outside the image.
     """
     try:
+        regular_file(path)
         tree = ET.XML(Path(path).read_bytes(), ET.XMLParser(target=_PlainTree()))
     except OSError as error:
         raise InputError(f"{path}: cannot read the annotation ({error.strerror}); restore it") from error
@@ -249,7 +255,10 @@ def load_image(path: str | Path) -> Image.Image:
     Raises InputError for a file that is missing, truncated, not an image or of floating-point pixels.
     """
     try:
-        with Image.open(path) as opened:
+        regular_file(path)
+        with Image.open(path, formats=FORMATS) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ValueError(f"{opened.width} x {opened.height} pixels; {MOST_PIXELS:,} are the most")
             image = ImageOps.exif_transpose(opened)
         if image.mode == "F":
             raise ValueError("floating-point pixels have no fixed range, 8 or 16 bits have")
@@ -274,6 +283,12 @@ def load_image(path: str | Path) -> Image.Image:
         raise InputError(f"{path}: not a readable image ({_one_line(error)}); replace the file") from error
 
 
+def regular_file(path: str | Path) -> None:
+    """Refuses what would be waited for or read without end: a pipe, a device, a socket; says so by OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def _one_line(value: object) -> str:
     return " ".join(str(value).split())
 
@@ -281,6 +296,7 @@ def _one_line(value: object) -> str:
 def _read_lines(path: Path) -> list[str]:
     """Lines of a UTF-8 text without their ends (LF or CRLF); str.splitlines would also cut at U+2028 and the like."""
     try:
+        regular_file(path)
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot read ({error.strerror}); restore the file") from error

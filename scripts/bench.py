@@ -191,6 +191,8 @@ def scale(runs):
             save_file(tensors, folder / "images" / name, metadata={"samer": json.dumps(head)})
             shards.append({"file": name, "count": rows, "regions": 64, "bytes": rows * 64 * 129, "sha256": ""})
         manifest = {"format": "samer_cache", "format_version": 2, "dtype": "int8", "scale": 0.003, "projector": "none"}
+        manifest |= {"base_model": "none", "base_projector": "none", "embedding_dim": 128}
+        manifest |= {"merge": {}, "assignments": False}
         manifest["splits"] = {"images": {"images": shards, "queries": []}}
         (folder / "manifest.json").write_text(json.dumps(manifest))
         print(f"1,000,000 images, {sum(f.stat().st_size for f in folder.glob('images/*')) / 1e9:.1f} GB on disk")

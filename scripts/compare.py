@@ -95,7 +95,7 @@ def main(argv=None):
             ("all tables", str(Path(options.out) / "results.md")),
         ],
         tiles=[(f"{float(row[1].split()[0]):.1f} %", f"R@1, {TILES[row[0]]}") for row in rows if row[0] in TILES],
-        tables=[Table("Retrieval", note, head, rows)],
+        tables=[Table("Retrieval", note, head, rows)] if rows else [],
         results=results,
         gallery=gallery,
     )

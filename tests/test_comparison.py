@@ -760,7 +760,9 @@ def test_a_few_sections_make_a_few_tables(bench, tmp_path):
     results = bench.script(bench.words(out, *rest, "cost"))
     assert (results["rows"], results["differences"]) == ([], [])
     assert list(tables((out / "results.md").read_text())) == ["Cost"]
-    assert sorted(path.name for path in out.iterdir()) == ["results.json", "results.md"]
+    report = ["report.html", "report_figures"]
+    assert sorted(path.name for path in out.iterdir()) == [*report, "results.json", "results.md"]
+    assert "<table" not in (out / "report.html").read_text()
     crossed = {**bench.results, "rows": [row for row in bench.results["rows"] if row["section"] == "crossed"]}
     crossed = {key: value for key, value in crossed.items() if key != "cost"} | {"differences": []}
     assert [path.name for path in write_tables(crossed, tmp_path / "tables")] == ["results.md"]

@@ -193,13 +193,13 @@ def test_eval_prints_what_it_writes(pipeline):
         metric = result[name]["r@1"]
         low, high = metric["interval"]
         assert line.strip().startswith(f"{name.replace('_', ' ')}: r@1 {metric['value']:.1f} [{low:.1f}, {high:.1f}]")
-    assert lines[3] == f"-> {pipeline['folder'] / 'metrics.json'}"
+    assert lines[3] == f"-> {pipeline['folder'] / 'metrics.json'}, {pipeline['folder'] / 'metrics.html'}"
 
 
 def test_eval_gives_the_same_with_and_without_pythonpath(pipeline):
     with_path = pipeline["folder"] / "more" / "metrics.json"  # in a folder that it made
     assert with_path.read_bytes() == (pipeline["folder"] / "metrics.json").read_bytes()
-    assert [path.name for path in with_path.parent.iterdir()] == ["metrics.json"]
+    assert sorted(path.name for path in with_path.parent.iterdir()) == ["metrics.html", "metrics.json"]
 
 
 def test_the_trained_projector_is_what_the_index_holds(pipeline, world, base):
