@@ -224,12 +224,12 @@ class _OnceLoader(yaml.SafeLoader):
     """
 
     def construct_yaml_int(self, node):
-        if len(node.value) > 40:
+        if len(node.value) > 1000:
             raise yaml.YAMLError(f"a number of {len(node.value):,} characters, {str(node.start_mark).strip()}")
         return super().construct_yaml_int(node)
 
     def construct_yaml_float(self, node):
-        if len(node.value) > 40:
+        if len(node.value) > 1000:
             raise yaml.YAMLError(f"a number of {len(node.value):,} characters, {str(node.start_mark).strip()}")
         return super().construct_yaml_float(node)
 
