@@ -223,15 +223,10 @@ class _OnceLoader(yaml.SafeLoader):
     Settings need no aliases; nested ones stand for gigabytes.
     """
 
-    def construct_yaml_int(self, node):
-        if len(node.value) > 1000:
+    def construct_number(self, node):
+        if len(node.value) > 1000:  # more digits than Python would write into a message
             raise yaml.YAMLError(f"a number of {len(node.value):,} characters, {str(node.start_mark).strip()}")
-        return super().construct_yaml_int(node)
-
-    def construct_yaml_float(self, node):
-        if len(node.value) > 1000:
-            raise yaml.YAMLError(f"a number of {len(node.value):,} characters, {str(node.start_mark).strip()}")
-        return super().construct_yaml_float(node)
+        return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -250,8 +245,8 @@ class _OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_OnceLoader.add_constructor("tag:yaml.org,2002:int", _OnceLoader.construct_yaml_int)
-_OnceLoader.add_constructor("tag:yaml.org,2002:float", _OnceLoader.construct_yaml_float)
+for _kind in ("int", "float"):
+    _OnceLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _OnceLoader.construct_number)
 
 
 def _parse_yaml(text: str) -> Any:

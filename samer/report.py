@@ -148,8 +148,12 @@ def check_images(cache: Cache, split: str, records: Sequence[flickr.ImageRecord]
 
 def smallest_phrase(caption: flickr.Caption) -> flickr.Phrase | None:
     """The phrase with boxes whose smallest box is the smallest; None if no phrase has boxes."""
-    area = lambda phrase: min((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in phrase.boxes)
-    return min((phrase for phrase in caption.phrases if phrase.boxes), key=area, default=None)
+    return min((phrase for phrase in caption.phrases if phrase.boxes), key=_smallest_area, default=None)
+
+
+def _smallest_area(phrase: flickr.Phrase) -> float:
+    """Of the phrase's smallest box, as a share of the image."""
+    return min((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in phrase.boxes)
 
 
 def choose_cases(
@@ -169,9 +173,11 @@ def choose_cases(
     captions = [(image, caption) for image, record in enumerate(records) for caption in record.captions]
     phrases = [smallest_phrase(caption) for _, caption in captions]
     order = [k for k in np.random.default_rng(seed).permutation(len(captions)).tolist() if phrases[k]]
-    area = lambda k: min((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in phrases[k].boxes)
     gain = 1 / ranks[-1] - 1 / ranks[0]
-    rules = [("Smallest object named", sorted(order, key=area)), ("Chosen at random", order)]
+    rules = [
+        ("Smallest object named", sorted(order, key=lambda k: _smallest_area(phrases[k]))),
+        ("Chosen at random", order),
+    ]
     if len(ranks) > 1:
         losses = sorted((k for k in order if gain[k] < 0), key=lambda k: gain[k])
         gains = sorted((k for k in order if gain[k] > 0), key=lambda k: -gain[k])
@@ -248,15 +254,14 @@ def make_gallery(
             places = [int(values[number]) for values in ranks]
             cases.append(Case(rule, image, caption, phrase, places, top, evidence, mass))
     firsts = {case.rule: case.image for case in reversed(cases)}
-    drawn = []
-    for image in dict.fromkeys(reversed(firsts.values())) if regions else ():
-        found = []
-        for method in regions:
-            encoder.use_projector(method.projector)
-            compressor = fitted_compressor(encoder, records, method.merge, batch_size)
-            visual = encoder.encode_images(encoder.record_inputs([records[image]]), compressor.needs)
-            found.append((method.name, compressor(visual).assignments[0][visual.patches[0]].cpu()))
-        drawn.append(Regions(image, found))
+    images = list(dict.fromkeys(reversed(firsts.values()))) if regions else []
+    drawn = [Regions(image, []) for image in images]
+    for method in regions:
+        encoder.use_projector(method.projector)
+        compressor = fitted_compressor(encoder, records, method.merge, batch_size)
+        for item in drawn:
+            visual = encoder.encode_images(encoder.record_inputs([records[item.image]]), compressor.needs)
+            item.assignments.append((method.name, compressor(visual).assignments[0][visual.patches[0]].cpu()))
     return Gallery(records, encoder.grid, [method.name for method in shown], cases, drawn)
 
 
@@ -389,7 +394,7 @@ def _case_words(case: Case, gallery: Gallery, lit: Sequence[Image.Image], pictur
         "before": text[: phrase.start],
         "phrase": text[phrase.start : phrase.end],
         "after": text[phrase.end :],
-        "area": f"{100 * min((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in phrase.boxes):.1f} %",
+        "area": f"{100 * _smallest_area(phrase):.1f} %",
         "methods": methods,
         "tops": tops,
         "image": gallery.records[case.image].image_id,

@@ -141,6 +141,7 @@ def _recall_cells(row: dict, results: dict) -> list[str]:
     return [_recall(row), *rest, _number(row["vectors"]), f"{_bytes(row, results):,.0f}"]
 
 
+GROUNDING = {"box_mass": "BoxMass", "region_hit": "RegionHit", "iou": "CovIoU", "osr": "OSR", "mixed_clusters": "mixed"}
 MEASURED = ("R@1", "R@5", "nDCG@10", "R@1 image to text", "vectors", "bytes per image")
 
 
@@ -156,14 +157,22 @@ def _adapted_table(rows: Sequence[dict], results: dict) -> list[str]:
     return _table(head, [[row["name"], published(row), *_recall_cells(row, results)] for row in rows])
 
 
+def _budget_cells(results: dict) -> tuple[list[int], list[list[str]]]:
+    """Budgets, largest first, and a row per line of the plot: its name, and recall at each of them."""
+    lines = _budget_lines(results)
+    budgets = sorted({row["merge"]["num_regions"] for rows in lines.values() for row in rows}, reverse=True)
+    body = []
+    for name, rows in lines.items():
+        at = {row["merge"]["num_regions"]: row for row in rows}
+        body.append([name, *(_recall(at[k]) if k in at else "" for k in budgets)])
+    return budgets, body
+
+
 def _budget_table(rows: Sequence[dict], results: dict) -> list[str]:
-    budgets = sorted({row["merge"]["num_regions"] for row in rows}, reverse=True)
-    names = list(dict.fromkeys(row["name"].rpartition(" @ ")[0] for row in rows))
-    at = {(row["name"].rpartition(" @ ")[0], row["merge"]["num_regions"]): row for row in rows}
+    budgets, own = _budget_cells(results)
     published = dict(zip(budgets, PUBLISHED_BUDGETS)) if len(budgets) == len(PUBLISHED_BUDGETS) else {}
     head = ["", *(f"K = {budget}" for budget in budgets)]
     lines = [["*SaMer, published, at the same shares N/2 to N/32*", *(_number(published.get(k)) for k in budgets)]]
-    own = [[name, *(_recall(at[name, k]) if (name, k) in at else "" for k in budgets)] for name in names]
     return [*(_table(head, lines) if published else []), "", *_table(head, own)]
 
 
@@ -191,16 +200,10 @@ def plain_tables(results: dict) -> list[tuple[str, str, list[str], list[list[str
             "(BoxMass), phrases whose regions reach IoU 0.1 with the boxes (RegionHit), that IoU (CovIoU); OSR: best "
             "similarities after compression over before; mixed: clusters with two or more annotated objects."
         )
-        names = ("box_mass", "region_hit", "iou", "osr", "mixed_clusters")
-        body = [[_label(row), *(_number(row[name]) for name in names)] for row in both]
-        found.append(("Grounding", note, ["", "BoxMass", "RegionHit", "CovIoU", "OSR", "mixed"], body))
-    lines = _budget_lines(results)
-    if lines:
-        budgets = sorted({row["merge"]["num_regions"] for rows in lines.values() for row in rows}, reverse=True)
-        body = []
-        for name, rows in lines.items():
-            at = {row["merge"]["num_regions"]: row for row in rows}
-            body.append([name, *(_recall(at[k]) if k in at else "" for k in budgets)])
+        body = [[_label(row), *(_number(row[name]) for name in GROUNDING)] for row in both]
+        found.append(("Grounding", note, ["", *GROUNDING.values()], body))
+    budgets, body = _budget_cells(results)
+    if body:
         note = "R@1, text to image, K vectors per image at most, from float32 vectors."
         found.append(("Budgets", note, ["", *(f"K = {k}" for k in budgets)], body))
     return found
@@ -217,11 +220,11 @@ def _label(row: dict) -> str:
 
 
 def _grounding_table(rows: Sequence[dict], results: dict) -> list[str]:
-    head = ["", "BoxMass / RegionHit / CovIoU, published", "BoxMass", "RegionHit", "CovIoU", "OSR", "mixed"]
+    head = ["", "BoxMass / RegionHit / CovIoU, published", *GROUNDING.values()]
     body = []
     for row in rows:
         published = " / ".join(map(str, PUBLISHED_GROUNDING.get((row["section"], row["name"]), ())))
-        cells = [_number(row[name]) for name in ("box_mass", "region_hit", "iou", "osr", "mixed_clusters")]
+        cells = [_number(row[name]) for name in GROUNDING]
         body.append([_label(row), published, *cells])
     return _table(head, body)
 
