@@ -56,11 +56,19 @@ prepare() {
     PYTHON=.venv/bin/python
 }
 
-# launch SCRIPT ARGUMENT...: one process, or torchrun with NPROC_PER_NODE of them
+# launch SCRIPT ARGUMENT...: one process, or torchrun with NPROC_PER_NODE of them; a launcher's last command. SIGTERM
+# reaches the processes, which finish what is at work (torchrun gives them 30 seconds), and the status is 143.
 launch() {
-    if [ "${NPROC_PER_NODE:-1}" -gt 1 ]; then
-        "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC_PER_NODE" "$@"
-    else
-        "$PYTHON" "$@"
-    fi
+    [ "${NPROC_PER_NODE:-1}" -gt 1 ] || exec "$PYTHON" "$@"
+    local torchrun stopped="" status=0
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC_PER_NODE" "$@" &
+    torchrun=$!
+    trap 'stopped=1; kill -TERM "$torchrun" 2>/dev/null || true' TERM
+    wait "$torchrun" || status=$?
+    while kill -0 "$torchrun" 2>/dev/null; do # a signal ends bash's wait, not torchrun
+        status=0
+        wait "$torchrun" || status=$?
+    done
+    [ -z "$stopped" ] || status=143
+    exit "$status"
 }

@@ -7,6 +7,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 prepare requirements.txt
 CACHE_DIR=${CACHE_DIR:-outputs/flickr_samer_k64}
 SPLIT=${SPLIT:-test}
-"$PYTHON" scripts/eval.py --cache-dir "$CACHE_DIR" --split "$SPLIT" --device "${DEVICE:-auto}" \
+exec "$PYTHON" scripts/eval.py --cache-dir "$CACHE_DIR" --split "$SPLIT" --device "${DEVICE:-auto}" \
     ${DATA_ROOT:+--data-root "$DATA_ROOT"} --features "${FEATURES_DIR:-}" \
     --output-json "${OUTPUT_JSON:-$CACHE_DIR/metrics_$SPLIT.json}" "$@"

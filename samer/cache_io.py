@@ -8,21 +8,19 @@
     DIR/<split>/queries-00000.safetensors   tokens (sum M, D), lengths (q,), image (q,); valid tokens only
     each shard's header says what it was made from and holds a checksum (samer/shards.py)
 
-Appending writes new shards, deleting notes rows in the manifest, and the manifest is replaced in one step, so a reader
-sees the index before or after, never a mixture (a split of a data set that is built again from other data is replaced
-shard by shard; open it when that has ended). int8's scale is fixed by the first images. No pickle anywhere; a
-reader maps the files. Bytes depend on the input, where its hidden states come from, the projector and the batch size
-only, not on the number of processes, nor on when it was made.
+Appending writes new shards, deleting notes rows in the manifest, compacting writes what is left into new shards, and
+the manifest is replaced in one step, so a reader sees the index before or after, never a mixture (a split of a data set
+that is built again from other data is replaced shard by shard; open it when that has ended). int8's scale is fixed by
+the first images. No pickle anywhere; a reader maps the files. Bytes depend on the input, where its hidden states come
+from, the projector and the batch size only, not on the number of processes, nor on when it was made.
 
 Shape letters: I images, K regions, N tokens before compression, D embedding, Q queries, M tokens.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,23 +28,44 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from samer import flickr
-from samer.colpali import Encoder, Projector, Retriever, image_seeds
+from samer.colpali import Encoder, Projector, Retriever, image_seeds, read_projector
 from samer.compressors import Compressor, make_compressor
 from samer.config import InputError, MergeConfig
 from samer.evaluation import compress_images, fitted_compressor
-from samer.runtime import Progress, atomic_path, file_hash, gather_objects, prefetched, rank, read_json, write_json
+from samer.runtime import (
+    Progress,
+    atomic_path,
+    gather_objects,
+    lookup,
+    only_writer,
+    prefetched,
+    rank,
+    stop_here,
+    stoppable,
+)
 from samer.scoring import StoredImages, maxsim, pack_signs, score_stored, search
-from samer.shards import check_manifest, finished_shard, load_shard, shared_out, write_shard
+from samer.shards import (
+    bare_name,
+    check_identity,
+    finished_shard,
+    load_shard,
+    read_manifest,
+    shared_out,
+    verify_shard,
+    whole_number,
+    write_manifest,
+    write_shard,
+)
 from samer.tokens import MergedTokens, QueryTokens
 from samer.train_data import batched
 
 FORMAT = "samer_cache"
-FORMAT_VERSION = 2  # 1 had no projector, no int8, no signs and no deletions
+FORMAT_VERSION = 3  # 1 had no projector, no int8, no signs and no deletions, 2 no checksum of the manifest
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = (*FLOATS, "int8", "binary")
 IMAGES_PER_SHARD = 1024
@@ -176,6 +195,7 @@ def add_images(
         fresh = [flickr.ImageRecord(path, Path(root) / path, ()) for path in dict.fromkeys(paths) if path not in held]
         with Progress(total=len(fresh), desc="images", unit="images") as progress:
             for chunk in batched(fresh, PICTURES_PER_SHARD):
+                stop_here()
                 records, parts = [], []
                 for batch, (good, inputs, bad) in prefetched(prepare, batched(chunk, batch_size)):
                     skipped += bad
@@ -209,7 +229,7 @@ def delete_images(folder: str | Path, split: str, ids: Sequence[str]) -> int:
     """
     folder = Path(folder)
     Cache(folder)  # nothing is made or locked where there is no index
-    with _lock(folder):
+    with only_writer(folder):
         cache = Cache(folder)
         entry = dict(cache._split(split))
         places = {}
@@ -226,41 +246,8 @@ def delete_images(folder: str | Path, split: str, ids: Sequence[str]) -> int:
             deleted.setdefault(file, set()).add(row)
         entry["deleted"] = {file: sorted(rows) for file, rows in sorted(deleted.items())}
         manifest = {**cache.manifest, "splits": {**cache.manifest["splits"], split: entry}}
-        write_json(folder / "manifest.json", manifest)
+        write_manifest(folder / "manifest.json", manifest)
     return len(places) - len(set(ids))
-
-
-@contextmanager
-def _lock(folder: Path):
-    """One writer at a time; the lock goes with the process, and a folder that stays empty goes too."""
-    if rank() != 0:
-        yield
-        return
-    path = folder / ".lock"
-    made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
-    before = set() if made else set(folder.iterdir()) if folder.is_dir() else set()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InputError(f"{folder}: can't be written ({error.strerror}); name another cache folder") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(handle).st_nlink == 0:  # the one before took its file away between our two calls
-                raise OSError
-        except OSError:
-            raise InputError(f"{folder}: another process is writing to it; wait until it ends") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            own = [entry for entry in folder.iterdir() if entry.is_dir() and entry not in before]
-            for empty in [*own, *made]:  # a run that failed leaves no empty folders of its own
-                if not any(empty.iterdir()):
-                    empty.rmdir()
-    finally:
-        os.close(handle)
 
 
 def _check_settings(retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool) -> None:
@@ -277,19 +264,105 @@ def _check_settings(retriever: Encoder, merge: MergeConfig, batch_size: int, dty
         raise InputError(f"assignments take a byte per token, so at most {NO_REGION} regions, not {merge.num_regions}")
 
 
+def compact_images(folder: str | Path, split: str) -> int:
+    """Rewrites a split's images without deleted ones, in shards of `PICTURES_PER_SHARD`; order and vectors stay.
+
+    An index that pictures are added to and deleted from for long collects small shards and dead rows; this makes it
+    what it would be if built at once with the same scale. New shards are written beside the old ones, and the manifest
+    is replaced in one step; then the old ones go. A reader that has the index open goes on with what it has mapped.
+
+    Returns:
+        How many bytes of files it saved.
+
+    Raises:
+        InputError: damaged shards, no image left, or a split with captions, which say by number what they describe.
+    """
+    folder = Path(folder)
+    Cache(folder)  # nothing is made or locked where there is no index
+    with only_writer(folder), stoppable():
+        cache = Cache(folder)
+        entry = cache._split(split)
+        if entry["queries"]:
+            raise InputError(f"{folder}: {split} has captions, so it can't be compacted; build it anew instead")
+        place = folder / split
+        files = set(place.glob("images-*.safetensors"))
+        before = sum(file.stat().st_size for file in files)
+        number = 1 + max(int(file.name[7:12]) for file in files)
+        rows = []
+        for shard in entry["images"]:
+            live = cache._live(split, shard)
+            kept = range(shard["count"]) if live is None else live.nonzero().flatten().tolist()
+            rows += [(shard, row) for row in kept]
+        if not rows:
+            raise InputError(f"{folder}: every image of {split} was deleted; remove the index instead")
+        shards = []
+        try:
+            for chunk in batched(rows, PICTURES_PER_SHARD):
+                stop_here()
+                shards.append(_rewritten(cache, split, chunk, place / f"images-{number + len(shards):05d}.safetensors"))
+            manifest = {**cache.manifest, "splits": {**cache.manifest["splits"]}}
+            manifest["splits"][split] = {**{k: v for k, v in entry.items() if k != "deleted"}, "images": shards}
+            write_manifest(folder / "manifest.json", manifest)
+            entry = manifest["splits"][split]
+        finally:  # the old ones, or the new ones if it came to nothing, and those of a compaction that was killed
+            named = {place / part["file"] for shard in entry["images"] for part in (shard, shard.get("exact")) if part}
+            for file in set(place.glob("images-*.safetensors")) - named:
+                file.unlink()
+        return before - sum(file.stat().st_size for file in named)
+
+
+def _rewritten(cache: Cache, split: str, rows: Sequence[tuple[dict, int]], path: Path) -> dict:
+    """Writes rows of several shards, each checked, as one shard, and returns its manifest entry."""
+    found: dict[bool, dict[str, list[Tensor]]] = {False: {}, True: {}}
+    ids: list[str] = []
+    for _, group in itertools.groupby(rows, lambda pair: pair[0]["file"]):
+        pairs = list(group)
+        entry, picked = pairs[0][0], [row for _, row in pairs]
+        for exact in (False, True) if "exact" in entry else (False,):
+            tensors, stamp = cache._read(split, entry, exact)
+            for name, tensor in tensors.items():
+                found[exact].setdefault(name, []).append(tensor[picked])
+        ids += [stamp["ids"][row] for row in picked]
+    stamp = {**stamp, "ids": ids}
+    tensors, half = (
+        {name: _joined(parts, NO_REGION if name == "assignments" else 0) for name, parts in found[exact].items()}
+        for exact in (False, True)
+    )
+    return _write_images(path, tensors, half, stamp)
+
+
+def _joined(parts: Sequence[Tensor], fill: int = 0) -> Tensor:
+    """Rows (n, K, ...) of several batches as one, padded to the widest."""
+    width = max(part.shape[1] for part in parts)
+    pad = lambda t: torch.nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, width - t.shape[1]), value=fill)
+    return torch.cat([pad(part) for part in parts])
+
+
+def _write_images(path: Path, tensors: dict[str, Tensor], half: dict[str, Tensor], stamp: dict) -> dict:
+    """Writes a shard of images, with 1-bit tokens the exact ones beside it, and returns its manifest entry."""
+    stored, mask = tensors["tokens"], tensors["mask"]
+    facts = {"count": len(stored), "regions": stored.shape[1], "bytes": stored.nbytes + mask.nbytes}
+    exact = {}
+    if half:  # first, so that a shard with a manifest entry always has its exact file
+        side = path.with_suffix(".exact.safetensors")
+        exact = {"exact": write_shard(side, half, stamp, {"bytes": half["tokens"].nbytes})}
+    return {**write_shard(path, tensors, stamp, facts), **exact}
+
+
 @contextmanager
 def _writing(folder: Path, retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool):
     _check_folder(folder)
-    with _lock(folder):
+    with only_writer(folder), stoppable():
         yield _Writer(folder, retriever, merge, batch_size, dtype, assignments)
 
 
 def _check_folder(folder: Path) -> None:
     """Refuses a folder that holds something else than a cache, or a cache that was never finished."""
     known = lambda entry: entry.is_dir() or entry.name == "projector.safetensors" or entry.name.startswith(".")
+    folder = lookup(folder)
     if (folder / "manifest.json").is_file() or not folder.exists():
         return
-    if not folder.is_dir() or not all(map(known, folder.iterdir())):  # a killed write leaves .*.tmp
+    if not folder.is_dir() or not all(map(known, folder.iterdir())):  # a killed write leaves .*.samer-tmp
         raise InputError(f"{folder} is, or holds, files that are no SaMer cache; name another folder")
 
 
@@ -315,7 +388,7 @@ class _Writer:
             "assignments": assignments,
         }
         remedy = "name another cache folder, or remove it to build anew"
-        manifest = check_manifest(folder / "manifest.json", identity, "a cache", remedy)
+        manifest = check_identity(folder / "manifest.json", identity, "a cache", remedy)
         self.scale: float | None = manifest.get("scale") if manifest else None
         self.identity = identity
         self.manifest = manifest or {**identity, "scale": None, "base_model": retriever.name, "splits": {}}
@@ -356,7 +429,7 @@ class _Writer:
                 tensors = {"weight": self.projector.weight.contiguous(), "bias": self.projector.bias.contiguous()}
                 with atomic_path(self.folder / "projector.safetensors") as temporary:
                     temporary.write_bytes(save(tensors))
-            write_json(self.folder / "manifest.json", self.manifest)
+            write_manifest(self.folder / "manifest.json", self.manifest)
         gather_objects(None)  # no process goes on before the manifest is written
 
     def write_images(
@@ -373,6 +446,7 @@ class _Writer:
         def encoded() -> Iterator[tuple[int, list[MergedTokens]]]:
             with Progress(desc=f"{split} images", total=len(batches), unit="batches") as bar:
                 for number, ours in jobs.items():
+                    stop_here()
                     parts = []
                     for _, merged in itertools.islice(results, len(ours)):
                         parts.append(self.kept(merged))
@@ -405,26 +479,14 @@ class _Writer:
         self, split: str, number: int, records: Sequence[flickr.ImageRecord], parts: Sequence[MergedTokens]
     ) -> dict:
         """Writes one shard of compressed images and returns its manifest entry."""
-        width = max(part.mask.shape[1] for part in parts)
-        pad = lambda t: torch.nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, width - t.shape[1]))
-        tokens = torch.cat([pad(part.tokens.float()).cpu() for part in parts])
-        mask = torch.cat([pad(part.mask).cpu() for part in parts])
-        stamp = self._stamp([record.image_id for record in records])
-        stored = self._encode(tokens)
-        facts = {"count": len(records), "regions": width, "bytes": stored.nbytes + mask.nbytes}
-        tensors = {"tokens": stored, "mask": mask}
+        tokens = _joined([part.tokens.float().cpu() for part in parts])
+        tensors = {"tokens": self._encode(tokens), "mask": _joined([part.mask.cpu() for part in parts])}
         if self.assignments:
-            rows = [part.assignments.cpu() for part in parts]
-            longest = max(row.shape[1] for row in rows)
-            filled = [torch.nn.functional.pad(row, (0, longest - row.shape[1]), value=-1) for row in rows]
-            tensors["assignments"] = torch.cat(filled).remainder(NO_REGION + 1).to(torch.uint8)  # -1 becomes 255
-        path = self.folder / split / f"images-{number:05d}.safetensors"
-        exact = {}
-        if self.dtype == "binary":  # first, so that a shard with a manifest entry always has its exact file
-            half = {"tokens": tokens.to(torch.bfloat16)}
-            side = path.with_suffix(".exact.safetensors")
-            exact = {"exact": write_shard(side, half, stamp, {"bytes": half["tokens"].nbytes})}
-        return {**write_shard(path, tensors, stamp, facts), **exact}
+            regions = _joined([part.assignments.cpu() for part in parts], -1)
+            tensors["assignments"] = regions.remainder(NO_REGION + 1).to(torch.uint8)  # -1 becomes 255
+        half = {"tokens": tokens.to(torch.bfloat16)} if self.dtype == "binary" else {}
+        stamp = self._stamp([record.image_id for record in records])
+        return _write_images(self.folder / split / f"images-{number:05d}.safetensors", tensors, half, stamp)
 
     def _encode(self, tokens: Tensor) -> Tensor:
         if self.dtype == "int8":
@@ -447,6 +509,7 @@ class _Writer:
             jobs = {k: list(batched(texts(shards[k]), self.batch_size)) for k in shards if k not in reused}
             inputs = prefetched(self.retriever.query_inputs, [batch for ours in jobs.values() for batch in ours])
             for number, ours in Progress(jobs.items(), f"{split} queries", unit="shards"):
+                stop_here()
                 flat, lengths = [], []
                 for _, batch in itertools.islice(inputs, len(ours)):
                     with torch.no_grad():
@@ -493,15 +556,18 @@ def _summary(split: str, entry: dict, reused: int) -> CacheSummary:
     return CacheSummary(split, live, sum(shard["count"] for shard in entry["queries"]), regions, size, reused)
 
 
-def _check_manifest(path: Path, manifest: dict) -> None:
-    """Refuses a manifest that cannot be true, before anything believes its counts or opens what it names."""
+def check_manifest(path: Path, manifest: dict) -> None:
+    """Refuses a manifest that cannot be true, before anything believes its counts or opens what it names.
+
+    Raises:
+        InputError: names the manifest and what is wrong.
+    """
 
     def check(right: bool, what: str) -> None:
         if not right:
             raise InputError(f"{path}: {what}; it is damaged: remove the cache and build it anew")
 
-    whole = lambda value, least: type(value) is int and value >= least
-    bare = lambda name: isinstance(name, str) and bool(name) and Path(name).name == name and name not in (".", "..")
+    whole, bare = whole_number, bare_name
     dtype, scale, width = manifest.get("dtype"), manifest.get("scale"), manifest.get("embedding_dim")
     check(dtype in DTYPES if isinstance(dtype, str) else False, f"dtype {str(dtype)[:40]!r} is unknown")
     check(scale is None or (type(scale) is float and 0 < scale < float("inf")), f"scale {str(scale)[:40]} is no scale")
@@ -551,21 +617,15 @@ class Cache:
         Raises:
             InputError: no manifest, another format or version.
         """
-        self.folder = Path(folder)
+        self.folder = lookup(folder)
         path = self.folder / "manifest.json"
         if not path.is_file():
             raise InputError(
                 f"{self.folder}: no manifest.json; this is no finished cache. Build it with bash/cache.sh "
                 "(run it again if it was interrupted: it goes on)"
             )
-        self.manifest = read_json(path)
-        found = (self.manifest.get("format"), self.manifest.get("format_version"))
-        if found != (FORMAT, FORMAT_VERSION):
-            raise InputError(
-                f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {FORMAT} {FORMAT_VERSION}: "
-                "build the cache anew"
-            )
-        _check_manifest(path, self.manifest)
+        self.manifest = read_manifest(path, FORMAT, FORMAT_VERSION)
+        check_manifest(path, self.manifest)
         self._mapped: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
         self._uploaded: dict[tuple[str, str, str], Tensor] = {}  # tokens on a device, once they were asked for there
         self._checked: set[tuple[str, str]] = set()
@@ -578,11 +638,7 @@ class Cache:
             InputError: missing, damaged, or not the one that the index was made with.
         """
         path = self.folder / "projector.safetensors"
-        try:
-            with safe_open(path, framework="pt") as handle:
-                projector = Projector(handle.get_tensor("weight"), handle.get_tensor("bias"))
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not readable ({str(error)[:120]}); remove the cache and build it anew") from None
+        projector = read_projector(path)
         if projector.hash != self.manifest["projector"]:
             raise InputError(
                 f"{path}: not the projector that this cache was made with; remove the cache and build it anew"
@@ -617,6 +673,8 @@ class Cache:
                 self._check_shard(split, entry, tensors, header, exact)
                 self._mapped[split, file] = tensors, header
             except (OSError, SafetensorError, KeyError, ValueError) as error:
+                if self.manifest != read_manifest(self.folder / "manifest.json", FORMAT, FORMAT_VERSION):
+                    raise InputError(f"{self.folder}: rewritten since it was opened; open it again") from None
                 raise InputError(
                     f"{path}: not readable ({str(error)[:120]}); remove it and build the cache again"
                 ) from None
@@ -668,15 +726,7 @@ class Cache:
         own = entry["exact"] if exact else entry
         path = self.folder / split / own["file"]
         if (split, own["file"]) not in self._checked:
-            try:
-                if path.stat().st_size and file_hash(path) != own["sha256"]:
-                    raise InputError(
-                        f"{path}: contents differ from the manifest's checksum; remove it and build the cache again"
-                    )
-            except OSError as error:
-                raise InputError(
-                    f"{path}: not readable ({str(error)[:120]}); remove it and build the cache again"
-                ) from None
+            verify_shard(path, own["sha256"])
         tensors, header = self._map(split, entry, exact)
         self._checked.add((split, own["file"]))
         return tensors, header["stamp"]

@@ -32,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 from samer import flickr
 from samer.config import InputError, MergeConfig
 from samer.coords import visual_coords
-from samer.runtime import atomic_path, read_json, write_json
+from samer.runtime import atomic_path, lookup, read_json, write_json
 from samer.tokens import QueryTokens, VisualTokens
 
 # How much attention a patch receives from the patches of its image, by name (METHOD section 7): summed over the rows
@@ -444,7 +444,7 @@ def load_projector(path: str | Path, retriever: Encoder) -> Projector:
     Raises:
         InputError: nothing readable there, or a projector of another base or size.
     """
-    path = Path(path)
+    path = lookup(path)
     if path.is_file() and path.suffix == ".safetensors":
         path = path.parent
     if (path / "projector.safetensors").is_file():
@@ -464,6 +464,15 @@ def load_projector(path: str | Path, retriever: Encoder) -> Projector:
     return projector
 
 
+def read_projector(file: Path) -> Projector:
+    """The projector in a safetensors file with weight (D, H) and bias (D,).
+
+    Raises:
+        InputError: missing, damaged, or something else.
+    """
+    return _as_projector(_read_tensors(file), file)
+
+
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as handle:
@@ -475,7 +484,9 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 def _as_projector(tensors: dict, file: Path) -> Projector:
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if not (isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.dim() == 2 and bias.dim() == 1):
-        raise InputError(f"{file}: expected a weight (D, H) and a bias (D,); found {sorted(map(str, tensors))}")
+        raise InputError(
+            f"{file}: expected a weight (D, H) and a bias (D,); found {sorted(map(str, tensors))}; it is damaged"
+        )
     return Projector(weight.float(), bias.float())
 
 
@@ -486,7 +497,7 @@ def _load_safetensors(folder: Path, retriever: Encoder) -> Projector:
             f"{folder / 'config.json'}: format {config.get('format')!r} version {config.get('format_version')!r} "
             f"is not {FORMAT!r} version {FORMAT_VERSION}; use the SaMer version that wrote it"
         )
-    projector = _as_projector(_read_tensors(folder / "projector.safetensors"), folder / "projector.safetensors")
+    projector = read_projector(folder / "projector.safetensors")
     if projector.hash != config.get("projector"):
         raise InputError(f"{folder / 'projector.safetensors'}: contents differ from config.json's hash; it is damaged")
     if config.get("base_projector") != retriever.base_projector.hash:

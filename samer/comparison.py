@@ -37,7 +37,7 @@ from samer.grounding import HIT_IOU, PhraseIndex, ground, size_thirds
 from samer.metrics import bootstrap_intervals, query_metrics
 from samer.objects import instance_labels, object_diagnostics
 from samer.report import Shown
-from samer.runtime import Progress, print0, write_json
+from samer.runtime import Progress, print0, stop_here, stoppable, write_json
 from samer.scoring import maxsim
 from samer.shards import finished_shard, load_shard, write_shard
 from samer.train_data import batched
@@ -248,18 +248,22 @@ def compare(
     )
     started = time.monotonic()
     measured: dict[tuple[str, int], dict[str, dict[str, np.ndarray]]] = {}
-    for number, ((name, seed), (through, merges)) in enumerate(jobs.items(), 1):
-        print0(f"[{number}/{len(jobs)}] {name}, seed {seed}: {len(merges)} rows, {time.monotonic() - started:.0f} s")
-        place = folder / "projectors" / f"{name}-seed{seed}"
-        projector = store.base_projector
-        if through is not None:
-            settings = replace(config.train, output_dir=str(place), run_name=place.name, seed=seed, budgets=())
-            data = replace(config.data, eval_split="")  # nothing is selected on a split, so none is looked at
-            train(replace(config, merge=through, train=settings, data=data))
-            projector = load_projector(place, store)
-        store.use_projector(projector)
-        path = folder / "measured" / f"{place.name}.safetensors"
-        measured[name, seed] = _measured(path, store, records, merges, config.train.eval_batch_size)
+    with stoppable():
+        for number, ((name, seed), (through, merges)) in enumerate(jobs.items(), 1):
+            stop_here()
+            print0(
+                f"[{number}/{len(jobs)}] {name}, seed {seed}: {len(merges)} rows, {time.monotonic() - started:.0f} s"
+            )
+            place = folder / "projectors" / f"{name}-seed{seed}"
+            projector = store.base_projector
+            if through is not None:
+                settings = replace(config.train, output_dir=str(place), run_name=place.name, seed=seed, budgets=())
+                data = replace(config.data, eval_split="")  # nothing is selected on a split, so none is looked at
+                train(replace(config, merge=through, train=settings, data=data))
+                projector = load_projector(place, store)
+            store.use_projector(projector)
+            path = folder / "measured" / f"{place.name}.safetensors"
+            measured[name, seed] = _measured(path, store, records, merges, config.train.eval_batch_size)
     results = summarise(rows, measured, records, seeds)
     if "cost" in sections:
         results["cost"] = cost(store, records, config.merge, tokens_per_image, config.train.eval_batch_size)

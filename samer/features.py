@@ -32,19 +32,41 @@ from samer.colpali import (
     ATTENTION,
     NO_OFFSET,
     Encoder,
-    Projector,
     Retriever,
     check_signals,
     image_seeds,
     load_projector,
+    read_projector,
 )
 from samer.config import InputError
-from samer.runtime import Progress, atomic_path, file_hash, gather_objects, print0, rank, read_json, write_json
-from samer.shards import check_manifest, finished_shard, load_shard, shared_out, write_shard
+from samer.runtime import (
+    Progress,
+    atomic_path,
+    file_hash,
+    gather_objects,
+    lookup,
+    only_writer,
+    print0,
+    rank,
+    read_json,
+    stop_here,
+    stoppable,
+)
+from samer.shards import (
+    bare_name,
+    check_identity,
+    finished_shard,
+    load_shard,
+    read_manifest,
+    shared_out,
+    whole_number,
+    write_manifest,
+    write_shard,
+)
 from samer.train_data import batched
 
 FORMAT = "samer_features"
-FORMAT_VERSION = 2  # 1 had neither attention nor offsets
+FORMAT_VERSION = 3  # 1 had neither attention nor offsets, 2 no checksum of the manifest
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 IMAGES_PER_SHARD = 128  # 540 MB at 1,030 x 2,048 bfloat16: what a kill can cost, and what one process holds
 TEXTS_PER_SHARD = 4096
@@ -121,7 +143,8 @@ def write_features(
         The manifest's entry of each split.
 
     Raises:
-        InputError: bad data, too little disk, or a folder that holds a store of another model or setting.
+        InputError: bad data, too little disk, or a folder that holds a store of another model or setting, or is
+            written to by another process.
     """
     folder = Path(folder)
     if dtype not in DTYPES:
@@ -132,27 +155,26 @@ def write_features(
         raise InputError(f"splits {' '.join(splits)}: a split is named twice")
     stamp = _stamp(retriever, dtype)
     records = {split: flickr.load_split(data_root, split, boxes=False, limit_images=limit_images) for split in splits}
-    manifest = _open_for_writing(folder, stamp, retriever.name)
-    _announce(folder, records, retriever, dtype)
-    if rank() == 0:
-        for stray in folder.glob("**/.*.tmp"):  # what a killed writer left
-            stray.unlink()
-        base = {"weight": retriever.base_projector.weight, "bias": retriever.base_projector.bias}
-        with atomic_path(folder / "base.safetensors") as temporary:
-            temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in base.items()}))
-    gather_objects(None)
-    for split, rows in records.items():
-        images = _write_shards(
-            folder / split, "images", list(batched(rows, IMAGES_PER_SHARD)), retriever, batch_size, dtype, stamp
-        )
-        texts = list(dict.fromkeys(caption.text for record in rows for caption in record.captions))
-        captions = _write_shards(
-            folder / split, "texts", list(batched(texts, TEXTS_PER_SHARD)), retriever, batch_size, dtype, stamp
-        )
-        manifest["splits"][split] = {"images": images, "texts": captions}
+    _open_for_writing(folder, stamp, retriever.name)  # before anything is made in a foreign folder
+    with only_writer(folder), stoppable():
+        manifest = _open_for_writing(folder, stamp, retriever.name)
+        _announce(folder, records, retriever, dtype)
         if rank() == 0:
-            write_json(folder / "manifest.json", manifest)
-        gather_objects(None)
+            base = {"weight": retriever.base_projector.weight, "bias": retriever.base_projector.bias}
+            with atomic_path(folder / "base.safetensors") as temporary:
+                temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in base.items()}))
+        for split, rows in records.items():
+            images = _write_shards(
+                folder / split, "images", list(batched(rows, IMAGES_PER_SHARD)), retriever, batch_size, dtype, stamp
+            )
+            texts = list(dict.fromkeys(caption.text for record in rows for caption in record.captions))
+            captions = _write_shards(
+                folder / split, "texts", list(batched(texts, TEXTS_PER_SHARD)), retriever, batch_size, dtype, stamp
+            )
+            manifest["splits"][split] = {"images": images, "texts": captions}
+            if rank() == 0:
+                write_manifest(folder / "manifest.json", manifest)
+            gather_objects(None)
     return {split: manifest["splits"][split] for split in splits}
 
 
@@ -183,7 +205,7 @@ def _stamp(retriever: Retriever, dtype: str) -> dict:
 
 def _open_for_writing(folder: Path, stamp: dict, base_model: str) -> dict:
     remedy = "name another folder, or remove it to compute them anew"
-    manifest = check_manifest(folder / "manifest.json", stamp, "features", remedy)
+    manifest = check_identity(folder / "manifest.json", stamp, "features", remedy)
     if manifest is not None:
         return manifest
     foreign = lambda entry: not (entry.is_dir() or entry.name == "base.safetensors" or entry.name.startswith("."))
@@ -223,6 +245,7 @@ def _write_shards(folder: Path, kind: str, jobs: list, retriever: Retriever, bat
     """Writes this process's share of the shards and returns the manifest entries of all of them."""
     own = []
     for number, items in Progress(shared_out(jobs), f"{folder.name} {kind}", unit="shards"):
+        stop_here()
         path = folder / f"{kind}-{number:05d}.safetensors"
         names = [item if kind == "texts" else item.image_id for item in items]
         mark = {**stamp, "names": names}
@@ -313,7 +336,7 @@ class FeatureStore(Encoder):
 
     def __init__(self, folder: str | Path, model: str, device: torch.device | str = "cpu") -> None:
         now = fingerprint(model)
-        self._open(Path(folder), model, device)
+        self._open(lookup(folder), model, device)
         for part in ("weights", "processor") if now else ():
             if now[part] != self.manifest[part]:
                 raise InputError(
@@ -335,22 +358,12 @@ class FeatureStore(Encoder):
         path = folder / "manifest.json"
         if not path.is_file():
             raise InputError(f"{folder}: no manifest.json; finish the features with bash/features.sh (it goes on)")
-        self.manifest = read_json(path)
-        found = (self.manifest.get("format"), self.manifest.get("format_version"))
-        if found != (FORMAT, FORMAT_VERSION):
-            raise InputError(
-                f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {FORMAT} {FORMAT_VERSION}"
-            )
-        try:
-            self._map_all(model, device)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: lacks or misstates {error}; it is damaged, compute the features anew") from None
-
-    def _map_all(self, model: str, device: torch.device | str) -> None:
-        tensors, _ = _map(self.folder / "base.safetensors")
-        base = Projector(tensors["weight"], tensors["bias"])
+        self.manifest = read_manifest(path, FORMAT, FORMAT_VERSION)
+        check_manifest(path, self.manifest)
+        path = folder / "base.safetensors"
+        base = read_projector(path)
         if base.hash != self.manifest["base_projector"]:
-            raise InputError(f"{self.folder / 'base.safetensors'}: differs from the manifest's hash; it is damaged")
+            raise InputError(f"{path}: differs from the manifest's hash; it is damaged, compute the features anew")
         super().__init__(model, base, self.manifest["grid"], self.manifest["image_token_id"], device)
         self.source = {"computed_in": self.manifest["computed_in"], "stored_in": self.manifest["dtype"]}
         self._places: dict[str, dict[str, tuple[int, int]]] = {"images": {}, "texts": {}}
@@ -358,11 +371,37 @@ class FeatureStore(Encoder):
         for split, entry in self.manifest["splits"].items():
             for kind in ("images", "texts"):
                 for shard in entry[kind]:
-                    tensors, names = _map(self.folder / split / shard["file"])
+                    tensors, names = self._map(self.folder / split / shard["file"], kind, shard["count"])
                     starts = torch.cat([torch.zeros(1, dtype=torch.long), tensors["lengths"].cumsum(0)])
                     for row, name in enumerate(names):
                         self._places[kind].setdefault(name, (len(self._shards), row))
                     self._shards.append((tensors, starts))
+
+    def _map(self, path: Path, kind: str, count: int) -> tuple[dict[str, Tensor], list[str]]:
+        """A shard's tensors, mapped from the file, and the names of its rows; both are what the manifest says."""
+        try:
+            tensors, header = load_shard(path)
+            stamp = header["stamp"]
+            other = [key for key in stamp if key != "names" and stamp[key] != self.manifest.get(key)]
+            if other:
+                raise ValueError(f"made with another {other[0]}")
+            names, lengths, total = stamp["names"], tensors["lengths"], len(tensors["hidden"])
+            right = isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names)
+            right = right and lengths.dtype == torch.int64 and lengths.shape == (count,) and int(lengths.min()) >= 1
+            right = right and int(lengths.sum()) == total
+            wanted = {"hidden": (DTYPES[self.manifest["dtype"]], (total, self.manifest["hidden_size"]))}
+            if self.manifest["dtype"] == "int8":
+                wanted["scales"] = torch.float32, (total,)
+            if kind == "images":
+                wanted |= {"input_ids": (torch.int32, (total,)), "attention": (torch.float32, (total, len(ATTENTION)))}
+            else:
+                wanted["offsets"] = torch.int32, (total, 2)
+            found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items() if name != "lengths"}
+            if not right or found != wanted:
+                raise ValueError("its tensors or names are not what the manifest says")
+            return tensors, names
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{path}: not readable ({str(error)[:120]}); remove it and run features again") from None
 
     def _rows(self, kind: str, names: Sequence[str]) -> dict[str, Tensor]:
         missing = [name for name in names if name not in self._places[kind]]
@@ -410,31 +449,29 @@ class FeatureStore(Encoder):
         attention = inputs["attention"].to(self.device) if needs else None
         return self.hidden_states(inputs), {name: attention[..., ATTENTION.index(name)] for name in needs}
 
-    def verify(self) -> int:
-        """Reads every shard and compares its checksum.
 
-        Returns:
-            Bytes read.
+def check_manifest(path: Path, manifest: dict) -> None:
+    """Refuses a store's manifest that cannot be true, before anything believes it or opens what it names.
 
-        Raises:
-            InputError: names the first damaged file.
-        """
-        total = 0
-        for split, entry in self.manifest["splits"].items():
-            for shard in [*entry["images"], *entry["texts"]]:
-                path = self.folder / split / shard["file"]
-                if file_hash(path) != shard["sha256"]:
-                    raise InputError(
-                        f"{path}: contents differ from the manifest's checksum; remove it and run features again"
-                    )
-                total += path.stat().st_size
-        return total
+    Raises:
+        InputError: names the manifest and what is wrong.
+    """
 
+    def check(right: bool, what: str) -> None:
+        if not right:
+            raise InputError(f"{path}: {what}; it is damaged, compute the features anew")
 
-def _map(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """A shard's tensors, mapped from the file, and the names of its rows."""
-    try:
-        tensors, header = load_shard(path)
-        return tensors, header["stamp"]["names"] if header else []
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not readable ({str(error)[:120]}); remove it and run features again") from None
+    dtype = manifest.get("dtype")
+    check(isinstance(dtype, str) and dtype in DTYPES, f"dtype {str(dtype)[:40]!r} is unknown")
+    for key in ("hidden_size", "grid", "image_token_id"):
+        check(whole_number(manifest.get(key), 0 if key == "image_token_id" else 1), f"{key} is missing or no number")
+    for key in ("weights", "processor", "base_projector", "base_model", "computed_in"):
+        check(isinstance(manifest.get(key), str), f"{key} is missing or no text")
+    check(isinstance(manifest.get("splits"), dict), "splits is missing or no mapping")
+    for split, entry in manifest["splits"].items():
+        check(bare_name(split) and isinstance(entry, dict), f"split {split[:40]!r} is no split")
+        for kind in ("images", "texts"):
+            check(isinstance(entry.get(kind), list), f"{kind} of {split} are missing or no list")
+            for shard in entry[kind]:
+                right = isinstance(shard, dict) and bare_name(shard.get("file")) and whole_number(shard.get("count"), 1)
+                check(right and isinstance(shard.get("sha256"), str), f"an entry of {split}/{kind} can't be true")

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from samer.config import InputError
-from samer.runtime import Progress
+from samer.runtime import Progress, lookup
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in [0, 1]
 
@@ -82,7 +82,7 @@ def find_layout(root: str | Path) -> FlickrLayout:
 
     Raises InputError if `root` is no folder or a required one (splits, Sentences, images) is nowhere under it.
     """
-    root = Path(root)
+    root = lookup(root)
     if not root.is_dir():
         raise InputError(f"{root}: not a folder; point DATA_ROOT at the Flickr30k-Entities copy")
 

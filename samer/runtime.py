@@ -1,4 +1,4 @@
-"""What every entry point shares: ranks and the two distributed calls, printing once, atomic files, exit status.
+"""What every entry point shares: ranks and their calls, printing once, atomic files, one writer, signals, exit status.
 
 Shape letters: B rows of this process, W processes.
 """
@@ -6,14 +6,17 @@ Shape letters: B rows of this process, W processes.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from samer.config import Config, InputError, load_config
+
+TEMPORARY = ".samer-tmp"  # ends the names of files that are being written
 
 
 def rank() -> int:
@@ -79,6 +84,14 @@ def process_group():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
+    except RuntimeError as error:
+        if not started or not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
+            raise
+        stop_here()  # all were asked to stop, this one came last
+        raise InputError(
+            f"process {rank()} of {world_size()}: another process of this job has ended, its own message says why; "
+            "run the same command again to go on"
+        ) from None
     finally:
         if started and dist.is_initialized():
             dist.destroy_process_group()
@@ -171,7 +184,7 @@ def atomic_path(path: str | Path):
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -184,6 +197,70 @@ def atomic_path(path: str | Path):
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def lookup(path: str | Path) -> Path:
+    """A path that the file system can be asked for.
+
+    Raises:
+        InputError: a name too long for it.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the caller says what it misses
+        pass
+    except OSError as error:
+        raise InputError(f"{path}: can't be looked up ({error.strerror})") from None
+    return Path(path)
+
+
+@contextmanager
+def only_writer(folder: str | Path):
+    """Holds a folder for one writer at a time, on the first process of a job; the others wait until it is held.
+
+    Removes what a killed writer left half written. The lock goes with the process, and a folder that stays empty goes
+    too.
+
+    Raises:
+        InputError: another process holds it, or it can't be written to.
+    """
+    folder = Path(folder)
+    with _locked(folder) if rank() == 0 else nullcontext():
+        gather_objects(None)
+        yield
+
+
+@contextmanager
+def _locked(folder: Path):
+    made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
+    before = set() if made else set(folder.iterdir()) if folder.is_dir() else set()
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"{folder}: can't be written ({error.strerror}); name another folder") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_nlink == 0:  # the one before took its file away between our two calls
+                raise OSError
+        except OSError:
+            raise InputError(f"{folder}: another process is writing to it; wait until it ends") from None
+        try:
+            inner = [place for place in folder.iterdir() if place.is_dir() and not (place / ".lock").exists()]
+            for place in (folder, *inner):  # a folder with a lock of its own has a writer of its own
+                for stray in place.glob(f".*{TEMPORARY}"):
+                    stray.unlink(missing_ok=True)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            own = [entry for entry in folder.iterdir() if entry.is_dir() and entry not in before]
+            for empty in [*own, *made]:  # a run that failed leaves no empty folders of its own
+                if not any(empty.iterdir()):
+                    empty.rmdir()
+    finally:
+        os.close(handle)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -264,10 +341,63 @@ def split_words(parser: argparse.ArgumentParser, splits: Sequence[str], override
     return names, [*(word for word in splits if "=" in word), *overrides]
 
 
+class Stopped(BaseException):
+    """SIGTERM came, and what was at work has come to an end."""
+
+
+_finishing = 0  # how many `stoppable` blocks this process is in
+_asked = False  # whether SIGTERM came
+
+
+@contextmanager
+def stoppable():
+    """A block of many units of work: SIGTERM waits in it until `stop_here` or the block's end.
+
+    Raises:
+        Stopped: at the block's end, if SIGTERM came.
+    """
+    global _finishing
+    _finishing += 1
+    try:
+        yield
+    finally:
+        _finishing -= 1
+    stop_here()
+
+
+def stop_asked() -> bool:
+    """Whether SIGTERM asked some process of this job to stop; all of them must ask, and get the same answer."""
+    return any(gather_objects(_asked))
+
+
+def stop_here() -> None:
+    """Ends this process between two units of work if SIGTERM asked it to.
+
+    Raises:
+        Stopped: if so.
+    """
+    if _asked:
+        raise Stopped
+
+
+def _on_sigterm(number: int, frame: Any) -> None:
+    global _asked
+    if not _finishing:
+        raise Stopped
+    if not _asked:  # os.write: a handler may interrupt a print
+        os.write(2, b"SIGTERM: stopping as soon as what is at work is finished\n")
+    _asked = True
+
+
 def run(main: Callable[[], Any]) -> None:
-    """Runs an entry point: bad input prints one line and exits with 2, an interrupt with 130."""
+    """Runs an entry point: bad input prints one line and exits with 2, SIGINT exits with 130, SIGTERM with 143."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         main()
+    except Stopped:
+        print("stopped; run the same command again to go on", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGTERM)
     except InputError as error:
         # a data loader's worker hands its whole traceback over as the message, the error's own words at its end
         words = str(error).rpartition(f"{InputError.__module__}.{InputError.__qualname__}: ")[2]

@@ -18,18 +18,55 @@ from safetensors.torch import save
 from torch import Tensor
 
 from samer.config import InputError
-from samer.runtime import atomic_path, file_hash, rank, read_json, world_size
+from samer.runtime import atomic_path, file_hash, rank, read_json, world_size, write_json
 
 
-def check_manifest(path: Path, identity: dict, holds: str, remedy: str) -> dict | None:
+def write_manifest(path: Path, manifest: dict) -> None:
+    """Writes a manifest atomically, with a checksum of itself."""
+    write_json(path, {**manifest, "checksum": _manifest_checksum(manifest)})
+
+
+def read_manifest(path: Path, kind: str, version: int) -> dict:
+    """A manifest without its checksum, which holds.
+
+    Raises:
+        InputError: not readable, damaged, of another kind or version; names the file.
+    """
+    manifest = read_json(path)
+    found = manifest.get("format"), manifest.get("format_version")
+    if found != (kind, version):
+        raise InputError(
+            f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {kind} {version}: make it anew"
+        )
+    checksum = manifest.pop("checksum", None)
+    if checksum != _manifest_checksum(manifest):
+        raise InputError(f"{path}: contents differ from their own checksum; it is damaged, make it anew")
+    return manifest
+
+
+def _manifest_checksum(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def whole_number(value: Any, least: int) -> bool:
+    """Whether a manifest's value is an integer of at least so much."""
+    return type(value) is int and value >= least
+
+
+def bare_name(name: Any) -> bool:
+    """Whether a manifest may name a file or a split so: one step down, nowhere else."""
+    return isinstance(name, str) and 0 < len(name) < 256 and Path(name).name == name and name not in (".", "..")
+
+
+def check_identity(path: Path, identity: dict, holds: str, remedy: str) -> dict | None:
     """The manifest at `path`, or None if there is none.
 
     Raises:
-        InputError: it was made of something else than `identity`; names the first key that differs.
+        InputError: as `read_manifest`, or made of something else than `identity`; names the first key that differs.
     """
     if not path.is_file():
         return None
-    manifest = read_json(path)
+    manifest = read_manifest(path, identity["format"], identity["format_version"])
     for key, value in identity.items():
         if manifest.get(key) != value:
             raise InputError(f"{path.parent} holds {holds} with {key}={manifest.get(key)!r}, now {value!r}; {remedy}")
@@ -39,7 +76,7 @@ def check_manifest(path: Path, identity: dict, holds: str, remedy: str) -> dict 
 def write_shard(path: Path, tensors: dict[str, Tensor], stamp: dict, facts: dict) -> dict:
     """Writes a shard and returns its manifest entry: file name, `facts` and SHA-256 of the file."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    header = {"stamp": stamp, "entry": facts, "checksum": _checksum(tensors)}
+    header = {"stamp": stamp, "entry": facts, "checksum": tensors_checksum(tensors)}
     # one key only: safetensors writes several in an order that differs from run to run
     metadata = {"samer": json.dumps(header, ensure_ascii=False)}
     content = save(tensors, metadata=metadata)
@@ -56,18 +93,37 @@ def load_shard(path: Path) -> tuple[dict[str, Tensor], dict]:
     """
     with safe_open(path, framework="pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        return tensors, json.loads((handle.metadata() or {}).get("samer", "{}"))
+        header = json.loads((handle.metadata() or {}).get("samer", "{}"))
+    if not isinstance(header, dict) or not isinstance(header.get("stamp", {}), dict):
+        raise ValueError("its header is not that of a shard")
+    return tensors, header
 
 
 def finished_shard(path: Path, stamp: dict) -> dict | None:
     """The manifest entry of a complete, undamaged shard with this stamp, else None: then it is made anew."""
     try:
         tensors, header = load_shard(path)
-        if header["stamp"] != stamp or header["checksum"] != _checksum(tensors):
+        if header["stamp"] != stamp or header["checksum"] != tensors_checksum(tensors):
             return None
         return {"file": path.name, **header["entry"], "sha256": file_hash(path)}
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
+
+
+def verify_shard(path: Path, sha256: str) -> int:
+    """Reads a whole shard and compares its checksum; returns its bytes.
+
+    Raises:
+        InputError: missing, unreadable or changed; names the file.
+    """
+    try:
+        found = file_hash(path)
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({error.strerror}); remove it and run what made it again") from None
+    if found != sha256:
+        raise InputError(f"{path}: contents differ from the manifest's checksum; remove it and run what made it again")
+    return size
 
 
 def shared_out(jobs: Sequence) -> list[tuple[int, Any]]:
@@ -75,7 +131,8 @@ def shared_out(jobs: Sequence) -> list[tuple[int, Any]]:
     return [(k, jobs[k]) for k in range(rank(), len(jobs), world_size())]
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
+def tensors_checksum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the contents of tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy())

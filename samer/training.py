@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler
@@ -29,13 +34,28 @@ from samer.config import Config, InputError, MergeConfig, TrainConfig, dump_conf
 from samer.features import open_encoder
 from samer.losses import multi_positive_t2i_loss
 from samer.objects import object_diagnostics
-from samer.runtime import atomic_path, gather_objects, gather_with_grad, print0, rank, read_json, world_size
+from samer.runtime import (
+    Stopped,
+    atomic_path,
+    gather_objects,
+    gather_with_grad,
+    only_writer,
+    print0,
+    rank,
+    read_json,
+    stop_asked,
+    stoppable,
+    world_size,
+    write_json,
+)
 from samer.scoring import maxsim
 from samer.tokens import MergedTokens, VisualTokens
 from samer.train_data import CaptionDataset, Collator
 
 CHUNK_ELEMENTS = 2**27  # floats that one slice of merging or scoring may take: 512 MB
 WINDOW_IMAGES = 4096  # 17 GB of ColPali features: the page cache holds what one window needs
+STATE = "trainer_state.json"  # the last file of a checkpoint
+CONTINUATION = "continuation.json"  # of a checkpoint: losses summed up for the next log; is its step validated
 DIAGNOSED = 64  # captions of a batch that the object diagnostics look at
 
 
@@ -202,9 +222,16 @@ class SamerTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.validation = validation
         self.samer_config = config
+        self.continuation: dict[str, Any] = {}  # what a checkpoint keeps beside Trainer's own files
+        self.saved_step = -1  # of the newest checkpoint
 
     def _get_train_sampler(self, train_dataset=None):
         return WindowSampler(self.train_dataset, self.args.seed)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+        return loader
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         module = self.accelerator.unwrap_model(model)
@@ -223,7 +250,13 @@ class SamerTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Box-free retrieval metrics on the validation split with the projector as it stands."""
+        """Box-free retrieval metrics on the validation split with the projector as it stands.
+
+        While training, a checkpoint is written before, so that a picture that can't be read does not cost the epoch,
+        and holds the metrics in the end.
+        """
+        if self.is_in_train:
+            self._save_checkpoint(self.model, None)
         module = self.accelerator.unwrap_model(self.model)
         retriever = module.retriever
         before = retriever.current_projector()
@@ -238,27 +271,95 @@ class SamerTrainer(Trainer):
         self.log(values)
         self._watch_best(module)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, values)
+        if self.is_in_train:
+            self._save_checkpoint(self.model, None)
         return values
+
+    def make_up_for_validation(self, checkpoint: Path) -> None:
+        """Adds the metrics to a checkpoint whose validation failed."""
+        step = _step(checkpoint)
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        validated = any("eval_r@1" in entry and entry["step"] == step for entry in self.state.log_history)
+        if read_json(checkpoint / CONTINUATION)["validates"] and not validated:
+            self._load_from_checkpoint(str(checkpoint))
+            self.evaluate()
+            self.saved_step = step
+            self._save_checkpoint(self.model, None)
 
     def _watch_best(self, module: ProjectorModel) -> None:
         """Keeps the projector of the best validation R@1 in best/ and stops when it has not improved for too long."""
         settings = self.samer_config.train
-        measured = [entry["eval_r@1"] for entry in self.state.log_history if "eval_r@1" in entry]
-        since = len(measured) - 1 - measured.index(max(measured))  # 0: the evaluation just made is the best so far
+        since = _evaluations_since_best(self.state.log_history)
         if settings.select_best and since == 0 and rank() == 0:
             folder = Path(settings.output_dir) / "best"
             save_projector(folder, module.projector(), module.retriever, self.samer_config.merge)
-        if settings.early_stop_patience is not None and since >= settings.early_stop_patience:
+        if _is_stale(settings, self.state.log_history):
             print0(f"validation R@1 has not improved in {since} evaluations; stopping")
             self.control.should_training_stop = True
             self.control.should_save = True  # the end of the run, as max_steps would be
+
+    def take_up_loss(self, continuation: dict) -> None:
+        """Goes on with the sum of losses since the last log as a checkpoint holds it."""
+        self._tr_loss += continuation["loss_sum"]
+        self._globalstep_last_logged = continuation["logged_at"]
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.saved_step == self.state.global_step:  # written already: only what was logged since is new
+            if rank() == 0:
+                with atomic_path(Path(self.args.output_dir) / f"checkpoint-{self.saved_step}" / STATE) as temporary:
+                    self.state.save_to_json(str(temporary))
+            gather_objects(None)
+            return
+        loss_sum = float(np.mean(gather_objects(self._tr_loss.item())))
+        self.continuation |= {"loss_sum": loss_sum, "logged_at": self._globalstep_last_logged}
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError) as error:
+            raise InputError(_unwritten(self.args.output_dir, error)) from None
+        except RuntimeError as error:  # torch.save's
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise InputError(_unwritten(self.args.output_dir, error)) from None
+        self.saved_step = self.state.global_step
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         # what Trainer needs to resume is model.safetensors; beside it goes what the other scripts load
         (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
+        write_json(Path(output_dir) / CONTINUATION, self.continuation)
         module = self.accelerator.unwrap_model(self.model)
         save_projector(output_dir, module.projector(), module.retriever, self.samer_config.merge)
+
+
+def _start_worker(seeded: Callable[[int], None] | None, number: int) -> None:
+    """A data loader's worker lets SIGTERM pass: its trainer decides when the run stops, and ends the worker then."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if seeded is not None:
+        seeded(number)
+
+
+class Continuation(TrainerCallback):
+    """What makes a resumed run end as an undisturbed one would.
+
+    The mean loss goes on where the checkpoint left it, and a checkpoint knows whether its step is one to validate
+    after: the last of an epoch, or of the run. After SIGTERM a run ends with a checkpoint of the step at work.
+    """
+
+    def __init__(self, trainer: SamerTrainer, checkpoint: Path | None) -> None:
+        self.trainer, self.checkpoint = trainer, checkpoint
+        self.stopped, self.steps_per_epoch = False, 1
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        self.steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        if self.checkpoint is not None:
+            self.trainer.take_up_loss(read_json(self.checkpoint / CONTINUATION))
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        epoch_ends = state.global_step % self.steps_per_epoch == 0 or state.global_step >= state.max_steps
+        control.should_evaluate = bool(self.trainer.validation) and epoch_ends
+        self.trainer.continuation["validates"] = control.should_evaluate
+        if stop_asked():
+            self.stopped = control.should_save = control.should_training_stop = True
 
 
 class LineLogger(TrainerCallback):
@@ -307,8 +408,15 @@ def train(config: Config) -> TrainResult:
     Resumes from the last complete checkpoint in the output folder if `train.resume` is on.
 
     Raises:
-        InputError: bad data, a folder that holds another run, a non-finite loss.
+        InputError: bad data, a folder that holds another run or is written to by another process, a full disk, a
+            non-finite loss.
+        Stopped: SIGTERM came; a checkpoint of the last step is written.
     """
+    with only_writer(config.train.output_dir):
+        return _train(config)
+
+
+def _train(config: Config) -> TrainResult:
     settings = config.train
     output = Path(settings.output_dir)
     if not config.data.root:
@@ -345,6 +453,9 @@ def train(config: Config) -> TrainResult:
     )
     gather_objects(None)  # no process may still be looking for a run in this folder when the first one marks it
     if rank() == 0:
+        for folder in _checkpoints(output, whole=False):
+            print0(f"{folder} was cut short while it was written; removing it")
+            shutil.rmtree(folder)
         with atomic_path(output / "config.yaml") as temporary:
             temporary.write_text(dump_config(config), encoding="utf-8")
     trainer = SamerTrainer(
@@ -358,25 +469,33 @@ def train(config: Config) -> TrainResult:
         callbacks=[LineLogger(settings.train_batch_size * settings.grad_accum_steps * world_size())],
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = _last_checkpoint(output) if settings.resume else None
+    checkpoint = max(_checkpoints(output), key=_step, default=None) if settings.resume else None
+    continuation = Continuation(trainer, checkpoint)
+    trainer.add_callback(continuation)
     started = time.monotonic()
-    if checkpoint is not None and _is_finished(checkpoint):
+    if checkpoint is not None:
+        trainer.make_up_for_validation(checkpoint)
+    if checkpoint is not None and _is_finished(checkpoint, settings):
         print0(f"{checkpoint} is the end of this run; nothing is left to train")
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
         trainer._load_from_checkpoint(str(checkpoint))
     else:
         if checkpoint is not None:
             print0(f"resuming from {checkpoint}")
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with stoppable():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if continuation.stopped:
+                print0(f"stopped after step {trainer.state.global_step} with a checkpoint in {output}")
+                raise Stopped
     seconds = time.monotonic() - started
-    measured = [entry["step"] for entry in trainer.state.log_history if "eval_r@1" in entry]
-    if validation and trainer.state.global_step not in measured:
-        trainer.evaluate()  # the last checkpoint is older than the last evaluation: resuming from it skips that
     if rank() == 0:
+        # Trainer's last entry tells the time and the loss since this start only
+        history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+        history.append({"epoch": trainer.state.epoch, "step": trainer.state.global_step})
         best = load_projector(output / "best", retriever) if settings.select_best and validation else None
         save_projector(output, best or model.projector(), retriever, config.merge)
         with atomic_path(output / "history.json") as temporary:
-            temporary.write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
     return _result(output, trainer.state.log_history, settings, seconds)
 
 
@@ -418,7 +537,7 @@ def _arguments(config: Config) -> TrainingArguments:
             logging_nan_inf_filter=False,
             save_steps=settings.save_steps,
             save_total_limit=2,
-            eval_strategy="epoch" if config.data.eval_split else "no",
+            eval_strategy="no",  # `Continuation` says when
             remove_unused_columns=False,
             disable_tqdm=True,
             ddp_find_unused_parameters=False,
@@ -434,19 +553,46 @@ def _arguments(config: Config) -> TrainingArguments:
     return arguments
 
 
-def _last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written whole: trainer_state.json is the last file of one."""
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _checkpoints(output: Path, whole: bool = True) -> list[Path]:
+    """The checkpoints that were written whole, or those that were cut short."""
     found = []
     for folder in output.glob("checkpoint-*"):
-        number = folder.name.removeprefix("checkpoint-")
-        if number.isdigit() and (folder / "trainer_state.json").is_file():
-            found.append((int(number), folder))
-    return max(found)[1] if found else None
+        if folder.name.removeprefix("checkpoint-").isdecimal() and folder.is_dir():
+            try:
+                state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+                right = isinstance(state, dict) and state.get("global_step") == _step(folder)
+            except (FileNotFoundError, ValueError):
+                right = False
+            if right == whole:
+                found.append(folder)
+    return found
 
 
-def _is_finished(checkpoint: Path) -> bool:
-    state = read_json(checkpoint / "trainer_state.json")
-    return state.get("global_step", 0) >= state.get("max_steps", 0)
+def _unwritten(folder: str, error: Exception) -> str:
+    """What a failed write of a checkpoint is told as."""
+    words = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+    return f"{folder}: a checkpoint can't be written ({words}); make room and run the same command again to go on"
+
+
+def _is_finished(checkpoint: Path, settings: TrainConfig) -> bool:
+    state = TrainerState.load_from_json(str(checkpoint / STATE))
+    return state.global_step >= state.max_steps or _is_stale(settings, state.log_history)
+
+
+def _evaluations_since_best(history: list[dict]) -> int:
+    """How many evaluations came after the best one, the first of equals; 0 also if there is none."""
+    measured = [entry["eval_r@1"] for entry in history if "eval_r@1" in entry]
+    return len(measured) - 1 - measured.index(max(measured)) if measured else 0
+
+
+def _is_stale(settings: TrainConfig, history: list[dict]) -> bool:
+    """Whether validation has not improved for too long."""
+    patience = settings.early_stop_patience
+    return patience is not None and _evaluations_since_best(history) >= patience
 
 
 def _check_output(output: Path, config: Config) -> None:

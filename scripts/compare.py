@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import load_config
-from samer.runtime import pick_device, run
+from samer.runtime import only_writer, pick_device, run
 
 TILES = {  # the figures in large
     "none": "all tokens",
@@ -45,11 +45,16 @@ def main(argv=None):
     given = options.sections or []
     overrides = [*(word for word in given if "=" in word), *options.overrides]  # argparse takes them for sections
     config = load_config(options.config, overrides)
-    from samer import flickr
-    from samer.comparison import SECTIONS, check_request, compare, shown_methods
+    from samer.comparison import SECTIONS, check_request
 
     sections = SECTIONS if options.sections is None else [word for word in given if "=" not in word]
     check_request(sections, options.seeds)
+    with only_writer(options.out):
+        return run_comparison(options, config, sections, overrides)
+
+
+def run_comparison(options, config, sections, overrides):
+    """What `main` does with what it was asked for, in a folder of its own."""
     features = options.features or str(Path(options.out) / "features")
     started = time.monotonic()
     if not options.features:
@@ -59,6 +64,8 @@ def main(argv=None):
         for split, limit in zip((config.data.train_split, options.split), limits):
             words = ["--out", features, "--data-root", options.data_root, "--config", options.config, "--splits", split]
             write.main([*words, *(["--limit-images", str(limit)] if limit else []), *overrides])
+    from samer import flickr
+    from samer.comparison import compare, shown_methods
     from samer.features import FeatureStore
     from samer.report import Table, make_gallery, write_report
     from samer.tables import recall_table, write_tables

@@ -2,11 +2,11 @@
 
     python scripts/features.py --data-root /data/flickr30k_entities --out features/colpali --splits train val test
     torchrun --nproc-per-node 4 scripts/features.py ...
-    python scripts/features.py --verify --out features/colpali      (reads everything, compares checksums)
 
 Everything before the projection is frozen, so this replaces every later pass through the backbone: give the folder to
 training as data.features=DIR and to scripts/cache.py as --features DIR. Says what it will take and checks the disk
 first (Flickr30k-Entities with ColPali: about 130 GB in bfloat16, half in int8); run again, it goes on where it stopped.
+scripts/verify.py reads a finished store and compares every checksum.
 """
 
 import argparse
@@ -15,34 +15,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from samer.config import InputError, load_config
+from samer.config import load_config
 from samer.runtime import add_compute_options, compute_device, print0, process_group, run, split_words
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder of the store")
-    parser.add_argument("--data-root", help="Flickr30k-Entities folder; Annotations are not needed")
+    parser.add_argument("--data-root", required=True, help="Flickr30k-Entities folder; Annotations are not needed")
     parser.add_argument("--splits", nargs="+", default=["train", "val", "test"], help="default: train val test")
     parser.add_argument("--batch-size", type=int, default=32, help="images and captions per forward pass (32)")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 or int8; default: as the model computes")
     parser.add_argument("--limit-images", type=int, help="the first so many images of each split")
     add_compute_options(parser)
-    parser.add_argument("--verify", action="store_true", help="only check a finished store")
     parser.add_argument("--config", help="YAML file with model settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=assets/retriever")
     options = parser.parse_args(argv)
     splits, overrides = split_words(parser, options.splits, options.overrides)
     config = load_config(options.config, overrides)
     device = compute_device(options)
-    from samer.features import FeatureStore, open_encoder, write_features
+    from samer.features import open_encoder, write_features
 
-    if options.verify:
-        total = FeatureStore(options.out, config.model.name).verify()
-        print(f"{options.out}: {total / 1e9:.2f} GB read, every checksum holds")
-        return None
-    if not options.data_root:
-        raise InputError("--data-root is not set; give the Flickr30k-Entities folder")
     with process_group():
         retriever = open_encoder(config.model.name, device, local_files_only=config.model.local_files_only)
         entries = write_features(

@@ -3,10 +3,12 @@
     python scripts/index.py --images ~/Pictures --cache-dir outputs/pictures --adapter-path checkpoints/samer_k64
     python scripts/index.py --images ~/Pictures --cache-dir outputs/pictures ...      (again: new pictures are added)
     python scripts/index.py --cache-dir outputs/pictures --delete trips/a.jpg
+    python scripts/index.py --cache-dir outputs/pictures --compact    (after much adding and deleting)
 
 Pictures are found in subfolders too; a file that can't be read is skipped and listed at the end. Interrupted, it goes
 on where it stopped, in steps of 256 pictures. A picture that was taken out but is still in the folder comes back when
-the folder is indexed again. Search with scripts/search.py.
+the folder is indexed again. Deleting notes rows and adding writes new files, so an index that changes for long grows
+and slows down; --compact makes it as small as a new one. Search with scripts/search.py.
 """
 
 import argparse
@@ -28,6 +30,7 @@ def main(argv=None):
     parser.add_argument("--images", help="folder of pictures")
     parser.add_argument("--delete", nargs="+", metavar="PICTURE", help="take pictures out, by path under the folder")
     parser.add_argument("--adapter-path", default="", help="trained projector (folder); empty: projection untouched")
+    parser.add_argument("--compact", action="store_true", help="rewrite the index without deleted pictures")
     parser.add_argument("--cache-dtype", default="int8", help="int8 (default), binary, bfloat16, float16 or float32")
     parser.add_argument("--assignments", action="store_true", help="keep each token's region, a byte each")
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (32)")
@@ -35,8 +38,14 @@ def main(argv=None):
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
-    if bool(options.images) == bool(options.delete):
-        parser.error("give either --images FOLDER or --delete PICTURE ...")
+    if bool(options.images) + bool(options.delete) + options.compact != 1:
+        parser.error("give either --images FOLDER, or --delete PICTURE ..., or --compact")
+    if options.compact:
+        from samer.cache_io import FOLDER_SPLIT, compact_images
+
+        saved = compact_images(options.cache_dir, FOLDER_SPLIT)
+        print(f"compacted {options.cache_dir}: {saved / 1e6:,.1f} MB less on disk")
+        return saved
     if options.delete:
         from samer.cache_io import FOLDER_SPLIT, delete_images
 

@@ -196,10 +196,12 @@ def test_shards_join_to_the_whole(world, frozen, tmp_path, small_shards, made):
 
 def test_the_manifest_says_what_it_is_made_of_and_nothing_else(made, frozen, base, world):
     manifest = json.loads((made / "manifest.json").read_text())
+    checksum = manifest.pop("checksum")
+    assert checksum == hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     splits = manifest.pop("splits")
     assert manifest == {
         "format": "samer_cache",
-        "format_version": 2,
+        "format_version": 3,
         "base_projector": frozen.base_projector.hash,
         "hidden_states": {"computed_in": "float32", "stored_in": "nothing"},
         "projector": frozen.base_projector.hash,
@@ -331,12 +333,12 @@ def test_an_interrupted_build_goes_on(world, frozen, tmp_path, small_shards, mon
 
 
 def test_what_a_killed_process_leaves_is_no_obstacle(world, frozen, tmp_path, made):
-    """SIGKILL leaves temporary files: they are neither read nor taken for a foreign folder's."""
+    """SIGKILL leaves temporary files: they are neither read nor taken for a foreign folder's, and go."""
     build(tmp_path / "c", world, frozen, splits=("val", "test"))
-    (tmp_path / "c" / "manifest.json").rename(tmp_path / "c" / ".manifest.json.abc.tmp")
-    (tmp_path / "c" / "test" / ".images-00000.safetensors.abc.tmp").write_bytes(b"half")
+    (tmp_path / "c" / "manifest.json").rename(tmp_path / "c" / ".manifest.json.abc.samer-tmp")
+    (tmp_path / "c" / "test" / ".images-00000.safetensors.abc.samer-tmp").write_bytes(b"half")
     build(tmp_path / "c", world, frozen, splits=("val", "test"))
-    assert contents(made).items() <= contents(tmp_path / "c").items()
+    assert contents(made) == contents(tmp_path / "c")
 
 
 @pytest.mark.parametrize(
@@ -435,7 +437,7 @@ def test_a_damaged_shard_is_named_and_can_be_made_anew(world, frozen, made, copy
         with pytest.raises(InputError) as caught:
             READERS[reader](Cache(copy), "test")
         assert str(shard) in str(caught.value)
-        assert "build the cache again" in str(caught.value)
+        assert re.search("remove it and (build the cache|run what made it) again", str(caught.value))
         assert "\n" not in str(caught.value)
     for split, other in (("val", kind), ("test", {"images": "queries", "queries": "images"}[kind])):
         READERS[other](Cache(copy), split)  # the rest can still be read
@@ -455,9 +457,9 @@ def test_a_damaged_shard_of_an_unfinished_cache_is_made_anew(world, frozen, made
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 1}, "format 'samer_cache' version 1; this SaMer reads samer_cache 2"),
-        ({"format_version": 3}, "format 'samer_cache' version 3; this SaMer reads samer_cache 2"),
-        ({"format": "other"}, "format 'other' version 2"),
+        ({"format_version": 1}, "format 'samer_cache' version 1; this SaMer reads samer_cache 3"),
+        ({"format_version": 4}, "format 'samer_cache' version 4; this SaMer reads samer_cache 3"),
+        ({"format": "other"}, "format 'other' version 3"),
     ],
 )
 def test_another_format_is_refused(world, frozen, copy, change, words):

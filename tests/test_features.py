@@ -14,8 +14,10 @@ from samer import features, flickr
 from samer.colpali import Retriever
 from samer.config import InputError, MergeConfig, ObjectsConfig, load_config
 from samer.features import FeatureStore, quantise, write_features
+from samer.shards import write_manifest
 from samer.train_data import CaptionDataset, Collator
 from samer.training import ProjectorModel, WindowSampler, train
+from samer.verification import verify
 
 SPLITS = ["train", "val", "test"]
 
@@ -65,15 +67,16 @@ def test_texts_are_stored_once(store, world):
 
 def test_verify_reads_everything_and_names_a_damaged_shard(store, base, tmp_path):
     size = sum(p.stat().st_size for p in store.glob("*/*.safetensors"))
-    assert FeatureStore(store, str(base)).verify() == size
+    assert (found := verify(store)).damages == []
+    assert found.bytes == size + (store / "base.safetensors").stat().st_size
     copy = tmp_path / "copy"
     shutil.copytree(store, copy)
     victim = sorted(copy.glob("val/images-*.safetensors"))[0]
     data = bytearray(victim.read_bytes())
     data[-5] ^= 1
     victim.write_bytes(data)
-    with pytest.raises(InputError, match=f"{victim}.*checksum"):
-        FeatureStore(copy, str(base)).verify()
+    (damage,) = verify(copy).damages
+    assert damage.startswith(f"{victim}: contents differ from the manifest's checksum")
     victim.write_bytes(data[: len(data) // 2])
     with pytest.raises(InputError, match=f"{victim}"):
         FeatureStore(copy, str(base))
@@ -151,7 +154,7 @@ def test_two_processes_write_the_same_store(base, world, tmp_path, command):
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert two.stdout.count("features of 26 images (70 tokens each)") == 1  # said once, beforehand
-    check = command(sys.executable, "scripts/features.py", "--verify", "--out", tmp_path / "two", f"model.name={base}")
+    check = command(sys.executable, "scripts/verify.py", tmp_path / "two")
     assert "every checksum holds" in check.stdout
 
 
@@ -368,7 +371,11 @@ def test_a_damaged_base_or_manifest_is_named(store, base, tmp_path):
     manifest = json.loads((copy / "manifest.json").read_text())
     del manifest["base_projector"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"manifest\.json: lacks or misstates 'base_projector'"):
+    with pytest.raises(InputError, match=r"manifest\.json: contents differ from their own checksum"):
+        FeatureStore(copy, str(base))
+    del manifest["checksum"]
+    write_manifest(copy / "manifest.json", manifest)
+    with pytest.raises(InputError, match=r"manifest\.json: base_projector is missing or no text"):
         FeatureStore(copy, str(base))
 
 

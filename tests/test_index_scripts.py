@@ -13,6 +13,7 @@ import torch
 from samer.cache_io import Cache, build_cache
 from samer.colpali import Projector, Retriever, save_projector
 from samer.config import InputError, MergeConfig
+from samer.shards import write_manifest
 
 MERGE = MergeConfig(num_regions=6)
 QUERY = "a red car on the left"
@@ -151,7 +152,7 @@ def test_search_needs_a_split_where_there_are_several(world, base, script, tmp_p
     (result,) = script("search").main([QUERY, "--cache-dir", str(tmp_path / "c"), "--split", "val"])
     expected = [name for name, _ in answers(tmp_path / "c", retriever, split="val")]
     assert [row["id"] for row in result["results"]] == [row["path"] for row in result["results"]] == expected
-    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
-    (tmp_path / "c" / "manifest.json").write_text(json.dumps({**manifest, "base_projector": "0" * 64}))
+    manifest = Cache(tmp_path / "c").manifest
+    write_manifest(tmp_path / "c" / "manifest.json", {**manifest, "base_projector": "0" * 64})
     with pytest.raises(InputError, match=r"is not the model that .*c was made with"):
         script("search").main([QUERY, "--cache-dir", str(tmp_path / "c"), "--split", "val"])

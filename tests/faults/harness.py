@@ -2,10 +2,11 @@
 
 SAMER_FAULT_CASES: about how many cases in all, shared out among the groups (1,500). SAMER_FAULT_LOG: a file that gets
 one JSON line per group: {"group", "cases", "errors", "correct", "known", "seconds"}; a "known" case ended in a defect
-that has a test of its own, marked xfail.
+that test_bytes.py's KNOWN names.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -102,8 +103,9 @@ def byte_faults(names):
 
 
 def json_faults(names):
-    """Faults of JSON files: a value somewhere in them changed."""
-    return st.tuples(st.just("json"), st.sampled_from(sorted(names)), st.integers(0, 10**6), CHANGES)
+    """Faults of JSON files: a value somewhere in them changed; sealed: a manifest with its own checksum made anew."""
+    name = st.sampled_from(sorted(names))
+    return st.tuples(st.just("json"), name, st.integers(0, 10**6), CHANGES, st.booleans())
 
 
 def header_faults(names):
@@ -154,6 +156,14 @@ def changed(document, number, change):
         step = {"more": lambda v: v + 1, "less": lambda v: v - 1, "negate": lambda v: -v, "huge": lambda v: 10**12}
         parent[last] = step[how](old) if number else {"value": old}
     return document
+
+
+def resealed(manifest):
+    """A manifest's bytes with the checksum that belongs to what it says now."""
+    if isinstance(manifest, dict):
+        rest = {key: value for key, value in manifest.items() if key != "checksum"}
+        manifest = {**rest, "checksum": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+    return json.dumps(manifest).encode()
 
 
 def read_header(data):
@@ -249,8 +259,10 @@ class Spoiled:
         elif kind == "copy":
             self.write(name, self.clean[rest[0]])
         elif kind == "json":
-            document = changed(json.loads(data), rest[0], rest[1])
-            self.write(name, json.dumps(document).encode())
+            number, change, sealed = rest
+            document = changed(json.loads(data), number, change)
+            sealed = sealed and name.endswith("manifest.json")
+            self.write(name, resealed(document) if sealed else json.dumps(document).encode())
         elif kind == "header":
             where, number, change, sealed = rest
             self.write(name, change_header(data, where, number, change))

@@ -1,0 +1,118 @@
+"""Reads everything that has a checksum, and says what is damaged: indexes, feature stores, projectors, measurements.
+
+Opening a store checks its manifest, its projection and every shard's header; the shards' contents are checked as they
+are read, or by this, all at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from samer import cache_io, features
+from samer.colpali import read_projector
+from samer.config import InputError
+from samer.runtime import Progress, lookup, read_json
+from samer.shards import load_shard, read_manifest, tensors_checksum, verify_shard
+
+STORES = {cache_io.FORMAT: cache_io.FORMAT_VERSION, features.FORMAT: features.FORMAT_VERSION}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What came of verifying a path: how many files and bytes were read, and a line per damaged or missing file."""
+
+    files: int
+    bytes: int
+    damages: list[str]
+
+
+def verify(path: str | Path) -> Verified:
+    """Reads every file under `path` that something vouches for, and compares its checksum.
+
+    A store's files are vouched for by its manifest, a projector by the config.json beside it, any other shard (of an
+    unfinished store, or a measurement) by its own header. All damages are listed, not only the first.
+
+    Args:
+        path: a folder, or one file.
+
+    Raises:
+        InputError: no such path, or nothing there has a checksum.
+    """
+    path = lookup(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    shards = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.suffix == ".safetensors" else []
+    found = {file.resolve(): file for file in shards}
+    checks: dict[Path, tuple[str, str]] = {}  # file -> how it is vouched for, checksum
+    damages, vouchers = [], 0
+    for manifest in sorted(path.rglob("manifest.json")):
+        try:
+            if (kind := read_json(manifest).get("format")) not in STORES:
+                continue
+            vouchers += 1
+            for file, *how in _listed(manifest.parent, read_manifest(manifest, kind, STORES[kind])):
+                checks[file.resolve()] = tuple(how)
+                found.setdefault(file.resolve(), file)
+        except InputError as error:
+            damages.append(str(error))
+    total = read = 0
+    for resolved, file in Progress(found.items(), f"verify {path}", unit="files", leave=False):
+        try:
+            how, checksum = checks.get(resolved) or _own_voucher(file)
+            if how == "nothing":
+                continue
+            total += _check(file, how, checksum)
+            read += 1
+        except InputError as error:
+            damages.append(str(error))
+    if not (read or damages or vouchers):
+        raise InputError(f"{path}: nothing here has a checksum; name an index, a feature store or a projector")
+    return Verified(read + vouchers, total, damages)
+
+
+def _listed(folder: Path, manifest: dict) -> Iterator[tuple[Path, str, str]]:
+    """Every file that a store's manifest vouches for: path, "bytes" or "projector", checksum."""
+    if manifest["format"] == features.FORMAT:
+        features.check_manifest(folder / "manifest.json", manifest)
+        yield folder / "base.safetensors", "projector", manifest["base_projector"]
+    else:
+        cache_io.check_manifest(folder / "manifest.json", manifest)
+        yield folder / "projector.safetensors", "projector", manifest["projector"]
+    for split, entry in manifest["splits"].items():
+        for shards in (entry[kind] for kind in ("images", "queries", "texts") if kind in entry):
+            for shard in shards:
+                yield from (
+                    (folder / split / part["file"], "bytes", part["sha256"])
+                    for part in (shard, shard.get("exact"))
+                    if part
+                )
+
+
+def _own_voucher(file: Path) -> tuple[str, str]:
+    """How a file that is in no manifest is vouched for: by its header, by config.json, or by nothing."""
+    try:
+        _, header = load_shard(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"{file}: not readable ({str(error)[:120]})") from None
+    if header:
+        return "header", str(header.get("checksum"))
+    if file.name == "projector.safetensors" and (file.parent / "config.json").is_file():
+        return "projector", str(read_json(file.parent / "config.json").get("projector"))
+    return "nothing", ""
+
+
+def _check(file: Path, how: str, checksum: str) -> int:
+    """Bytes of a file whose checksum holds."""
+    if how == "bytes":
+        return verify_shard(file, checksum)
+    if how == "projector":
+        found = read_projector(file).hash
+    else:
+        found = tensors_checksum(load_shard(file)[0])
+    if found != checksum:
+        raise InputError(f"{file}: contents differ from their checksum")
+    return file.stat().st_size

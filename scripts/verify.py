@@ -1,0 +1,38 @@
+"""Reads everything that has a checksum under the given paths: indexes, feature stores, projectors, measurements.
+
+    python scripts/verify.py outputs/flickr_samer_k64 features/flickr_colpali checkpoints/samer_k64_colpali
+    python scripts/verify.py outputs                                     (everything below it)
+
+Prints a line per path, and one per damaged or missing file; exits with 1 if there is any, with 2 if a path can't be
+verified at all. Changes nothing.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from samer.runtime import run
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="a folder, or one file")
+    options = parser.parse_args(argv)
+    from samer.verification import verify
+
+    damages = 0
+    for path in options.paths:
+        found = verify(path)
+        verdict = f"{len(found.damages)} damaged or missing:" if found.damages else "every checksum holds"
+        print(f"{path}: {found.files:,} files, {found.bytes / 1e6:,.1f} MB read, {verdict}", flush=True)
+        for line in found.damages:
+            print(f"  {line}", flush=True)
+        damages += len(found.damages)
+    if damages:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)
