@@ -84,6 +84,8 @@ def process_group():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
+        if started:
+            dist.barrier()  # a process that leaves while another still takes leave aborts it
     except RuntimeError as error:
         if not started or not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
             raise
@@ -341,11 +343,15 @@ def split_words(parser: argparse.ArgumentParser, splits: Sequence[str], override
     return names, [*(word for word in splits if "=" in word), *overrides]
 
 
-class Stopped(BaseException):
-    """SIGTERM came, and what was at work has come to an end."""
+class Stopped(SystemExit):
+    """SIGTERM came, and what was at work has come to an end; left alone, it ends a process with 143."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
 
 
-_finishing = 0  # how many `stoppable` blocks this process is in
+_ENDED = -1
+_finishing = 0  # how many `stoppable` blocks this process is in; _ENDED: its work is over
 _asked = False  # whether SIGTERM came
 
 
@@ -382,22 +388,29 @@ def stop_here() -> None:
 
 def _on_sigterm(number: int, frame: Any) -> None:
     global _asked
+    first, _asked = not _asked, True
+    if _finishing == _ENDED:
+        return
     if not _finishing:
         raise Stopped
-    if not _asked:  # os.write: a handler may interrupt a print
+    if first:  # os.write: a handler may interrupt a print
         os.write(2, b"SIGTERM: stopping as soon as what is at work is finished\n")
-    _asked = True
 
 
 def run(main: Callable[[], Any]) -> None:
     """Runs an entry point: bad input prints one line and exits with 2, SIGINT exits with 130, SIGTERM with 143."""
+    global _finishing, _asked
+    _finishing, _asked = 0, False
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        main()
+        try:
+            main()
+        finally:
+            _finishing = _ENDED
     except Stopped:
         print("stopped; run the same command again to go on", file=sys.stderr, flush=True)
-        sys.exit(128 + signal.SIGTERM)
+        raise
     except InputError as error:
         # a data loader's worker hands its whole traceback over as the message, the error's own words at its end
         words = str(error).rpartition(f"{InputError.__module__}.{InputError.__qualname__}: ")[2]

@@ -6,7 +6,7 @@ Shape letters: B captions, U distinct images, N tokens per image, M query tokens
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,11 +20,15 @@ from samer.objects import instance_labels
 
 @dataclass(frozen=True)
 class Row:
-    """One training example: a caption, its image (by number in the record list) and the image's record."""
+    """One training example: a caption, its image (by number in the record list) and the image's record.
+
+    A row that is not `real` fills up the last batch of a process and counts for nothing.
+    """
 
     image: int
     record: ImageRecord
     caption: Caption
+    real: bool = True
 
 
 class CaptionDataset(Dataset):
@@ -44,7 +48,8 @@ class CaptionDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        return self.rows[index]
+        """The row of that number; counted from the end (-1 - number), a copy of it that only fills up."""
+        return self.rows[index] if index >= 0 else replace(self.rows[-1 - index], real=False)
 
     def boxless(self) -> int:
         """How many captions name nothing that has a box; they train with background only."""
@@ -58,7 +63,8 @@ class Collator:
         `image_inputs`: the processor's tensors of the U distinct images; `query_inputs`: of the B captions;
         `image_of`: (B,) long, each caption's row among the distinct images;
         `image_numbers`: (B,) long, the same image has the same number in every batch and process;
-        `labels`: (B, N) long, instance labels of METHOD section 3, 0 is background.
+        `labels`: (B, N) long, instance labels of METHOD section 3, 0 is background;
+        `real`: (B,) bool, False where a row only fills up the batch.
     """
 
     def __init__(self, retriever: Encoder, objects: ObjectsConfig) -> None:
@@ -86,6 +92,7 @@ class Collator:
             "image_of": image_of,
             "image_numbers": torch.tensor([row.image for row in rows]),
             "labels": labels,
+            "real": torch.tensor([row.real for row in rows]),
         }
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +46,7 @@ from samer.runtime import (
     rank,
     read_json,
     stop_asked,
+    stop_here,
     stoppable,
     world_size,
     write_json,
@@ -54,7 +57,7 @@ from samer.train_data import CaptionDataset, Collator
 
 CHUNK_ELEMENTS = 2**27  # floats that one slice of merging or scoring may take: 512 MB
 WINDOW_IMAGES = 4096  # 17 GB of ColPali features: the page cache holds what one window needs
-STATE = "trainer_state.json"  # the last file of a checkpoint
+STATE = "trainer_state.json"  # the last file of a checkpoint that is written
 CONTINUATION = "continuation.json"  # of a checkpoint: losses summed up for the next log; is its step validated
 DIAGNOSED = 64  # captions of a batch that the object diagnostics look at
 
@@ -104,8 +107,12 @@ class ProjectorModel(nn.Module):
         image_of: Tensor,
         image_numbers: Tensor,
         labels: Tensor,
+        real: Tensor,
     ) -> dict[str, Tensor]:
         """The loss of METHOD section 4 for one `Collator` batch; each caption's image is merged with its own labels.
+
+        Rows that only fill up are no images to score and have no loss; what this process returns is weighted so that
+        the mean over processes is the mean over all real rows.
 
         A compressor that labels do not change compresses each distinct image once. Merging and scoring take bounded
         memory for any batch: what does not fit `CHUNK_ELEMENTS` is computed in slices, and again in the backward pass.
@@ -137,7 +144,10 @@ class ProjectorModel(nn.Module):
                 biased, free = (compress(self.largest, some, use) for use in (some_labels, None))
                 self.diagnostics = _diagnostics(biased, free, some_labels, None if whole else mask[some])
         numbers = gather_with_grad(image_numbers) if self.gather_negatives else image_numbers
-        positives = image_numbers[:, None] == numbers[None]
+        counted = gather_with_grad(real.to(torch.uint8)).bool()  # of all processes
+        scored = counted if self.gather_negatives else real if real.any() else torch.ones_like(real)
+        # every image a positive: a loss of 0 and no gradient, in a process that still takes part in every exchange
+        positives = (image_numbers[:, None] == numbers[scored][None]) | ~real[:, None]
         queries = self.project(query_hidden)  # (B, M, D)
         count = image_hidden.shape[1]
         losses = []
@@ -155,6 +165,8 @@ class ProjectorModel(nn.Module):
             images, valid = _in_chunks(regions, CHUNK_ELEMENTS // (count * width), image_of, labels)
             if self.gather_negatives:
                 images, valid = gather_with_grad(images), gather_with_grad(valid.to(torch.uint8)).bool()
+            if not scored.all():
+                images, valid = images[scored], valid[scored]
 
             def score(some: Tensor, some_mask: Tensor, images: Tensor = images, valid: Tensor = valid) -> tuple[Tensor]:
                 return (maxsim(some, images, some_mask, valid),)
@@ -162,7 +174,7 @@ class ProjectorModel(nn.Module):
             pairs = images.shape[0] * images.shape[1] * queries.shape[1]
             (scores,) = _in_chunks(score, CHUNK_ELEMENTS // pairs, queries, query_mask)  # (B, I)
             losses.append(multi_positive_t2i_loss(scores, positives, self.temperature))
-        return {"loss": torch.stack(losses).mean()}
+        return {"loss": torch.stack(losses).mean() * (len(counted) / counted.sum())}
 
 
 def _in_chunks(function: Callable[..., tuple[Tensor, ...]], size: int, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -192,10 +204,15 @@ class WindowSampler(Sampler[int]):
 
     Images are shuffled, cut into windows of `WINDOW_IMAGES`, and the captions of a window shuffled: with fewer images
     that is a plain shuffle. The order depends on the seed and the epoch only.
+
+    Args:
+        step: rows of a batch over all processes; the last is filled up with rows that count for nothing (-1 - index),
+            as every process must have as many. One process needs none.
     """
 
-    def __init__(self, dataset: CaptionDataset, seed: int) -> None:
+    def __init__(self, dataset: CaptionDataset, seed: int, step: int = 1) -> None:
         self.seed, self.epoch, self.count = seed, 0, len(dataset)
+        self.missing = -len(dataset) % step
         self.captions: dict[int, list[int]] = {}
         for index, row in enumerate(dataset.rows):
             self.captions.setdefault(row.image, []).append(index)
@@ -205,7 +222,7 @@ class WindowSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.count
+        return self.count + self.missing
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -213,6 +230,8 @@ class WindowSampler(Sampler[int]):
         for start in range(0, len(images), WINDOW_IMAGES):
             window = [index for image in images[start : start + WINDOW_IMAGES] for index in self.captions[int(image)]]
             yield from (window[int(k)] for k in rng.permutation(len(window)))
+        if self.missing:
+            yield from [-1 - window[0]] * self.missing  # one image: the least to read
 
 
 class SamerTrainer(Trainer):
@@ -226,11 +245,15 @@ class SamerTrainer(Trainer):
         self.saved_step = -1  # of the newest checkpoint
 
     def _get_train_sampler(self, train_dataset=None):
-        return WindowSampler(self.train_dataset, self.args.seed)
+        step = self.args.train_batch_size * world_size() if world_size() > 1 else 1
+        self.sampler = WindowSampler(self.train_dataset, self.args.seed, step)
+        return self.sampler
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper does not hand attributes on
+        inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
+        inner.generator = torch.Generator()  # workers' seeds leave the state that checkpoints keep alone
         return loader
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -314,12 +337,9 @@ class SamerTrainer(Trainer):
         self.continuation |= {"loss_sum": loss_sum, "logged_at": self._globalstep_last_logged}
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError) as error:
-            raise InputError(_unwritten(self.args.output_dir, error)) from None
-        except RuntimeError as error:  # torch.save's
-            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-                raise
-            raise InputError(_unwritten(self.args.output_dir, error)) from None
+        except (OSError, SafetensorError, RuntimeError):  # safetensors and torch.save don't say why
+            _check_room(Path(self.args.output_dir))
+            raise
         self.saved_step = self.state.global_step
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
@@ -332,8 +352,16 @@ class SamerTrainer(Trainer):
 
 
 def _start_worker(seeded: Callable[[int], None] | None, number: int) -> None:
-    """A data loader's worker lets SIGTERM pass: its trainer decides when the run stops, and ends the worker then."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A data loader's worker that takes SIGTERM from its trainer only, not from who stops the whole process group."""
+    trainer = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
     if seeded is not None:
         seeded(number)
 
@@ -353,6 +381,10 @@ class Continuation(TrainerCallback):
         self.steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         if self.checkpoint is not None:
             self.trainer.take_up_loss(read_json(self.checkpoint / CONTINUATION))
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        # accelerate does not reach the sampler of several processes behind the batches that a resumed epoch skips
+        self.trainer.sampler.set_epoch(state.global_step // self.steps_per_epoch)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         epoch_ends = state.global_step % self.steps_per_epoch == 0 or state.global_step >= state.max_steps
@@ -454,7 +486,7 @@ def _train(config: Config) -> TrainResult:
     gather_objects(None)  # no process may still be looking for a run in this folder when the first one marks it
     if rank() == 0:
         for folder in _checkpoints(output, whole=False):
-            print0(f"{folder} was cut short while it was written; removing it")
+            print0(f"{folder} is not whole; removing it")
             shutil.rmtree(folder)
         with atomic_path(output / "config.yaml") as temporary:
             temporary.write_text(dump_config(config), encoding="utf-8")
@@ -483,20 +515,26 @@ def _train(config: Config) -> TrainResult:
         if checkpoint is not None:
             print0(f"resuming from {checkpoint}")
         with stoppable():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except RuntimeError as error:
+                if "DataLoader worker" in str(error):  # SIGTERM may reach one before `_start_worker` does
+                    stop_here()
+                raise
             if continuation.stopped:
                 print0(f"stopped after step {trainer.state.global_step} with a checkpoint in {output}")
                 raise Stopped
     seconds = time.monotonic() - started
+    # Trainer's last entry tells the time and the loss since this start only
+    history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    history.append({"epoch": trainer.state.epoch, "step": trainer.state.global_step})
     if rank() == 0:
-        # Trainer's last entry tells the time and the loss since this start only
-        history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-        history.append({"epoch": trainer.state.epoch, "step": trainer.state.global_step})
         best = load_projector(output / "best", retriever) if settings.select_best and validation else None
         save_projector(output, best or model.projector(), retriever, config.merge)
         with atomic_path(output / "history.json") as temporary:
-            temporary.write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
-    return _result(output, trainer.state.log_history, settings, seconds)
+            # sorted, as checkpoints keep them
+            temporary.write_text(json.dumps(history, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return _result(output, history, settings, seconds)
 
 
 def _result(output: Path, history: list[dict], settings: TrainConfig, seconds: float) -> TrainResult:
@@ -540,7 +578,8 @@ def _arguments(config: Config) -> TrainingArguments:
             eval_strategy="no",  # `Continuation` says when
             remove_unused_columns=False,
             disable_tqdm=True,
-            ddp_find_unused_parameters=False,
+            # False would lay the gradients out anew after a start's first step, and sums of 3 round otherwise then
+            ddp_find_unused_parameters=True,
             label_names=[],
             use_cpu=not torch.cuda.is_available(),  # else accelerate ignores torchrun on CPUs: each would train alone
         )
@@ -558,13 +597,16 @@ def _step(checkpoint: Path) -> int:
 
 
 def _checkpoints(output: Path, whole: bool = True) -> list[Path]:
-    """The checkpoints that were written whole, or those that were cut short."""
+    """The checkpoints that are whole, or those that were cut short while they were written or removed."""
+    parts = {STATE, CONTINUATION, "model.safetensors", "optimizer.pt", "scheduler.pt"}
+    parts |= {"projector.safetensors", "config.json"}
     found = []
     for folder in output.glob("checkpoint-*"):
         if folder.name.removeprefix("checkpoint-").isdecimal() and folder.is_dir():
             try:
                 state = json.loads((folder / STATE).read_text(encoding="utf-8"))
                 right = isinstance(state, dict) and state.get("global_step") == _step(folder)
+                right = right and parts <= {file.name for file in folder.iterdir()}
             except (FileNotFoundError, ValueError):
                 right = False
             if right == whole:
@@ -572,10 +614,17 @@ def _checkpoints(output: Path, whole: bool = True) -> list[Path]:
     return found
 
 
-def _unwritten(folder: str, error: Exception) -> str:
-    """What a failed write of a checkpoint is told as."""
-    words = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
-    return f"{folder}: a checkpoint can't be written ({words}); make room and run the same command again to go on"
+def _check_room(folder: Path) -> None:
+    """Raises InputError if a megabyte can't be written, as after a checkpoint that filled the disk."""
+    try:
+        with atomic_path(folder / "room") as temporary:
+            temporary.write_bytes(bytes(2**20))
+    except InputError as error:
+        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
+        raise InputError(
+            f"{folder}: a checkpoint can't be written ({reason}); make room and run the same command again to go on"
+        ) from None
+    (folder / "room").unlink()
 
 
 def _is_finished(checkpoint: Path, settings: TrainConfig) -> bool:
