@@ -53,6 +53,7 @@ from samer.shards import (
     bare_name,
     check_identity,
     finished_shard,
+    load_header,
     load_shard,
     read_manifest,
     shared_out,
@@ -541,7 +542,7 @@ def _ids(folder: Path, split: dict) -> list[str]:
         gone = set(split.get("deleted", {}).get(entry["file"], []))
         path = folder / entry["file"]
         try:
-            _, header = load_shard(path)
+            header = load_header(path)
             found += [name for row, name in enumerate(header["stamp"]["ids"]) if row not in gone]
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{path}: not readable ({str(error)[:120]}); build the index anew") from None

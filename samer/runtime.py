@@ -397,12 +397,21 @@ def _on_sigterm(number: int, frame: Any) -> None:
         os.write(2, b"SIGTERM: stopping as soon as what is at work is finished\n")
 
 
+def _on_unraisable(unraisable: Any) -> None:
+    """A SIGTERM that came while an object was taken down, where no exception can be raised, comes again soon."""
+    if isinstance(unraisable.exc_value, Stopped):
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def run(main: Callable[[], Any]) -> None:
     """Runs an entry point: bad input prints one line and exits with 2, SIGINT exits with 130, SIGTERM with 143."""
     global _finishing, _asked
     _finishing, _asked = 0, False
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _on_sigterm)
+        sys.unraisablehook = _on_unraisable
     try:
         try:
             main()

@@ -16,7 +16,7 @@ from samer import cache_io, features
 from samer.colpali import read_projector
 from samer.config import InputError
 from samer.runtime import Progress, lookup, read_json
-from samer.shards import load_shard, read_manifest, tensors_checksum, verify_shard
+from samer.shards import load_header, load_shard, read_manifest, tensors_checksum, verify_shard
 
 STORES = {cache_io.FORMAT: cache_io.FORMAT_VERSION, features.FORMAT: features.FORMAT_VERSION}
 
@@ -95,7 +95,7 @@ def _listed(folder: Path, manifest: dict) -> Iterator[tuple[Path, str, str]]:
 def _own_voucher(file: Path) -> tuple[str, str]:
     """How a file that is in no manifest is vouched for: by its header, by config.json, or by nothing."""
     try:
-        _, header = load_shard(file)
+        header = load_header(file)
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"{file}: not readable ({str(error)[:120]})") from None
     if header:

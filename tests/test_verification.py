@@ -30,7 +30,7 @@ def outputs(base, world, tmp_path_factory):
     (folder / "results.json").write_text("{}")
     (folder / "other").mkdir()
     (folder / "other/manifest.json").write_text(json.dumps({"name": "some web page"}))
-    save_file({"x": torch.ones(2)}, folder / "other/model.safetensors")
+    save_file({"x": torch.ones(2, dtype=torch.float64)}, folder / "other/model.safetensors")
     return folder
 
 

@@ -85,7 +85,8 @@ def differences(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str
 
 def last_checkpoint(folder: Path, expected: dict[str, bytes]) -> int:
     """Number of the newest checkpoint that has every file and its state whole; 0: none."""
-    full, found = checkpoints(expected).get("", {0: ()}), tree(folder)
+    full = checkpoints(expected).get("", {0: ()})
+    found = {name: data for name, data in tree(folder).items() if not STRAY.search(name)}
     whole = [0]
     for number, files in checkpoints(found).get("", {}).items():
         with contextlib.suppress(KeyError, ValueError):
