@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The long form of the fault tests (tests/faults, tests/test_distributed.py), about an hour and a half on 2 cores: kills
-# at random moments and at every change of a file, SIGTERM, full disks, spoiled files, dead ranks, and a soak; then one
-# table. Variables (default):   SAMER_FAULT_CASES (8000 drawn cases of spoiled files)   SAMER_FAULT_MINUTES (30, the soak)
-# SAMER_FAULT_LOG (outputs/faults.jsonl)                              Arguments go to pytest, e.g. -k SIGTERM
+# The long form of the fault tests (tests/faults, tests/test_distributed.py), about three quarters of an hour on 2 cores:
+# kills at random moments and at every change of a file, SIGTERM, full disks, spoiled files, dead processes, and beside
+# them a soak; then one table. Arguments go to pytest, e.g. -k SIGTERM. Variables (default):
+#   SAMER_FAULT_CASES (8000 drawn cases of spoiled files, beside fixed ones)   SAMER_FAULT_MINUTES (30, the soak)
+#   SAMER_FAULT_LOG (outputs/faults.jsonl: what the table is made of)
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 prepare requirements.txt requirements-serve.txt tests/requirements.txt
@@ -10,8 +11,12 @@ export SAMER_FAULT_LONG=1 SAMER_FAULT_CASES=${SAMER_FAULT_CASES:-8000} SAMER_FAU
 export SAMER_FAULT_LOG=${SAMER_FAULT_LOG:-$PWD/outputs/faults.jsonl}
 mkdir -p "$(dirname "$SAMER_FAULT_LOG")"
 rm -f "$SAMER_FAULT_LOG"
+echo "soak of $SAMER_FAULT_MINUTES minutes and the other faults; lines go to $SAMER_FAULT_LOG"
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest tests/faults/test_soak.py >"$SAMER_FAULT_LOG.soak.txt" 2>&1 &
+soak=$!
+trap 'kill "$soak" 2>/dev/null || true' EXIT
 status=0
-"$PYTHON" -m pytest tests/faults tests/test_distributed.py "$@" || status=$?
-"$PYTHON" tests/faults/table.py "$SAMER_FAULT_LOG" || status=$?
-echo "the lines it is made of: $SAMER_FAULT_LOG"
+"$PYTHON" -m pytest tests/faults tests/test_distributed.py --ignore tests/faults/test_soak.py "$@" || status=$?
+wait "$soak" || { status=$?; cat "$SAMER_FAULT_LOG.soak.txt"; }
+"$PYTHON" tests/faults/table.py "$SAMER_FAULT_LOG"
 exit "$status"

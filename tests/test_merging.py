@@ -206,3 +206,17 @@ def test_bad_tensors_are_refused():
         merge_tokens(tokens, coords, config, instance_labels=torch.full((2, 64), -1))
     with pytest.raises(InputError, match="at least one token"):
         merge_tokens(tokens[:, :0], coords[:0], config)
+
+
+@pytest.mark.parametrize("init", ["raster", "farthest"])
+def test_an_empty_cluster_keeps_its_centre(init):
+    """Four centres on three distinct tokens: two are the same, the later one is empty, and both share the weights."""
+    config = MergeConfig(num_regions=4, cluster_iters=3, spatial_weight=0.0, center_init=init)
+    distinct = torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(4)), dim=-1)
+    tokens, coords = distinct[[0, 0, 1, 1, 2, 2, 0, 1]].double(), torch.rand(8, 2).double()
+    expected = naive_merge(tokens, coords, config)
+    found = merge_tokens(tokens[None], coords[None], config)
+    assert (found.assignments[0][:, None] == torch.arange(4)).any(0).sum() == 3  # one is empty
+    for ours, theirs in zip((found.tokens, found.coords, found.weights, found.assignments), expected):
+        torch.testing.assert_close(ours[0], theirs)
+    assert (found.weights[0] > 0.4).sum(1).max() == 2
