@@ -426,12 +426,20 @@ class _Writer:
             "splits": {**self.manifest["splits"], split: entry},
         }
         if rank() == 0:
-            if not (self.folder / "manifest.json").is_file():
-                tensors = {"weight": self.projector.weight.contiguous(), "bias": self.projector.bias.contiguous()}
-                with atomic_path(self.folder / "projector.safetensors") as temporary:
-                    temporary.write_bytes(save(tensors))
+            self._write_projector(self.folder / "projector.safetensors")
             write_manifest(self.folder / "manifest.json", self.manifest)
         gather_objects(None)  # no process goes on before the manifest is written
+
+    def _write_projector(self, path: Path) -> None:
+        """Writes the projector if it is not there, or damaged."""
+        try:
+            if read_projector(path).hash == self.projector.hash:
+                return
+        except InputError:
+            pass
+        tensors = {"weight": self.projector.weight.contiguous(), "bias": self.projector.bias.contiguous()}
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(save(tensors))
 
     def write_images(
         self, split: str, records: Sequence[flickr.ImageRecord], compressor: Compressor

@@ -153,7 +153,7 @@ def verify_shard(path: Path, sha256: str) -> int:
     except OSError as error:
         raise InputError(f"{path}: not readable ({error.strerror}); remove it and run what made it again") from None
     if found != sha256:
-        raise InputError(f"{path}: contents differ from the manifest's checksum; remove it and run what made it again")
+        raise InputError(f"{path}: contents differ from their checksum; remove it and run what made it again")
     return size
 
 

@@ -39,6 +39,7 @@ from samer.objects import object_diagnostics
 from samer.runtime import (
     Stopped,
     atomic_path,
+    file_hash,
     gather_objects,
     gather_with_grad,
     only_writer,
@@ -57,7 +58,8 @@ from samer.train_data import CaptionDataset, Collator
 
 CHUNK_ELEMENTS = 2**27  # floats that one slice of merging or scoring may take: 512 MB
 WINDOW_IMAGES = 4096  # 17 GB of ColPali features: the page cache holds what one window needs
-STATE = "trainer_state.json"  # the last file of a checkpoint that is written
+STATE = "trainer_state.json"
+CHECKSUMS = "checksums.json"  # the last file of a checkpoint: SHA-256 of the others but STATE, which validation changes
 CONTINUATION = "continuation.json"  # of a checkpoint: losses summed up for the next log; is its step validated
 DIAGNOSED = 64  # captions of a batch that the object diagnostics look at
 
@@ -341,6 +343,11 @@ class SamerTrainer(Trainer):
             _check_room(Path(self.args.output_dir))
             raise
         self.saved_step = self.state.global_step
+        gather_objects(None)  # every process has written its part
+        if rank() == 0:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.saved_step}"
+            files = sorted(file for file in folder.iterdir() if file.name not in (STATE, CHECKSUMS))
+            write_json(folder / CHECKSUMS, {file.name: file_hash(file) for file in files})
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
@@ -458,7 +465,7 @@ def _train(config: Config) -> TrainResult:
     _check_output(output, config)
     if settings.resume and (output / "history.json").is_file() and (output / "projector.safetensors").is_file():
         print0(f"{output} holds this run, finished; nothing is left to train")
-        return _result(output, json.loads((output / "history.json").read_text(encoding="utf-8")), settings, 0.0)
+        return _result(output, _history(output / "history.json"), settings, 0.0)
     records = flickr.load_split(
         config.data.root, config.data.train_split, boxes=True, limit_images=config.data.limit_train_images
     )
@@ -506,6 +513,7 @@ def _train(config: Config) -> TrainResult:
     trainer.add_callback(continuation)
     started = time.monotonic()
     if checkpoint is not None:
+        _check_checkpoint(checkpoint)
         trainer.make_up_for_validation(checkpoint)
     if checkpoint is not None and _is_finished(checkpoint, settings):
         print0(f"{checkpoint} is the end of this run; nothing is left to train")
@@ -535,6 +543,16 @@ def _train(config: Config) -> TrainResult:
             # sorted, as checkpoints keep them
             temporary.write_text(json.dumps(history, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return _result(output, history, settings, seconds)
+
+
+def _history(path: Path) -> list[dict]:
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(history, list) and all(isinstance(entry["step"], int) for entry in history) and history):
+            raise ValueError("no list of steps")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not readable ({str(error)[:120]}); remove it to end this run again") from None
+    return history
 
 
 def _result(output: Path, history: list[dict], settings: TrainConfig, seconds: float) -> TrainResult:
@@ -598,20 +616,26 @@ def _step(checkpoint: Path) -> int:
 
 def _checkpoints(output: Path, whole: bool = True) -> list[Path]:
     """The checkpoints that are whole, or those that were cut short while they were written or removed."""
-    parts = {STATE, CONTINUATION, "model.safetensors", "optimizer.pt", "scheduler.pt"}
-    parts |= {"projector.safetensors", "config.json"}
     found = []
     for folder in output.glob("checkpoint-*"):
         if folder.name.removeprefix("checkpoint-").isdecimal() and folder.is_dir():
             try:
-                state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-                right = isinstance(state, dict) and state.get("global_step") == _step(folder)
-                right = right and parts <= {file.name for file in folder.iterdir()}
-            except (FileNotFoundError, ValueError):
+                state, parts = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (STATE, CHECKSUMS))
+                right = state["global_step"] == _step(folder) and all((folder / name).is_file() for name in parts)
+            except (FileNotFoundError, ValueError, TypeError, KeyError):
                 right = False
             if right == whole:
                 found.append(folder)
     return found
+
+
+def _check_checkpoint(folder: Path) -> None:
+    """Refuses a checkpoint that was changed since it was written."""
+    for name, checksum in read_json(folder / CHECKSUMS).items():
+        if file_hash(folder / name) != checksum:
+            raise InputError(
+                f"{folder / name}: contents differ from {CHECKSUMS}; remove {folder.name} to go on from the one before"
+            )
 
 
 def _check_room(folder: Path) -> None:

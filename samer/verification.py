@@ -1,4 +1,4 @@
-"""Reads everything that has a checksum, and says what is damaged: indexes, feature stores, projectors, measurements.
+"""Reads everything that has a checksum and says what is damaged: indexes, feature stores, training runs, measurements.
 
 Opening a store checks its manifest, its projection and every shard's header; the shards' contents are checked as they
 are read, or by this, all at once.
@@ -17,6 +17,7 @@ from samer.colpali import read_projector
 from samer.config import InputError
 from samer.runtime import Progress, lookup, read_json
 from samer.shards import load_header, load_shard, read_manifest, tensors_checksum, verify_shard
+from samer.training import CHECKSUMS
 
 STORES = {cache_io.FORMAT: cache_io.FORMAT_VERSION, features.FORMAT: features.FORMAT_VERSION}
 
@@ -33,8 +34,9 @@ class Verified:
 def verify(path: str | Path) -> Verified:
     """Reads every file under `path` that something vouches for, and compares its checksum.
 
-    A store's files are vouched for by its manifest, a projector by the config.json beside it, any other shard (of an
-    unfinished store, or a measurement) by its own header. All damages are listed, not only the first.
+    A store's files are vouched for by its manifest, a training checkpoint's by its checksums.json, a projector by the
+    config.json beside it, any other shard (of an unfinished store, or a measurement) by its own header. All damages are
+    listed, not only the first.
 
     Args:
         path: a folder, or one file.
@@ -56,6 +58,14 @@ def verify(path: str | Path) -> Verified:
             vouchers += 1
             for file, *how in _listed(manifest.parent, read_manifest(manifest, kind, STORES[kind])):
                 checks[file.resolve()] = tuple(how)
+                found.setdefault(file.resolve(), file)
+        except InputError as error:
+            damages.append(str(error))
+    for sums in path.rglob(CHECKSUMS):
+        try:
+            for name, checksum in read_json(sums).items():
+                file = sums.parent / name
+                checks[file.resolve()] = "bytes", str(checksum)
                 found.setdefault(file.resolve(), file)
         except InputError as error:
             damages.append(str(error))

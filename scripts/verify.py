@@ -1,4 +1,4 @@
-"""Reads everything that has a checksum under the given paths: indexes, feature stores, projectors, measurements.
+"""Reads everything that has a checksum under the given paths: indexes, feature stores, training runs, measurements.
 
     python scripts/verify.py outputs/flickr_samer_k64 features/flickr_colpali checkpoints/samer_k64_colpali
     python scripts/verify.py outputs                                     (everything below it)

@@ -76,7 +76,7 @@ def test_verify_reads_everything_and_names_a_damaged_shard(store, base, tmp_path
     data[-5] ^= 1
     victim.write_bytes(data)
     (damage,) = verify(copy).damages
-    assert damage.startswith(f"{victim}: contents differ from the manifest's checksum")
+    assert damage.startswith(f"{victim}: contents differ from their checksum")
     victim.write_bytes(data[: len(data) // 2])
     with pytest.raises(InputError, match=f"{victim}"):
         FeatureStore(copy, str(base))

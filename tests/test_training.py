@@ -15,6 +15,7 @@ from samer.colpali import Retriever, load_projector
 from samer.config import InputError, MergeConfig, ObjectsConfig, dump_config, load_config
 from samer.train_data import CaptionDataset, Collator
 from samer.training import ProjectorModel, train
+from samer.verification import verify
 
 
 @pytest.fixture(autouse=True)
@@ -372,6 +373,43 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(settings, whole, tmp_path,
     assert f"resuming from {output / f'checkpoint-{last}'}" in capsys.readouterr().out.splitlines()
     assert weights(output) == weights(expected)
     assert history(output) == history(expected)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(settings, whole, tmp_path):
+    changes = {**SAVED, "train__grad_accum_steps": 1}
+    output = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(output, **changes))
+    last = output / "checkpoint-4"
+    assert verify(output).damages == []
+    files = json.loads((last / "checksums.json").read_text())
+    assert {file.name for file in last.iterdir()} - files.keys() == {"checksums.json", "trainer_state.json"}
+    for name in files:
+        data = (last / name).read_bytes()
+        (last / name).write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+        with pytest.raises(InputError, match=f"{last / name}: contents differ .* to go on from the one before"):
+            train(settings(output, **changes))
+        assert [line.split(": ")[0] for line in verify(output).damages] == [str(last / name)]
+        (last / name).write_bytes(data)
+    (last / "optimizer.pt").unlink()  # as a removal that was killed leaves it
+    train(settings(output, **changes))
+    assert weights(output) == weights(whole(1))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[1]", '[{"loss": 1}]'])
+def test_a_damaged_history_is_named(settings, tmp_path, text):
+    changes = {"train__num_train_epochs": 0.25}
+    train(settings(tmp_path / "run", **changes))
+    path = tmp_path / "run" / "history.json"
+    before = path.read_bytes()
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"{path}: not readable .*remove it to end this run again"):
+        train(settings(tmp_path / "run", **changes))
+    path.unlink()
+    train(settings(tmp_path / "run", **changes))
+    assert path.read_bytes() == before
 
 
 def test_a_finished_run_is_left_as_it_is(settings, tmp_path):

@@ -295,6 +295,77 @@ def test_whole_numbers_out_of_range(tmp_path, value):
     refusal(load_config, tmp_path / "a.yaml")
 
 
+# --- writers over spoiled stores, and a spoiled model -----------------------------------------------------------------
+
+
+def as_clean(work):
+    """Whether a store's files are those of an undamaged one."""
+    other = [
+        name for name in work.names if not work.path(name).is_file() or work.path(name).read_bytes() != work.clean[name]
+    ]
+    return True if not other else f"files {other} stay spoiled"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "binary"])
+def test_an_index_built_over_a_spoiled_one(caches, data, dtype):
+    """What is whole is kept, what is not is made anew, and a manifest that is not is refused."""
+    work, _, _ = caches[dtype]
+    with survey(f"build over index {dtype}: bytes", []) as found:
+
+        @examples(0.02)
+        @given(byte_faults(work.names))
+        def run(fault):
+            names = [*work.spoil(fault), str(work.folder)]
+            try:
+                found.judge(fault, lambda: make_cache(work.folder, data, dtype), lambda _: as_clean(work), names)
+            finally:
+                work.restore()
+
+        run()
+
+
+def test_features_written_over_spoiled_ones(stores, data, base, monkeypatch):
+    from samer import features
+    from samer.colpali import Retriever
+
+    monkeypatch.setattr(features, "IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr(features, "TEXTS_PER_SHARD", 8)
+    retriever, work = Retriever.load(str(base)), stores["int8"]
+    with survey("build over features: bytes", []) as found:
+
+        @examples(0.01)
+        @given(byte_faults(work.names))
+        def run(fault):
+            names = [*work.spoil(fault), str(work.folder)]
+            write = lambda: write_features(work.folder, data, ["test"], retriever, dtype="int8")
+            try:
+                found.judge(fault, write, lambda _: as_clean(work), names)
+            finally:
+                work.restore()
+
+        run()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_spoiled_model(base, tmp_path):
+    """The model's folder is transformers' to read: what it can't read is refused by name."""
+    from samer.colpali import Retriever
+
+    work = Spoiled(base, tmp_path / "model")
+    with survey("model: bytes", []) as found:
+
+        @examples(0.02)
+        @given(byte_faults(work.names))
+        def run(fault):
+            work.spoil(fault)
+            try:
+                found.judge(fault, lambda: Retriever.load(str(work.folder)), lambda _: True, [str(work.folder)])
+            finally:
+                work.restore()
+
+        run()
+
+
 # --- projectors -------------------------------------------------------------------------------------------------------
 
 PROJECTOR_FILES = {
