@@ -408,7 +408,8 @@ class FeatureStore(Encoder):
         if missing:
             raise InputError(
                 f"{self.folder}: no features of {missing[0]!r} ({kind}); it holds the splits "
-                f"{', '.join(self.manifest['splits'])}: run bash/features.sh for the one you need"
+                f"{', '.join(self.manifest['splits'])}: run bash/features.sh for the one you need, or "
+                "scripts/verify.py if it should be there"
             )
         parts: dict[str, list[Tensor]] = {}
         for name in names:

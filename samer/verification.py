@@ -16,7 +16,7 @@ from samer import cache_io, features
 from samer.colpali import read_projector
 from samer.config import InputError
 from samer.runtime import Progress, lookup, read_json
-from samer.shards import load_header, load_shard, read_manifest, tensors_checksum, verify_shard
+from samer.shards import bare_name, load_header, load_shard, read_manifest, tensors_checksum, verify_shard
 from samer.training import CHECKSUMS
 
 STORES = {cache_io.FORMAT: cache_io.FORMAT_VERSION, features.FORMAT: features.FORMAT_VERSION}
@@ -48,31 +48,36 @@ def verify(path: str | Path) -> Verified:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     shards = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.suffix == ".safetensors" else []
-    found = {file.resolve(): file for file in shards}
+    found = dict.fromkeys(shards)  # in order
     checks: dict[Path, tuple[str, str]] = {}  # file -> how it is vouched for, checksum
     damages, vouchers = [], 0
     for manifest in sorted(path.rglob("manifest.json")):
         try:
-            if (kind := read_json(manifest).get("format")) not in STORES:
-                continue
+            content = read_json(manifest)
+            kind = str(content.get("format"))
+            if kind not in STORES and not content.keys() & {"format_version", "splits", "checksum"}:
+                continue  # of something else
             vouchers += 1
+            if kind not in STORES:
+                raise InputError(f"{manifest}: format {kind[:40]!r} is none of {', '.join(STORES)}")
             for file, *how in _listed(manifest.parent, read_manifest(manifest, kind, STORES[kind])):
-                checks[file.resolve()] = tuple(how)
-                found.setdefault(file.resolve(), file)
+                checks[file] = tuple(how)
+                found.setdefault(file)
         except InputError as error:
             damages.append(str(error))
     for sums in path.rglob(CHECKSUMS):
         try:
             for name, checksum in read_json(sums).items():
-                file = sums.parent / name
-                checks[file.resolve()] = "bytes", str(checksum)
-                found.setdefault(file.resolve(), file)
+                if not bare_name(name):
+                    raise InputError(f"{sums}: names {name[:40]!r}, which is no file beside it")
+                checks[sums.parent / name] = "bytes", str(checksum)
+                found.setdefault(sums.parent / name)
         except InputError as error:
             damages.append(str(error))
     total = read = 0
-    for resolved, file in Progress(found.items(), f"verify {path}", unit="files", leave=False):
+    for file in Progress(found, f"verify {path}", unit="files", leave=False):
         try:
-            how, checksum = checks.get(resolved) or _own_voucher(file)
+            how, checksum = checks.get(file) or _own_voucher(file)
             if how == "nothing":
                 continue
             total += _check(file, how, checksum)
