@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 
 
+FORMS = {"float32", "float16", "int8", "binary", "ours", "lora", "whole", "legacy"}  # of one kind of file
+
+
 def merged(lines):
     """Rows by kind of fault: groups of bad bytes are joined by what is read, the others stand for themselves."""
     rows = {}
     for line in lines:
         name = line["group"]
         if "errors" in line:  # a survey of spoiled files
-            name = "bad bytes: " + name.split(":")[0].split(",")[0].rsplit(" ", 1)[0].strip()
+            words = [word for word in name.split(":")[0].split() if word not in FORMS]
+            name = "numbers" if words == ["numerics"] else f"bad bytes: {' '.join(words)}"
         row = rows.setdefault(name, {"cases": 0, "survived": 0, "bytes_lost": 0, "recovery": None, "seconds": 0.0})
         row["cases"] += line["cases"]
         row["survived"] += line.get("survived", line.get("errors", 0) + line.get("correct", 0))
