@@ -60,15 +60,21 @@ prepare() {
 # reaches the processes, which finish what is at work (torchrun gives them 30 seconds), and the status is 143.
 launch() {
     [ "${NPROC_PER_NODE:-1}" -gt 1 ] || exec "$PYTHON" "$@"
-    local torchrun stopped="" status=0
+    local torchrun="" stopped="" status=0
+    stop() {
+        stopped=$1
+        [ -z "$torchrun" ] || kill -TERM "$torchrun" 2>/dev/null || true
+    }
+    trap 'stop 129' HUP
+    trap 'stop 130' INT
+    trap 'stop 143' TERM
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC_PER_NODE" "$@" &
     torchrun=$!
-    trap 'stopped=1; kill -TERM "$torchrun" 2>/dev/null || true' TERM
+    [ -z "$stopped" ] || stop "$stopped"
     wait "$torchrun" || status=$?
     while kill -0 "$torchrun" 2>/dev/null; do # a signal ends bash's wait, not torchrun
         status=0
         wait "$torchrun" || status=$?
     done
-    [ -z "$stopped" ] || status=143
-    exit "$status"
+    exit "${stopped:-$status}"
 }

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -77,6 +78,7 @@ SCALE_IMAGES = 64  # what int8's scale is taken from, evenly spaced
 CLIPPED = 1e-4  # share of components that int8 may clip
 CANDIDATES = 10  # 1-bit scores choose so many times the results asked for, at least 100, for exact re-ranking
 NO_REGION = 255
+SHARD_NAME = re.compile(r"(images|queries)-(\d{5,9})(\.exact)?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def add_images(
                 if not records:
                     continue
                 writer.choose_scale_from(parts)
-                number = 1 + max((int(e["file"][7:12]) for e in split["images"]), default=-1)
+                number = 1 + max((_number(entry["file"]) for entry in split["images"]), default=-1)
                 entry = writer.write_shard(FOLDER_SPLIT, number, records, parts)
                 split = {**split, "images": [*split["images"], entry]}
                 writer.commit(FOLDER_SPLIT, split)
@@ -286,9 +288,9 @@ def compact_images(folder: str | Path, split: str) -> int:
         if entry["queries"]:
             raise InputError(f"{folder}: {split} has captions, so it can't be compacted; build it anew instead")
         place = folder / split
-        files = set(place.glob("images-*.safetensors"))
+        files = {file for file in place.glob("images-*.safetensors") if SHARD_NAME.fullmatch(file.name)}
         before = sum(file.stat().st_size for file in files)
-        number = 1 + max(int(file.name[7:12]) for file in files)
+        number = 1 + max(_number(file.name) for file in files)
         rows = []
         for shard in entry["images"]:
             live = cache._live(split, shard)
@@ -304,12 +306,18 @@ def compact_images(folder: str | Path, split: str) -> int:
             manifest = {**cache.manifest, "splits": {**cache.manifest["splits"]}}
             manifest["splits"][split] = {**{k: v for k, v in entry.items() if k != "deleted"}, "images": shards}
             write_manifest(folder / "manifest.json", manifest)
-            entry = manifest["splits"][split]
         finally:  # the old ones, or the new ones if it came to nothing, and those of a compaction that was killed
+            entry = Cache(folder).manifest["splits"][split]
             named = {place / part["file"] for shard in entry["images"] for part in (shard, shard.get("exact")) if part}
-            for file in set(place.glob("images-*.safetensors")) - named:
-                file.unlink()
+            for file in place.glob("images-*.safetensors"):
+                if SHARD_NAME.fullmatch(file.name) and file not in named:
+                    file.unlink()
         return before - sum(file.stat().st_size for file in named)
+
+
+def _number(name: str) -> int:
+    """The number in a shard's name."""
+    return int(SHARD_NAME.fullmatch(name)[2])
 
 
 def _rewritten(cache: Cache, split: str, rows: Sequence[tuple[dict, int]], path: Path) -> dict:
@@ -596,14 +604,17 @@ def check_manifest(path: Path, manifest: dict) -> None:
             check(isinstance(entry.get(kind), list), f"{kind} of {split} are missing or no list")
             for shard in entry[kind]:
                 name = shard.get("file") if isinstance(shard, dict) else None
-                check(bare(name) and name not in counts, f"a shard of {split} has no name, or another's")
+                match = SHARD_NAME.fullmatch(name) if isinstance(name, str) else None
+                right = match and match[1] == kind and not match[3] and name not in counts
+                check(bool(right), f"a shard of {split} has no name, or another's")
                 right = whole(shard.get("count"), 1) and isinstance(shard.get("sha256"), str)
                 if kind == "images":
                     right = right and whole(shard.get("regions"), 1) and whole(shard.get("bytes"), 1)
                     right = right and shard["bytes"] == shard["count"] * shard["regions"] * (stored + 1)
-                if kind == "images" and dtype == "binary":
-                    exact = shard.get("exact")
-                    right = right and isinstance(exact, dict) and bare(exact.get("file"))
+                right = right and ("exact" in shard) == (kind == "images" and dtype == "binary")
+                if right and "exact" in shard:
+                    exact = shard["exact"]
+                    right = isinstance(exact, dict) and exact.get("file") == name.replace(".", ".exact.", 1)
                     right = right and whole(exact.get("bytes"), 1) and isinstance(exact.get("sha256"), str)
                 check(
                     right and (kind == "images") == ("regions" in shard), f"the entry of {split}/{name} can't be true"

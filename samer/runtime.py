@@ -92,7 +92,7 @@ def process_group():
         stop_here()  # all were asked to stop, this one came last
         raise InputError(
             f"process {rank()} of {world_size()}: another process of this job has ended, its own message says why; "
-            "run the same command again to go on"
+            f"run the same command again to go on ({' '.join(str(error).split())[:200]})"
         ) from None
     finally:
         if started and dist.is_initialized():
@@ -246,11 +246,14 @@ def _locked(folder: Path):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(handle).st_nlink == 0:  # the one before took its file away between our two calls
-                raise OSError
-        except OSError:
+                raise BlockingIOError
+        except BlockingIOError:
             raise InputError(f"{folder}: another process is writing to it; wait until it ends") from None
+        except OSError as error:  # some network file systems have no locks
+            print0(f"note: {folder} can't be locked ({error.strerror}); let nothing else write to it")
+        _locks.add(handle)
         try:
-            inner = [place for place in folder.iterdir() if place.is_dir() and not (place / ".lock").exists()]
+            inner = [place for place in folder.iterdir() if place.is_dir() and not os.path.exists(place / ".lock")]
             for place in (folder, *inner):  # a folder with a lock of its own has a writer of its own
                 for stray in place.glob(f".*{TEMPORARY}"):
                     stray.unlink(missing_ok=True)
@@ -262,7 +265,20 @@ def _locked(folder: Path):
                 if not any(empty.iterdir()):
                     empty.rmdir()
     finally:
+        _locks.discard(handle)
         os.close(handle)
+
+
+_locks: set[int] = set()  # open lock files; a forked worker must not keep them when its parent is killed
+
+
+def _leave_locks() -> None:
+    for handle in _locks:
+        os.close(handle)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
 
 
 def write_json(path: str | Path, value: Any) -> None:

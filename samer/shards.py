@@ -60,7 +60,8 @@ def whole_number(value: Any, least: int) -> bool:
 
 def bare_name(name: Any) -> bool:
     """Whether a manifest may name a file or a split so: one step down, nowhere else."""
-    return isinstance(name, str) and 0 < len(name) < 256 and Path(name).name == name and name not in (".", "..")
+    right = isinstance(name, str) and 0 < len(name) < 256 and "\0" not in name
+    return right and Path(name).name == name and name not in (".", "..")
 
 
 def check_identity(path: Path, identity: dict, holds: str, remedy: str) -> dict | None:

@@ -53,6 +53,7 @@ from samer.runtime import (
     write_json,
 )
 from samer.scoring import maxsim
+from samer.shards import bare_name
 from samer.tokens import MergedTokens, VisualTokens
 from samer.train_data import CaptionDataset, Collator
 
@@ -61,6 +62,7 @@ WINDOW_IMAGES = 4096  # 17 GB of ColPali features: the page cache holds what one
 STATE = "trainer_state.json"
 CHECKSUMS = "checksums.json"  # the last file of a checkpoint: SHA-256 of the others but STATE, which validation changes
 CONTINUATION = "continuation.json"  # of a checkpoint: losses summed up for the next log; is its step validated
+KEPT_CHECKPOINTS = 2
 DIAGNOSED = 64  # captions of a batch that the object diagnostics look at
 
 
@@ -301,9 +303,8 @@ class SamerTrainer(Trainer):
         return values
 
     def make_up_for_validation(self, checkpoint: Path) -> None:
-        """Adds the metrics to a checkpoint whose validation failed."""
-        step = _step(checkpoint)
-        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        """Adds the metrics to a checkpoint, whose state is loaded, if its validation failed."""
+        step = self.state.global_step
         validated = any("eval_r@1" in entry and entry["step"] == step for entry in self.state.log_history)
         if read_json(checkpoint / CONTINUATION)["validates"] and not validated:
             self._load_from_checkpoint(str(checkpoint))
@@ -325,7 +326,8 @@ class SamerTrainer(Trainer):
 
     def take_up_loss(self, continuation: dict) -> None:
         """Goes on with the sum of losses since the last log as a checkpoint holds it."""
-        self._tr_loss += continuation["loss_sum"]
+        sums = continuation["loss_sums"]
+        self._tr_loss += sums[rank()] if len(sums) == world_size() else float(np.mean(sums))
         self._globalstep_last_logged = continuation["logged_at"]
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -335,8 +337,8 @@ class SamerTrainer(Trainer):
                     self.state.save_to_json(str(temporary))
             gather_objects(None)
             return
-        loss_sum = float(np.mean(gather_objects(self._tr_loss.item())))
-        self.continuation |= {"loss_sum": loss_sum, "logged_at": self._globalstep_last_logged}
+        self.continuation["loss_sums"] = gather_objects(self._tr_loss.item())
+        self.continuation["logged_at"] = self._globalstep_last_logged
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError):  # safetensors and torch.save don't say why
@@ -348,6 +350,8 @@ class SamerTrainer(Trainer):
             folder = Path(self.args.output_dir) / f"checkpoint-{self.saved_step}"
             files = sorted(file for file in folder.iterdir() if file.name not in (STATE, CHECKSUMS))
             write_json(folder / CHECKSUMS, {file.name: file_hash(file) for file in files})
+            for old in _checkpoints(folder.parent)[:-KEPT_CHECKPOINTS]:
+                _remove(old)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
@@ -492,9 +496,9 @@ def _train(config: Config) -> TrainResult:
     )
     gather_objects(None)  # no process may still be looking for a run in this folder when the first one marks it
     if rank() == 0:
-        for folder in _checkpoints(output, whole=False):
-            print0(f"{folder} is not whole; removing it")
-            shutil.rmtree(folder)
+        for folder in _torn_checkpoints(output):
+            print0(f"{folder} was cut short; removing it")
+            _remove(folder)
         with atomic_path(output / "config.yaml") as temporary:
             temporary.write_text(dump_config(config), encoding="utf-8")
     trainer = SamerTrainer(
@@ -508,16 +512,18 @@ def _train(config: Config) -> TrainResult:
         callbacks=[LineLogger(settings.train_batch_size * settings.grad_accum_steps * world_size())],
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = max(_checkpoints(output), key=_step, default=None) if settings.resume else None
+    checkpoint = (_checkpoints(output) or [None])[-1] if settings.resume else None
     continuation = Continuation(trainer, checkpoint)
     trainer.add_callback(continuation)
     started = time.monotonic()
     if checkpoint is not None:
-        _check_checkpoint(checkpoint)
+        trainer.state = _checked_state(checkpoint)
+        gather_objects(None)  # every process has read it before the first one may change it
         trainer.make_up_for_validation(checkpoint)
-    if checkpoint is not None and _is_finished(checkpoint, settings):
+    state = trainer.state
+    ended = state.global_step >= state.max_steps or _is_stale(settings, state.log_history)
+    if checkpoint is not None and ended:
         print0(f"{checkpoint} is the end of this run; nothing is left to train")
-        trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
         trainer._load_from_checkpoint(str(checkpoint))
     else:
         if checkpoint is not None:
@@ -592,7 +598,6 @@ def _arguments(config: Config) -> TrainingArguments:
             logging_steps=settings.logging_steps,
             logging_nan_inf_filter=False,
             save_steps=settings.save_steps,
-            save_total_limit=2,
             eval_strategy="no",  # `Continuation` says when
             remove_unused_columns=False,
             disable_tqdm=True,
@@ -610,32 +615,62 @@ def _arguments(config: Config) -> TrainingArguments:
     return arguments
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def _numbered(output: Path) -> list[Path]:
+    """Folders named as checkpoints are, in order of their steps."""
+    number = lambda folder: folder.name.removeprefix("checkpoint-")
+    found = [folder for folder in output.glob("checkpoint-*") if number(folder).isdecimal() and folder.is_dir()]
+    return sorted(found, key=lambda folder: int(number(folder)))
 
 
-def _checkpoints(output: Path, whole: bool = True) -> list[Path]:
-    """The checkpoints that are whole, or those that were cut short while they were written or removed."""
-    found = []
-    for folder in output.glob("checkpoint-*"):
-        if folder.name.removeprefix("checkpoint-").isdecimal() and folder.is_dir():
-            try:
-                state, parts = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (STATE, CHECKSUMS))
-                right = state["global_step"] == _step(folder) and all((folder / name).is_file() for name in parts)
-            except (FileNotFoundError, ValueError, TypeError, KeyError):
-                right = False
-            if right == whole:
-                found.append(folder)
-    return found
+def _checkpoints(output: Path) -> list[Path]:
+    """Checkpoints that were written whole and are not being removed, oldest first."""
+    return [folder for folder in _numbered(output) if (folder / CHECKSUMS).is_file()]
 
 
-def _check_checkpoint(folder: Path) -> None:
-    """Refuses a checkpoint that was changed since it was written."""
-    for name, checksum in read_json(folder / CHECKSUMS).items():
-        if file_hash(folder / name) != checksum:
-            raise InputError(
-                f"{folder / name}: contents differ from {CHECKSUMS}; remove {folder.name} to go on from the one before"
-            )
+def _torn_checkpoints(output: Path) -> list[Path]:
+    """Checkpoints of this run that were cut short while they were written or removed.
+
+    Raises:
+        InputError: whole ones that something else wrote.
+    """
+    torn = [folder for folder in _numbered(output) if folder not in _checkpoints(output)]
+    for folder in torn:
+        if not (output / "config.yaml").is_file() or (
+            (folder / STATE).is_file() and not (folder / CONTINUATION).is_file()
+        ):
+            raise InputError(f"{folder} is no checkpoint of this run; name another train.output_dir, or remove it")
+    return torn
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint; what a kill meanwhile leaves is not taken for whole, nor for something else's."""
+    for name in (CHECKSUMS, STATE):
+        (checkpoint / name).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def _checked_state(checkpoint: Path) -> TrainerState:
+    """A checkpoint's state, if it is as it was written.
+
+    Raises:
+        InputError: names the file that is damaged.
+    """
+    remedy = f"remove {checkpoint.name} to go on from the one before"
+    for name, checksum in read_json(checkpoint / CHECKSUMS).items():
+        try:
+            if not bare_name(name) or file_hash(checkpoint / name) != checksum:
+                raise InputError(f"{checkpoint / name}: contents differ from {CHECKSUMS}; {remedy}")
+        except OSError as error:
+            raise InputError(f"{checkpoint / name}: not readable ({error.strerror}); {remedy}") from None
+    try:
+        state = TrainerState.load_from_json(str(checkpoint / STATE))
+        right = f"checkpoint-{state.global_step}" == checkpoint.name and state.max_steps >= 1
+        right = right and all(isinstance(entry["step"], int) for entry in state.log_history)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        right = False
+    if not right:
+        raise InputError(f"{checkpoint / STATE}: not what Trainer wrote; {remedy}")
+    return state
 
 
 def _check_room(folder: Path) -> None:
@@ -649,11 +684,6 @@ def _check_room(folder: Path) -> None:
             f"{folder}: a checkpoint can't be written ({reason}); make room and run the same command again to go on"
         ) from None
     (folder / "room").unlink()
-
-
-def _is_finished(checkpoint: Path, settings: TrainConfig) -> bool:
-    state = TrainerState.load_from_json(str(checkpoint / STATE))
-    return state.global_step >= state.max_steps or _is_stale(settings, state.log_history)
 
 
 def _evaluations_since_best(history: list[dict]) -> int:

@@ -174,7 +174,8 @@ def scale(runs):
     """A search over one million images of 64 x 128 int8, mapped from disk; what is resident beside the page cache."""
     import json
 
-    from samer.cache_io import Cache
+    from samer.cache_io import FORMAT, FORMAT_VERSION, Cache
+    from samer.shards import write_manifest
 
     with tempfile.TemporaryDirectory(dir=".") as place:
         folder, count, per = Path(place), 1_000_000, 8192
@@ -190,11 +191,12 @@ def scale(runs):
             (folder / "images").mkdir(exist_ok=True)
             save_file(tensors, folder / "images" / name, metadata={"samer": json.dumps(head)})
             shards.append({"file": name, "count": rows, "regions": 64, "bytes": rows * 64 * 129, "sha256": ""})
-        manifest = {"format": "samer_cache", "format_version": 2, "dtype": "int8", "scale": 0.003, "projector": "none"}
+        manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "dtype": "int8", "scale": 0.003}
+        manifest["projector"] = "none"
         manifest |= {"base_model": "none", "base_projector": "none", "embedding_dim": 128}
         manifest |= {"merge": {}, "assignments": False}
         manifest["splits"] = {"images": {"images": shards, "queries": []}}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        write_manifest(folder / "manifest.json", manifest)
         print(f"1,000,000 images, {sum(f.stat().st_size for f in folder.glob('images/*')) / 1e9:.1f} GB on disk")
         for queries in (1, 32):
             batch = F.normalize(torch.randn(queries, 32, 128), dim=-1)

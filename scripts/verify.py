@@ -3,8 +3,8 @@
     python scripts/verify.py outputs/flickr_samer_k64 features/flickr_colpali checkpoints/samer_k64_colpali
     python scripts/verify.py outputs                                     (everything below it)
 
-Prints a line per path, and one per damaged or missing file; exits with 1 if there is any, with 2 if a path can't be
-verified at all. Changes nothing.
+Prints a line per path, and one per damaged or missing file; exits with 1 if there is any, else with 2 if a path can't
+be verified at all. Changes nothing.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from samer.config import InputError
 from samer.runtime import run
 
 
@@ -22,9 +23,14 @@ def main(argv=None):
     options = parser.parse_args(argv)
     from samer.verification import verify
 
-    damages = 0
+    damages, refused = 0, None
     for path in options.paths:
-        found = verify(path)
+        try:
+            found = verify(path)
+        except InputError as error:  # the others are read all the same
+            print(error, flush=True)
+            refused = error
+            continue
         verdict = f"{len(found.damages)} damaged or missing:" if found.damages else "every checksum holds"
         print(f"{path}: {found.files:,} files, {found.bytes / 1e6:,.1f} MB read, {verdict}", flush=True)
         for line in found.damages:
@@ -32,6 +38,8 @@ def main(argv=None):
         damages += len(found.damages)
     if damages:
         sys.exit(1)
+    if refused is not None:
+        raise refused
 
 
 if __name__ == "__main__":

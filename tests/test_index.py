@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -515,6 +516,37 @@ def test_a_second_writer_is_refused(pictures, world, tmp_path):
     assert not (tmp_path / "c" / ".lock").exists()
 
 
+FORKED = """
+import os, signal, sys, time
+from samer.runtime import only_writer
+
+with only_writer(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        time.sleep(60)
+        os._exit(0)
+    print(child, flush=True)
+    time.sleep(0.5)  # the child closes what it took along
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_does_not_keep_its_killed_parents_lock(tmp_path):
+    """A data loader's worker outlives its trainer for some seconds."""
+    words = [sys.executable, "-c", FORKED, str(tmp_path / "c")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}) as parent:
+        child = int(parent.stdout.readline())
+        parent.wait(30)
+    try:
+        os.kill(child, 0)  # it lives
+        assert (tmp_path / "c" / ".lock").exists()
+        with runtime.only_writer(tmp_path / "c"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 def test_a_killed_writer_leaves_an_index_that_goes_on(pictures, tmp_path, small_shards, command):
     done = command(sys.executable, __file__, tmp_path / "c", pictures, env={"PYTHONPATH": "."})
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -581,6 +613,25 @@ def test_compacting_that_fails_changes_nothing(pictures, tmp_path, small_shards,
         with pytest.raises(InputError, match="No space left") if call < 8 else contextlib.nullcontext():
             cache_io.compact_images(tmp_path / "c", "images")
     assert contents(tmp_path / "c") == before
+
+
+def test_compacting_that_is_interrupted_at_its_end_keeps_what_the_manifest_names(
+    pictures, tmp_path, small_shards, monkeypatch
+):
+    add(tmp_path / "c", pictures)
+    delete_images(tmp_path / "c", "images", NAMES[2:5])
+    write = cache_io.write_manifest
+
+    def interrupted(path, manifest):
+        write(path, manifest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_io, "write_manifest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache_io.compact_images(tmp_path / "c", "images")
+    assert list(held(Cache(tmp_path / "c"))) == [*NAMES[:2], *NAMES[5:]]
+    assert len(contents(tmp_path / "c" / "images")) == 3
 
 
 def test_a_killed_compaction_is_made_up_for(pictures, tmp_path, small_shards):

@@ -393,7 +393,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(settings, whole
             train(settings(output, **changes))
         assert [line.split(": ")[0] for line in verify(output).damages] == [str(last / name)]
         (last / name).write_bytes(data)
-    (last / "optimizer.pt").unlink()  # as a removal that was killed leaves it
+    for name, text in (("checksums.json", "{"), ("trainer_state.json", '{"global_step": 4}'), ("optimizer.pt", None)):
+        data = (last / name).read_bytes()
+        (last / name).unlink() if text is None else (last / name).write_text(text)
+        with pytest.raises(InputError, match=str(last / name)):
+            train(settings(output, **changes))
+        (last / name).write_bytes(data)
+    for name in ("checksums.json", "optimizer.pt", "continuation.json"):
+        (last / name).unlink()
+    with pytest.raises(InputError, match=f"{last} is no checkpoint of this run"):  # it has a state, and nothing of ours
+        train(settings(output, **changes))
+    (last / "trainer_state.json").unlink()  # as a removal that was killed leaves it
     train(settings(output, **changes))
     assert weights(output) == weights(whole(1))
 

@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-
 FORMS = {"float32", "float16", "int8", "binary", "ours", "lora", "whole", "legacy"}  # of one kind of file
 
 
