@@ -91,8 +91,8 @@ def process_group():
             raise
         stop_here()  # all were asked to stop, this one came last
         raise InputError(
-            f"process {rank()} of {world_size()}: another process of this job has ended, its own message says why; "
-            f"run the same command again to go on ({' '.join(str(error).split())[:200]})"
+            f"process {rank()} of {world_size()}: another process of this job has ended, its own message says why "
+            f"(here: {' '.join(str(error).split())[:200]}); run the same command again to go on"
         ) from None
     finally:
         if started and dist.is_initialized():

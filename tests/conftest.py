@@ -1,9 +1,11 @@
 """Shared by the tests: the repo root on the path, a small world and a small ColPali of the real classes, made once."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import hypothesis
@@ -21,6 +23,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is a d
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "browser: drives a headless Chromium; skipped where there is none")
+
+
+NO_CODE = Counter()  # outcomes of tests/faults/test_no_code.py, whose tests are cases of the table of faults
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and report.location[0].endswith("test_no_code.py"):
+        NO_CODE.update([report.outcome])
+        NO_CODE["seconds"] += report.duration
+
+
+def pytest_sessionfinish():
+    cases = NO_CODE["passed"] + NO_CODE["failed"]
+    if cases and (log := os.environ.get("SAMER_FAULT_LOG")):
+        row = {"group": "code in data", "cases": cases, "survived": NO_CODE["passed"], "bytes_lost": 0}
+        with open(log, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps({**row, "seconds": round(NO_CODE["seconds"], 2)}) + "\n")
 
 
 @pytest.fixture(scope="session")

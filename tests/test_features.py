@@ -102,62 +102,6 @@ def test_smaller_dtypes_stay_close(shards, base, world, store, tmp_path, dtype, 
     assert bytes_of(tmp_path / "small") < 0.75 * bytes_of(store)
 
 
-KILLER = """
-import json, os, signal, sys, time
-sys.path.insert(0, {root!r})
-from samer import features
-from samer.colpali import Retriever
-features.IMAGES_PER_SHARD, features.TEXTS_PER_SHARD = 4, 16
-
-def write():  # in a child of its own, forked before torch starts a thread
-    started, finished = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(finished)
-        os.read(started, 1)  # the model is loaded, writing begins
-        return child
-    retriever = Retriever.load({base!r})
-    os.write(finished, b"!")
-    features.write_features({out!r}, {world!r}, ["train", "val", "test"], retriever, batch_size=4, dtype="float32")
-    os._exit(0)
-
-killed = 0
-for delay in {delays!r}:
-    child = write()
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    found = sum(name.endswith(".safetensors") for _, _, names in os.walk({out!r}) for name in names)
-    print(json.dumps([delay, found, os.path.exists({out!r} + "/manifest.json")]), flush=True)
-assert os.waitstatus_to_exitcode(os.waitpid(write(), 0)[1]) == 0
-print(json.dumps(killed))
-"""
-
-
-def test_ten_kills_lose_nothing(store, base, world, tmp_path):
-    """Killed again and again at random moments, then left to finish: byte-identical to the undisturbed store."""
-    root = str(features.__file__).rsplit("/samer/", 1)[0]
-    delays = torch.rand(10, generator=torch.Generator().manual_seed(3)).mul(0.15).tolist()
-    code = KILLER.format(root=root, base=str(base), out=str(tmp_path / "killed"), world=str(world), delays=delays)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
-    *moments, killed = map(json.loads, (line for line in done.stdout.splitlines() if line[0] in "[0123456789"))
-    assert killed >= 5  # the others were done before the signal came
-    assert [found for _, found, _ in moments] == sorted(found for _, found, _ in moments)  # nothing finished is lost
-    assert contents(tmp_path / "killed") == contents(store)
-
-
-def test_two_processes_write_the_same_store(base, world, tmp_path, command):
-    words = ["scripts/features.py", "--data-root", world, "--batch-size", "4", f"model.name={base}"]
-    one = command(sys.executable, *words, "--out", tmp_path / "one", env={"OMP_NUM_THREADS": "1"})
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = command(*torchrun, *words, "--out", tmp_path / "two", env={"OMP_NUM_THREADS": "1"})
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert two.stdout.count("features of 26 images (70 tokens each)") == 1  # said once, beforehand
-    check = command(sys.executable, "scripts/verify.py", tmp_path / "two")
-    assert "every checksum holds" in check.stdout
-
-
 def test_a_second_run_keeps_every_shard(store, shards, base, world):
     before = {p: p.stat().st_mtime_ns for p in store.glob("*/*.safetensors")}
     write_features(store, world, SPLITS, Retriever.load(str(base)), batch_size=4, dtype="float32")
@@ -431,6 +375,7 @@ batch = {{
     "image_of": torch.arange(captions),
     "image_numbers": torch.arange(captions),
     "labels": torch.randint(0, 4, (captions, tokens)),
+    "real": torch.ones(captions, dtype=torch.bool),
 }}
 model = ProjectorModel(frozen, MergeConfig(num_regions=16), 0.07, True)
 model(**batch)["loss"].backward()

@@ -31,6 +31,7 @@ from samer.colpali import Encoder, Projector
 from samer.compressors import make_compressor
 from samer.config import InputError, MergeConfig
 from samer.scoring import maxsim, pack_signs, score_stored, search
+from samer.shards import load_header
 from samer.tokens import QueryTokens
 
 MERGE = MergeConfig(num_regions=6)
@@ -563,11 +564,21 @@ def test_a_killed_writer_leaves_an_index_that_goes_on(pictures, tmp_path, small_
 # --- compacting -----------------------------------------------------------------------------------------------------
 
 
-def shard_bytes(folder):
-    """Contents of the shards in the manifest's order, exact ones after theirs; their names and numbers don't matter."""
-    entries = Cache(folder).manifest["splits"]["images"]["images"]
-    parts = [part for entry in entries for part in (entry, entry.get("exact")) if part]
-    return [(folder / "images" / part["file"]).read_bytes() for part in parts]
+def rows_of(folder):
+    """Id -> everything that an index stores of a picture, as bytes."""
+    cache = Cache(folder)
+    rows = {
+        name: [t.numpy().tobytes() for t in cache.vectors("images", k)] for name, k in cache.numbers("images").items()
+    }
+    return {name: [*rows[name], row.numpy().tobytes()] for name, row in held(cache).items()}
+
+
+def shapes_of(folder):
+    """Counts and sizes of the shards in the manifest's order, and what their headers say."""
+    cache = Cache(folder)
+    entries = cache.manifest["splits"]["images"]["images"]
+    facts = [[entry[key] for key in ("count", "regions", "bytes")] for entry in entries]
+    return facts, [load_header(folder / "images" / entry["file"])["stamp"] for entry in entries]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", "binary"])
@@ -578,7 +589,7 @@ def test_a_compacted_index_is_the_one_built_at_once(pictures, tmp_path, small_sh
     delete_images(tmp_path / "c", "images", [*NAMES[4:6], *NAMES[8:10]])
     add(tmp_path / "c", pictures, [NAMES[5], NAMES[9]], dtype=dtype, assignments=True)
     before = Cache(tmp_path / "c")
-    found = before.search(ask(3), "images", 12)
+    found, rows = before.search(ask(3), "images", 12), rows_of(tmp_path / "c")
     open_before = Cache(tmp_path / "c")
     size = sum(map(len, contents(tmp_path / "c" / "images").values()))
     saved = cache_io.compact_images(tmp_path / "c", "images")
@@ -592,7 +603,8 @@ def test_a_compacted_index_is_the_one_built_at_once(pictures, tmp_path, small_sh
         open_before.search(ask(3), "images", 12)
     add(tmp_path / "new", pictures, left[:4], dtype=dtype, assignments=True)
     add(tmp_path / "new", pictures, left, dtype=dtype, assignments=True)
-    assert shard_bytes(tmp_path / "c") == shard_bytes(tmp_path / "new")
+    assert rows_of(tmp_path / "c") == rows
+    assert shapes_of(tmp_path / "c") == shapes_of(tmp_path / "new")
     add(tmp_path / "c", pictures, NAMES, dtype=dtype, assignments=True)  # those deleted come back
     assert sorted(held(Cache(tmp_path / "c"))) == sorted(NAMES)
 
