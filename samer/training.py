@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, TrainerState
@@ -247,6 +247,7 @@ class SamerTrainer(Trainer):
         self.samer_config = config
         self.continuation: dict[str, Any] = {}  # what a checkpoint keeps beside Trainer's own files
         self.saved_step = -1  # of the newest checkpoint
+        self.loader: DataLoader | None = None  # of the captions, once training has begun
 
     def _get_train_sampler(self, train_dataset=None):
         step = self.args.train_batch_size * world_size() if world_size() > 1 else 1
@@ -258,7 +259,15 @@ class SamerTrainer(Trainer):
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper does not hand attributes on
         inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
         inner.generator = torch.Generator()  # workers' seeds leave the state that checkpoints keep alone
+        self.loader = inner
         return loader
+
+    def end_workers(self) -> None:
+        """Ends the data loader's workers; left to the garbage collector, each is waited for 5 seconds."""
+        iterator = getattr(self.loader, "_iterator", None)
+        if iterator is not None:
+            self.loader._iterator = None
+            iterator._shutdown_workers()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         module = self.accelerator.unwrap_model(model)
@@ -535,6 +544,8 @@ def _train(config: Config) -> TrainResult:
                 if "DataLoader worker" in str(error):  # SIGTERM may reach one before `_start_worker` does
                     stop_here()
                 raise
+            finally:
+                trainer.end_workers()
             if continuation.stopped:
                 print0(f"stopped after step {trainer.state.global_step} with a checkpoint in {output}")
                 raise Stopped
