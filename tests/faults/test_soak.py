@@ -51,7 +51,7 @@ class Soak:
         self.names = [record.image_path.name for record in records]
         self.texts = [record.captions[0].text for record in records]
         self.retriever = Retriever.load(str(ROOT / "assets" / "retriever"))
-        self.done, self.samples = Counter(), []
+        self.done, self.samples = Counter(compactions=0), []
         self.live = self.names[: images // 2]
         self.add(self.folder, self.live)
 
