@@ -54,8 +54,10 @@ from samer.shards import (
     bare_name,
     check_identity,
     finished_shard,
+    in_order,
     load_header,
     load_shard,
+    parts_of,
     read_manifest,
     shared_out,
     verify_shard,
@@ -288,7 +290,8 @@ def compact_images(folder: str | Path, split: str) -> int:
         if entry["queries"]:
             raise InputError(f"{folder}: {split} has captions, so it can't be compacted; build it anew instead")
         place = folder / split
-        files = {file for file in place.glob("images-*.safetensors") if SHARD_NAME.fullmatch(file.name)}
+        image_files = lambda: {file for file in place.glob("images-*") if SHARD_NAME.fullmatch(file.name)}
+        files = image_files()
         before = sum(file.stat().st_size for file in files)
         number = 1 + max(_number(file.name) for file in files)
         rows = []
@@ -308,10 +311,9 @@ def compact_images(folder: str | Path, split: str) -> int:
             write_manifest(folder / "manifest.json", manifest)
         finally:  # the old ones, or the new ones if it came to nothing, and those of a compaction that was killed
             entry = Cache(folder).manifest["splits"][split]
-            named = {place / part["file"] for shard in entry["images"] for part in (shard, shard.get("exact")) if part}
-            for file in place.glob("images-*.safetensors"):
-                if SHARD_NAME.fullmatch(file.name) and file not in named:
-                    file.unlink()
+            named = {place / part["file"] for shard in entry["images"] for part in parts_of(shard)}
+            for file in image_files() - named:
+                file.unlink()
         return before - sum(file.stat().st_size for file in named)
 
 
@@ -547,7 +549,7 @@ class _Writer:
 
 
 def _collect(own: list[tuple[int, dict, bool]]) -> tuple[list[dict], int]:
-    rows = sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
+    rows = in_order(own)
     return [entry for _, entry, _ in rows], sum(reused for _, _, reused in rows)
 
 

@@ -56,6 +56,7 @@ from samer.shards import (
     bare_name,
     check_identity,
     finished_shard,
+    in_order,
     load_shard,
     read_manifest,
     shared_out,
@@ -255,7 +256,7 @@ def _write_shards(folder: Path, kind: str, jobs: list, retriever: Retriever, bat
             tensors = _encode(items, prepare, retriever, batch_size, dtype, kind)
             entry = write_shard(path, tensors, mark, {"count": len(names)})
         own.append((number, entry))
-    return [entry for _, entry in sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])]
+    return [entry for _, entry in in_order(own)]
 
 
 def _encode(

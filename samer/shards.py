@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from samer.config import InputError
-from samer.runtime import atomic_path, file_hash, rank, read_json, world_size, write_json
+from samer.runtime import atomic_path, file_hash, gather_objects, rank, read_json, world_size, write_json
 
 STORED = {
     **{"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16},
@@ -161,6 +161,16 @@ def verify_shard(path: Path, sha256: str) -> int:
 def shared_out(jobs: Sequence) -> list[tuple[int, Any]]:
     """This process's share of the jobs, with their numbers."""
     return [(k, jobs[k]) for k in range(rank(), len(jobs), world_size())]
+
+
+def in_order(own: list[tuple]) -> list[tuple]:
+    """What all processes made of their shares, each (number, ...), by number."""
+    return sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
+
+
+def parts_of(entry: dict) -> list[dict]:
+    """A shard's manifest entry and, with 1-bit tokens, that of its exact file."""
+    return [entry, entry["exact"]] if "exact" in entry else [entry]
 
 
 def tensors_checksum(tensors: dict[str, Tensor]) -> str:

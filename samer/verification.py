@@ -16,7 +16,7 @@ from samer import cache_io, features
 from samer.colpali import read_projector
 from samer.config import InputError
 from samer.runtime import Progress, lookup, read_json
-from samer.shards import bare_name, load_header, load_shard, read_manifest, tensors_checksum, verify_shard
+from samer.shards import bare_name, load_header, load_shard, parts_of, read_manifest, tensors_checksum, verify_shard
 from samer.training import CHECKSUMS
 
 STORES = {cache_io.FORMAT: cache_io.FORMAT_VERSION, features.FORMAT: features.FORMAT_VERSION}
@@ -100,11 +100,7 @@ def _listed(folder: Path, manifest: dict) -> Iterator[tuple[Path, str, str]]:
     for split, entry in manifest["splits"].items():
         for shards in (entry[kind] for kind in ("images", "queries", "texts") if kind in entry):
             for shard in shards:
-                yield from (
-                    (folder / split / part["file"], "bytes", part["sha256"])
-                    for part in (shard, shard.get("exact"))
-                    if part
-                )
+                yield from ((folder / split / part["file"], "bytes", part["sha256"]) for part in parts_of(shard))
 
 
 def _own_voucher(file: Path) -> tuple[str, str]:
