@@ -79,17 +79,22 @@ class ObjectsConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The frozen retriever: a hub id or a folder of ColPali in transformers format."""
+    """The frozen retriever: a hub id or a folder of ColPali in transformers format; `revision`: of the hub id."""
 
     name: str = "vidore/colpali-v1.3-hf"
+    revision: str = "main"
     local_files_only: bool = False
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Flickr30k-Entities on disk, and how much of it; `features` names a feature store to train from."""
+    """A data set on disk, how it is read, and how much of it; `features` names a feature store to train from.
+
+    `reader`: a name in `samer.data.READERS`.
+    """
 
     root: str = ""
+    reader: str = "flickr"
     features: str = ""
     train_split: str = "train"
     eval_split: str = "val"

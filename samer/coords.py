@@ -1,16 +1,15 @@
 """Token coordinates in the unit square, for fixed and dynamic patch grids.
 
-Shape letters: B images, N tokens per image.
+Shape letters: B images, N tokens per image, P patches per image.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from samer.config import InputError
+from samer.tokens import ImageLayout
 
 
 def visual_coords(height: int, width: int, *, prompt_tokens: int = 0) -> Tensor:
@@ -33,34 +32,32 @@ def visual_coords(height: int, width: int, *, prompt_tokens: int = 0) -> Tensor:
     return torch.cat([patches, torch.full((prompt_tokens, 2), 0.5)])
 
 
-def dynamic_grids(image_grid_thw: Tensor, spatial_merge_size: int) -> list[tuple[int, int]]:
-    """Merged patch grids (height, width) of dynamic-resolution images (METHOD section 1).
+def grid_layout(patches: Tensor, grid: Tensor) -> ImageLayout:
+    """The layout of sequences whose image tokens are a row-major grid, whatever stands between and around them.
 
     Args:
-        image_grid_thw: (B, 3) long, temporal, height and width in patches before the vision tower's own merging.
-        spatial_merge_size: patches that become one token, per axis.
+        patches: (B, N) bool, True at image tokens.
+        grid: (B, 2) long, rows and columns of each image.
 
     Raises:
-        InputError: several frames, or a grid that the merge size does not divide.
+        InputError: an image whose grid has not as many cells as it has image tokens; names it by its row.
     """
-    grids = []
-    for t, h, w in image_grid_thw.tolist():
-        if t != 1 or h % spatial_merge_size or w % spatial_merge_size:
-            raise InputError(f"image grid {t} x {h} x {w} is no still image that {spatial_merge_size} divides")
-        grids.append((h // spatial_merge_size, w // spatial_merge_size))
-    return grids
-
-
-def batch_coords(grids: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Right-padded coordinates and mask of images whose grids differ.
-
-    Args:
-        grids: (height, width) per image.
-
-    Returns:
-        coords (B, N, 2) float32 with zeros at padding, mask (B, N) bool; N is the largest height * width.
-    """
-    rows = [visual_coords(height, width) for height, width in grids]
-    coords = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    return coords, torch.arange(coords.shape[1]) < lengths[:, None]
+    counts = grid.prod(1)
+    wrong = (patches.sum(1) != counts).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        rows, columns = grid[row].tolist()
+        raise InputError(
+            f"image {row} of the batch has {int(patches[row].sum())} image tokens, expected {rows * columns} "
+            f"({rows} x {columns})"
+        )
+    order = (~patches).to(torch.uint8).argsort(dim=1, stable=True)  # image tokens first, in order
+    width = int(counts.max())
+    real = torch.arange(width, device=patches.device) < counts[:, None]  # (B, P)
+    source = torch.where(real, order[:, :width], -1)
+    coords = torch.full((*patches.shape, 2), 0.5, device=patches.device)
+    for rows, columns in grid.unique(dim=0).tolist():
+        alike = (grid == torch.tensor([rows, columns], device=grid.device)).all(1)  # (B,)
+        place = visual_coords(rows, columns).to(patches.device)
+        coords[patches & alike[:, None]] = place.repeat(int(alike.sum()), 1)
+    return ImageLayout(coords, patches, grid, source)

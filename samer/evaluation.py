@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samer import flickr
-from samer.colpali import Encoder
 from samer.compressors import Compressor, make_compressor
 from samer.config import MergeConfig
+from samer.data.records import ImageRecord
 from samer.metrics import bootstrap_intervals, query_metrics, retrieval_metrics
-from samer.runtime import gather_objects, prefetched, rank, world_size
+from samer.retrievers.base import Encoder
+from samer.runtime.processes import gather_objects, rank, world_size
+from samer.runtime.progress import batched, prefetched
 from samer.scoring import maxsim
-from samer.tokens import MergedTokens, QueryTokens
-from samer.train_data import batched
+from samer.tokens import MergedTokens, QueryTokens, VisualTokens
 
 FIT_IMAGES = 256  # what a compressor with a codebook is fitted on, evenly spaced over the corpus
 
 
 @torch.no_grad()
 def fitted_compressor(
-    retriever: Encoder, records: Sequence[flickr.ImageRecord], merge: MergeConfig, batch_size: int
+    retriever: Encoder, records: Sequence[ImageRecord], merge: MergeConfig, batch_size: int
 ) -> Compressor:
     """The compressor that `merge` names, fitted on the corpus `records` where it has something to learn from one.
 
@@ -42,15 +42,16 @@ def fitted_compressor(
 
 @torch.no_grad()
 def compress_images(
-    retriever: Encoder, batches: Iterable[Sequence[flickr.ImageRecord]], compressor: Compressor
-) -> Iterator[tuple[Sequence[flickr.ImageRecord], MergedTokens]]:
+    retriever: Encoder, batches: Iterable[Sequence[ImageRecord]], compressor: Compressor
+) -> Iterator[tuple[Sequence[ImageRecord], VisualTokens, MergedTokens]]:
     """Encodes and compresses batches of images, without boxes; the next batch is read meanwhile.
 
     Yields:
-        (records of the batch, their `MergedTokens` on the retriever's device).
+        (records of the batch, their tokens before and after, on the retriever's device).
     """
     for batch, inputs in prefetched(retriever.record_inputs, batches):
-        yield batch, compressor(retriever.encode_images(inputs, compressor.needs))
+        visual = retriever.encode_images(inputs, compressor.needs)
+        yield batch, visual, compressor(visual)
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ def join_queries(batches: Sequence[QueryTokens]) -> QueryTokens:
 
 @torch.no_grad()
 def score_records(
-    retriever: Encoder, records: Sequence[flickr.ImageRecord], compressor: Compressor, *, batch_size: int
+    retriever: Encoder, records: Sequence[ImageRecord], compressor: Compressor, *, batch_size: int
 ) -> Tensor:
     """Scores (Q, I) of every caption against every image of a split, on the CPU; images are compressed without boxes.
 
@@ -81,7 +82,7 @@ def score_records(
     own_batches = batched(records[rank() :: world_size()], batch_size)
     own = [
         maxsim(queries.tokens, merged.tokens, queries.mask, merged.mask).cpu()
-        for _, merged in compress_images(retriever, own_batches, compressor)
+        for _, _, merged in compress_images(retriever, own_batches, compressor)
     ]
     scores = torch.empty(len(texts), len(records))
     for number, columns in enumerate(gather_objects(own)):
@@ -91,7 +92,7 @@ def score_records(
 
 
 def evaluate_records(
-    retriever: Encoder, records: Sequence[flickr.ImageRecord], merge: MergeConfig, *, batch_size: int
+    retriever: Encoder, records: Sequence[ImageRecord], merge: MergeConfig, *, batch_size: int
 ) -> dict[str, float]:
     """Text-to-image metrics of a split, from `score_records`; every process returns the same ones."""
     compressor = fitted_compressor(retriever, records, merge, batch_size)

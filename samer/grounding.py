@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samer import flickr
 from samer.config import InputError
-from samer.tokens import MergedTokens, QueryTokens
+from samer.data.records import Box, ImageRecord
+from samer.tokens import MergedTokens, QueryTokens, VisualTokens, regions_of_patches, shared_by_patches
 
 HIT_IOU = 0.1  # RegionHit counts phrases whose regions overlap their boxes at least so much
 
 
-def box_coverage(boxes: Sequence[flickr.Box], rows: int, columns: int) -> np.ndarray:
+def box_coverage(boxes: Sequence[Box], rows: int, columns: int) -> np.ndarray:
     """How much of each patch's cell lies in the union of boxes, exactly.
 
     Args:
@@ -63,19 +63,14 @@ class OwnTokens:
 
 
 class PhraseIndex:
-    """The phrases with boxes of a split, the query tokens that name them, and where on the patch grid their boxes lie.
+    """The phrases with boxes of a split, and the query tokens that name them."""
 
-    Attributes:
-        coverage: (P, G) float32, `box_coverage` of each phrase's boxes.
-    """
-
-    def __init__(self, records: Sequence[flickr.ImageRecord], queries: Sequence[QueryTokens], grid: int) -> None:
+    def __init__(self, records: Sequence[ImageRecord], queries: Sequence[QueryTokens]) -> None:
         """Reads phrases and offsets.
 
         Args:
             records: of the split, with boxes.
             queries: batches that hold all captions in order, with offsets.
-            grid: patches per side.
 
         Raises:
             InputError: queries without offsets, or another number of them than of captions.
@@ -86,7 +81,8 @@ class PhraseIndex:
         captions = [(image, caption) for image, record in enumerate(records) for caption in record.captions]
         if len(spans) != len(captions):
             raise InputError(f"{len(spans)} encoded queries for {len(captions)} captions")
-        coverage = []
+        self._boxes: list[tuple[Box, ...]] = []  # of each phrase
+        self._covered: dict[tuple[int, int, int], np.ndarray] = {}
         self._entries: list[list[tuple[int, int, int]]] = [[] for _ in records]  # caption, token, phrase
         for number, ((image, caption), span) in enumerate(zip(captions, spans)):
             named = [phrase for phrase in caption.phrases if phrase.boxes]
@@ -94,11 +90,25 @@ class PhraseIndex:
             for phrase in named:
                 tokens = ((span[:, 0] < phrase.end) & (span[:, 1] > phrase.start)).nonzero()[:, 0].tolist()
                 for token in tokens:
-                    phrase_of[token] = len(coverage)
+                    phrase_of[token] = len(self._boxes)
                 if tokens:
-                    coverage.append(box_coverage(phrase.boxes, grid, grid))
+                    self._boxes.append(phrase.boxes)
             self._entries[image] += [(number, token, phrase) for token, phrase in enumerate(phrase_of)]
-        self.coverage = torch.from_numpy(np.stack(coverage)) if coverage else torch.zeros(0, grid * grid)
+
+    def coverage(self, phrases: Tensor, grid: Tensor, width: int) -> Tensor:
+        """How much of each patch lies in a phrase's boxes, (p, P) float32; 0 past an image's own patches.
+
+        Args:
+            phrases: (p,) long, their numbers.
+            grid: (p, 2) long, rows and columns of the phrase's image.
+            width: P.
+        """
+        covered = np.zeros((len(phrases), width), dtype=np.float32)
+        for row, key in enumerate(zip(phrases.tolist(), *grid.t().tolist())):
+            if key not in self._covered:
+                self._covered[key] = box_coverage(self._boxes[key[0]], *key[1:])
+            covered[row, : len(self._covered[key])] = self._covered[key]
+        return torch.from_numpy(covered)
 
     def own_tokens(self, images: Sequence[int], tokens: Sequence[Tensor]) -> OwnTokens:
         """Query tokens of the captions of some images.
@@ -115,22 +125,24 @@ class PhraseIndex:
 
 
 @torch.no_grad()
-def ground(merged: MergedTokens, own: OwnTokens, index: PhraseIndex, patches: Tensor) -> dict[str, Tensor]:
+def ground(merged: MergedTokens, own: OwnTokens, index: PhraseIndex, visual: VisualTokens) -> dict[str, Tensor]:
     """What each phrase's winning vectors stand on, and how well each caption is matched by its own image.
 
     A vector's evidence is its weight over patches, renormalised; a vector without any patch (a prompt token kept as it
-    is) has none, so it counts 0 in mass and overlap. Areas are those of patch cells.
+    is) has none, so it counts 0 in mass and overlap. A token of several patches shares its weight evenly among them.
+    Areas are those of patch cells.
 
     Args:
         merged: of B images.
         own: query tokens of their captions.
         index: of the split.
-        patches: (B, N) bool.
+        visual: what was merged; its `grid` and `source` are needed.
 
     Returns:
         `phrases` (p,) the phrases seen, in order; `box_mass` (p,) in [0, 1], mean over the phrase's tokens; `iou` (p,)
         of the union of the regions with the boxes; `captions` (c,) and `match` (c,), the sum over a caption's tokens of
-        the best similarity, what OSR compares; `evidence` (p, N), what `box_mass` counts.
+        the best similarity, what OSR compares; `evidence` (p, P), what `box_mass` counts, per patch in row-major order
+        and 0 past an image's own patches.
 
     Source: METHOD section 6 (definitions ours); RegionHit is the share of `iou` >= `HIT_IOU`.
     """
@@ -143,19 +155,18 @@ def ground(merged: MergedTokens, own: OwnTokens, index: PhraseIndex, patches: Te
     images, tokens = (own.phrases >= 0).nonzero(as_tuple=True)  # (n,) phrase tokens
     phrases, place = own.phrases[images, tokens].unique(return_inverse=True)
     winner = chosen[images, tokens]
-    on_patch = patches[images]  # (n, N)
-    evidence = merged.weights.transpose(1, 2)[images, winner] * on_patch  # (n, N)
+    weights = merged.weights.transpose(1, 2)[images, winner]  # (n, N)
+    evidence = shared_by_patches(weights, visual.source[images])  # (n, P)
     evidence = evidence / evidence.sum(1, keepdim=True).clamp(min=torch.finfo(evidence.dtype).tiny)
-    covered = torch.zeros(len(phrases), patches.shape[1], dtype=evidence.dtype, device=evidence.device)
     home = torch.empty_like(phrases)
     home[place] = images  # the image of each phrase
-    grid = index.coverage[phrases.cpu()].to(covered)  # (p, G)
-    covered[patches[home]] = grid.flatten()
+    covered = index.coverage(phrases, visual.grid[home], visual.source.shape[1]).to(evidence)  # (p, P)
     add = lambda values: torch.zeros(len(phrases), *values.shape[1:]).to(values).index_add_(0, place, values)
     size = add(torch.ones_like(place, dtype=evidence.dtype))
-    evidence = add(evidence) / size[:, None]  # (p, N)
+    evidence = add(evidence) / size[:, None]  # (p, P)
     mass = (evidence * covered).sum(1)
-    region = add(((merged.assignments[images] == winner[:, None]) & on_patch).to(evidence.dtype)) > 0  # (p, N)
+    regions = regions_of_patches(merged.assignments, visual.source)  # (B, P)
+    region = add((regions[images] == winner[:, None]).to(evidence.dtype)) > 0  # (p, P)
     overlap = (region * covered).sum(1)
     union = region.sum(1) + covered.sum(1) - overlap
     return {

@@ -1,6 +1,6 @@
 """The values that flow: visual tokens in, merged tokens out, query tokens beside them.
 
-Shape letters: B images, N tokens per image, K regions, D embedding, Q queries, M query tokens.
+Shape letters: B images, N tokens per image, P patches per image, K regions, D embedding, Q queries, M query tokens.
 """
 
 from __future__ import annotations
@@ -8,7 +8,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Where the tokens of an image batch stand, and which token each patch of the picture went to.
+
+    Attributes:
+        coords: (B, N, 2), (x, y) in the unit square; (0.5, 0.5) for a token that stands nowhere.
+        patches: (B, N) bool, True at image tokens, False at prompt tokens and padding.
+        grid: (B, 2) long, rows and columns of the patch grid, per image.
+        source: (B, P) long, the token that holds each patch, in row-major order; -1 past an image's own patches. Patch
+            p of a retriever's untouched tower is its p-th image token; a reducer sends several patches to one token.
+    """
+
+    coords: Tensor
+    patches: Tensor
+    grid: Tensor
+    source: Tensor
 
 
 @dataclass(frozen=True)
@@ -21,7 +40,9 @@ class VisualTokens:
         mask: (B, N) bool, False at padding; None if nothing is padded.
         patches: (B, N) bool, True at image patches, False at prompt tokens and padding; None if all are patches.
         seeds: (B,) long, one per image, made from its id: what a random choice about an image depends on.
-        attention: signals by name, (B, N) float each: how much attention a patch receives (`colpali.Attention`).
+        attention: signals by name, (B, N) float each: how much attention a patch receives (`retrievers.attention`).
+        grid: (B, 2) long, rows and columns, as in `ImageLayout`; None where nobody asks for pictures.
+        source: (B, P) long, the token of each patch, as in `ImageLayout`; None likewise.
     """
 
     tokens: Tensor
@@ -30,6 +51,8 @@ class VisualTokens:
     patches: Tensor | None = None
     seeds: Tensor | None = None
     attention: Mapping[str, Tensor] = field(default_factory=dict)
+    grid: Tensor | None = None
+    source: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,3 +88,30 @@ class MergedTokens:
     mask: Tensor
     weights: Tensor
     assignments: Tensor
+
+
+def shared_by_patches(values: Tensor, source: Tensor) -> Tensor:
+    """What tokens hold, spread over the patches that they came from; each token's is shared evenly by its patches.
+
+    Args:
+        values: (B, N) float.
+        source: (B, P) long, as in `ImageLayout`.
+
+    Returns:
+        (B, P), 0 past an image's own patches.
+    """
+    real = source >= 0
+    place = source.clamp(min=0)
+    holders = torch.zeros(values.shape, dtype=values.dtype, device=values.device)
+    holders = holders.scatter_add_(1, place, real.to(values.dtype))  # (B, N) patches per token
+    return values.gather(1, place) / holders.gather(1, place).clamp(min=1) * real
+
+
+def regions_of_patches(assignments: Tensor, source: Tensor) -> Tensor:
+    """The region of every patch, (B, P) long: that of its token; -1 for none, and past an image's own patches.
+
+    Args:
+        assignments: (B, N) long, -1 at dropped tokens.
+        source: (B, P) long, as in `ImageLayout`.
+    """
+    return assignments.gather(1, source.clamp(min=0)).masked_fill(source < 0, -1)

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import ColPaliProcessor
 
 from samer import InputError, MergeConfig, QueryTokens, maxsim, merge_tokens, visual_coords
-from samer.runtime import run
+from samer.runtime.commands import run
 from samer.scoring import StoredImages, int8_product_works, pack_signs, score_stored, search
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,8 +174,9 @@ def scale(runs):
     """A search over one million images of 64 x 128 int8, mapped from disk; what is resident beside the page cache."""
     import json
 
-    from samer.cache_io import FORMAT, FORMAT_VERSION, Cache
-    from samer.shards import write_manifest
+    from samer.index.manifest import FORMAT, FORMAT_VERSION
+    from samer.index.read import Index
+    from samer.runtime.shards import write_manifest
 
     with tempfile.TemporaryDirectory(dir=".") as place:
         folder, count, per = Path(place), 1_000_000, 8192
@@ -201,7 +202,7 @@ def scale(runs):
         for queries in (1, 32):
             batch = F.normalize(torch.randn(queries, 32, 128), dim=-1)
             query = QueryTokens(batch, torch.ones(queries, 32, dtype=torch.bool))
-            cache, seconds = Cache(folder), []
+            cache, seconds = Index(folder), []
             for _ in range(4):
                 started = time.perf_counter()
                 cache.search(query, "images", 10)
@@ -214,10 +215,10 @@ def scale(runs):
 
 def building(runs):
     """Building an index of 1,500 generated images: what merging, storing and the rest take beside the model."""
-    from samer import flickr
-    from samer.cache_io import build_cache
-    from samer.features import open_encoder
-    from samer.scenes import write_world
+    from samer.data import flickr, pictures
+    from samer.features.read import open_encoder
+    from samer.index.write import build_index
+    from samer.world.write import write_world
 
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
@@ -241,13 +242,13 @@ def building(runs):
         for turn in range(5):
             inside.clear()
             started = time.perf_counter()
-            build_cache(
+            build_index(
                 place / f"c{turn}", place / "world", ["test"], retriever, MergeConfig(num_regions=16), dtype="int8"
             )
             whole = time.perf_counter() - started
             started = time.perf_counter()
             for record in records:
-                flickr.load_image(record.image_path)
+                pictures.load_image(record.image_path)
             decode = time.perf_counter() - started
             parts = whole - inside["hidden_states"], inside["project"], decode, whole
             rest.append([100 * part / whole for part in parts[:3]] + [whole])
@@ -286,10 +287,12 @@ def evaluation(runs):
 
 def quality(runs):
     """400 generated images with 2,000 captions, 262 tokens to 16 from farthest centres, in every dtype of an index."""
-    from samer.cache_io import DTYPES, Cache, build_cache
-    from samer.colpali import Retriever
+    from samer.index.manifest import DTYPES
+    from samer.index.read import Index
+    from samer.index.write import build_index
     from samer.metrics import retrieval_metrics
-    from samer.scenes import write_world
+    from samer.retrievers.colpali import Retriever
+    from samer.world.write import write_world
 
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
@@ -299,8 +302,8 @@ def quality(runs):
         print(f"{'':10}{'R@1':>7}{'R@10':>7}{'overlap@10':>12}{'bytes/image':>13}")
         exact = None
         for dtype in DTYPES:
-            build_cache(place / dtype, place / "world", ["test"], retriever, settings, dtype=dtype)
-            cache = Cache(place / dtype)
+            build_index(place / dtype, place / "world", ["test"], retriever, settings, dtype=dtype)
+            cache = Index(place / dtype)
             scores, owner = cache.scores("test")
             metrics = retrieval_metrics(scores, owner[:, None] == torch.arange(scores.shape[1]))
             best = scores.topk(10, dim=1).indices
@@ -317,7 +320,7 @@ def quality(runs):
 def epoch(words):
     """Seconds, captions and peak memory (GB) of one training run in a process of its own."""
     from samer.config import load_config
-    from samer.training import train
+    from samer.training.loop import train
 
     config = load_config(ROOT / "configs" / "demo.yaml", words)
     result = train(config)
@@ -330,9 +333,9 @@ def epoch(words):
 
 def training(runs):
     """Captions per second with the demo's settings, 200 images with 1,000 captions, no validation."""
-    from samer.colpali import Retriever
-    from samer.features import write_features
-    from samer.scenes import write_world
+    from samer.features.write import write_features
+    from samer.retrievers.colpali import Retriever
+    from samer.world.write import write_world
 
     rows = {"pixels": [], "features": []}
     with tempfile.TemporaryDirectory() as place:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from samer.runtime import adapter_config, add_compute_options, compute_device, print0, process_group, run, split_words
+from samer.runtime.commands import adapter_config, add_compute_options, compute_device, run, split_words
+from samer.runtime.processes import print0, process_group
 
 
 def main(argv=None):
@@ -38,8 +39,9 @@ def main(argv=None):
     splits, overrides = split_words(parser, options.splits, options.overrides)
     config = adapter_config(options.adapter_path, options.config, overrides)
     device = compute_device(options)
-    from samer.cache_io import build_cache, describe
-    from samer.features import open_encoder
+    from samer.features.read import open_encoder
+    from samer.index.manifest import describe
+    from samer.index.write import build_index
 
     with process_group():
         retriever = open_encoder(
@@ -50,7 +52,7 @@ def main(argv=None):
             local_files_only=config.model.local_files_only,
         )
         print0(f"writing the index to {options.cache_dir} ({options.adapter_path or 'projection untouched'})")
-        summaries = build_cache(
+        summaries = build_index(
             options.cache_dir,
             options.data_root,
             splits,

@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import load_config
-from samer.runtime import only_writer, pick_device, run
+from samer.runtime.commands import pick_device, run
+from samer.runtime.files import only_writer
 
 TILES = {  # the figures in large
     "none": "all tokens",
@@ -45,7 +46,7 @@ def main(argv=None):
     given = options.sections or []
     overrides = [*(word for word in given if "=" in word), *options.overrides]  # argparse takes them for sections
     config = load_config(options.config, overrides)
-    from samer.comparison import SECTIONS, check_request
+    from samer.compare.plan import SECTIONS, check_request
 
     sections = SECTIONS if options.sections is None else [word for word in given if "=" not in word]
     check_request(sections, options.seeds)
@@ -64,11 +65,14 @@ def run_comparison(options, config, sections, overrides):
         for split, limit in zip((config.data.train_split, options.split), limits):
             words = ["--out", features, "--data-root", options.data_root, "--config", options.config, "--splits", split]
             write.main([*words, *(["--limit-images", str(limit)] if limit else []), *overrides])
-    from samer import flickr
-    from samer.comparison import compare, shown_methods
-    from samer.features import FeatureStore
-    from samer.report import Table, make_gallery, write_report
-    from samer.tables import recall_table, write_tables
+    from samer.compare.plan import shown_methods
+    from samer.compare.run import compare
+    from samer.data import flickr
+    from samer.features.read import FeatureStore
+    from samer.report.gallery import make_gallery
+    from samer.report.page import Table, write_report
+    from samer.report.results import write_tables
+    from samer.report.tables import recall_table
 
     config = replace(config, data=replace(config.data, root=options.data_root, features=features))
     store = FeatureStore(features, config.model.name, pick_device())

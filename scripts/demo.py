@@ -12,7 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import load_config
-from samer.runtime import run, write_json
+from samer.runtime.commands import run
+from samer.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = (  # name, compressor of the index, what the projector was trained through (None: untouched)

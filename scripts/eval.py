@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from samer.runtime import add_compute_options, compute_device, run, write_json
+from samer.runtime.commands import add_compute_options, compute_device, run
+from samer.runtime.files import write_json
 
 
 def main(argv=None):
@@ -26,10 +27,10 @@ def main(argv=None):
     add_compute_options(parser)
     options = parser.parse_args(argv)
     device = compute_device(options)
-    from samer.cache_io import Cache
     from samer.evaluation import both_directions
+    from samer.index.read import Index
 
-    cache = Cache(options.cache_dir)
+    cache = Index(options.cache_dir)
     images, queries, regions, size = cache.size(options.split)
     scores, image_of = cache.scores(options.split, device)
     metrics = both_directions(scores, image_of)
@@ -56,13 +57,14 @@ def main(argv=None):
 
 def write_eval_report(path, cache, result, scores, options, device):
     from samer.config import MergeConfig
-    from samer.report import Shown, check_images, headline, make_gallery, metrics_table, write_report
+    from samer.report.gallery import Shown, check_images, make_gallery
+    from samer.report.page import headline, metrics_table, write_report
 
     gallery = None
     name = MergeConfig(**result["cache"]["merge"]).compressor
     if options.data_root:
-        from samer import flickr
-        from samer.features import open_encoder
+        from samer.data import flickr
+        from samer.features.read import open_encoder
 
         records = flickr.load_split(options.data_root, options.split, boxes=True, limit_images=result["images"])
         check_images(cache, options.split, records, options.data_root)

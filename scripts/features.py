@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import load_config
-from samer.runtime import add_compute_options, compute_device, print0, process_group, run, split_words
+from samer.runtime.commands import add_compute_options, compute_device, run, split_words
+from samer.runtime.processes import print0, process_group
 
 
 def main(argv=None):
@@ -34,7 +35,8 @@ def main(argv=None):
     splits, overrides = split_words(parser, options.splits, options.overrides)
     config = load_config(options.config, overrides)
     device = compute_device(options)
-    from samer.features import open_encoder, write_features
+    from samer.features.read import open_encoder
+    from samer.features.write import write_features
 
     with process_group():
         retriever = open_encoder(config.model.name, device, local_files_only=config.model.local_files_only)
@@ -44,7 +46,7 @@ def main(argv=None):
             splits,
             retriever,
             batch_size=options.batch_size,
-            dtype=options.dtype or retriever.source["computed_in"],
+            dtype=options.dtype or retriever.origin["computed_in"],
             limit_images=options.limit_images,
         )
         for split, entry in entries.items():

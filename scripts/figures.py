@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from samer.runtime import run
+from samer.runtime.commands import run
 
 
 def main(argv=None):
@@ -17,8 +17,8 @@ def main(argv=None):
     parser.add_argument("--out", default="assets", help="folder (assets)")
     parser.add_argument("--retriever", default="assets/retriever", help="whose regions are shown")
     options = parser.parse_args(argv)
-    from samer.colpali import Retriever
-    from samer.drawing import architecture_figure
+    from samer.retrievers.colpali import Retriever
+    from samer.world.figure import architecture_figure
 
     path = Path(options.out) / "architecture.png"
     path.parent.mkdir(parents=True, exist_ok=True)

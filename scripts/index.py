@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import InputError
-from samer.runtime import adapter_config, add_compute_options, compute_device, run
+from samer.runtime.commands import adapter_config, add_compute_options, compute_device, run
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -41,13 +41,13 @@ def main(argv=None):
     if bool(options.images) + bool(options.delete) + options.compact != 1:
         parser.error("give either --images FOLDER, or --delete PICTURE ..., or --compact")
     if options.compact:
-        from samer.cache_io import FOLDER_SPLIT, compact_images
+        from samer.index.pictures import FOLDER_SPLIT, compact_images
 
         saved = compact_images(options.cache_dir, FOLDER_SPLIT)
         print(f"compacted {options.cache_dir}: {saved / 1e6:,.1f} MB less on disk")
         return saved
     if options.delete:
-        from samer.cache_io import FOLDER_SPLIT, delete_images
+        from samer.index.pictures import FOLDER_SPLIT, delete_images
 
         left = delete_images(options.cache_dir, FOLDER_SPLIT, options.delete)
         print(f"taken out of {options.cache_dir}: {len(set(options.delete))}; it holds {left:,}")
@@ -61,8 +61,9 @@ def main(argv=None):
         raise InputError(f"{root}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))})")
     config = adapter_config(options.adapter_path, options.config, options.overrides)
     device = compute_device(options)
-    from samer.cache_io import add_images, describe
-    from samer.features import open_encoder
+    from samer.features.read import open_encoder
+    from samer.index.manifest import describe
+    from samer.index.pictures import add_images
 
     retriever = open_encoder(
         config.model.name,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from samer.runtime import run
+from samer.runtime.commands import run
 
 
 def main(argv=None):
@@ -20,7 +20,7 @@ def main(argv=None):
     parser.add_argument("--pages", type=int, default=10000, help="how many pages to draw from (10000)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    from samer.builtin import pretrain
+    from samer.world.pretrain import pretrain
 
     metrics = pretrain(
         Path(options.out),

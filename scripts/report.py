@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import InputError, MergeConfig
-from samer.runtime import add_compute_options, compute_device, read_json, run
+from samer.runtime.commands import add_compute_options, compute_device, run
+from samer.runtime.files import read_json
 
 
 def main(argv=None):
@@ -38,12 +39,13 @@ def main(argv=None):
     add_compute_options(parser)
     options = parser.parse_args(argv)
     device = compute_device(options)
-    from samer import flickr
-    from samer.cache_io import Cache
-    from samer.comparison import sweep
+    from samer.compare.run import sweep
+    from samer.data import flickr
     from samer.evaluation import both_directions
-    from samer.features import open_encoder
-    from samer.report import Shown, check_images, headline, make_gallery, metrics_table, write_report
+    from samer.features.read import open_encoder
+    from samer.index.read import Index
+    from samer.report.gallery import Shown, check_images, make_gallery
+    from samer.report.page import headline, metrics_table, write_report
 
     def pairs(words, what):
         found = []
@@ -61,7 +63,7 @@ def main(argv=None):
     unknown = set(options.sweep or ()) - {name for name, _ in methods_in}
     if unknown:
         raise InputError(f"--sweep {sorted(unknown)[0]!r}: name a method of --method")
-    caches = {place: Cache(place) for _, place in [*methods_in, *regions_in]}
+    caches = {place: Index(place) for _, place in [*methods_in, *regions_in]}
     limit = max(cache.size(options.split)[0] for cache in caches.values())
     records = flickr.load_split(options.data_root, options.split, boxes=True, limit_images=limit)
     for cache in caches.values():

@@ -9,8 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from samer.runtime import run
-from samer.scenes import STYLES, write_world
+from samer.runtime.commands import run
+from samer.world.kinds import STYLES
+from samer.world.write import write_world
 
 
 def main(argv=None):

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import InputError
-from samer.runtime import add_compute_options, compute_device, run
+from samer.runtime.commands import add_compute_options, compute_device, run
 
 
 def main(argv=None):
@@ -32,7 +32,7 @@ def main(argv=None):
     if options.top < 1:
         parser.error("--top must be at least 1")
     device = compute_device(options)
-    from samer.serving import Models, SearchIndex
+    from samer.search.open_index import Models, SearchIndex
 
     index = SearchIndex(options.cache_dir, Models(device, options.model), options.split)
     print(

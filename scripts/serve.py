@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from samer.runtime import add_compute_options, compute_device, run
+from samer.runtime.commands import add_compute_options, compute_device, run
 
 
 def main(argv=None):
@@ -29,7 +29,8 @@ def main(argv=None):
     add_compute_options(parser)
     options = parser.parse_args(argv)
     device = compute_device(options)
-    from samer.serving import Models, SearchIndex, serve
+    from samer.search.open_index import Models, SearchIndex
+    from samer.search.page import serve
 
     models = Models(device, options.model)
     indexes = [SearchIndex(folder, models, options.split, options.data_root) for folder in options.cache_dir]

@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import dump_config, load_config
-from samer.runtime import print0, process_group, run
+from samer.runtime.commands import run
+from samer.runtime.processes import print0, process_group
 
 
 def main(argv=None):
@@ -27,7 +28,7 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
     config = load_config(options.config, options.overrides)
-    from samer.training import train  # transformers loads slowly; --help and a bad config should not wait for it
+    from samer.training.loop import train
 
     with process_group():
         result = train(config)

@@ -14,14 +14,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import InputError
-from samer.runtime import run
+from samer.runtime.commands import run
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a folder, or one file")
     options = parser.parse_args(argv)
-    from samer.verification import verify
+    from samer.index.verify import verify
 
     damages, refused = 0, None
     for path in options.paths:

@@ -45,7 +45,7 @@ def pytest_sessionfinish():
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A generated world: 12 train, 6 val and 8 test images."""
-    from samer.scenes import write_world
+    from samer.world.write import write_world
 
     folder = tmp_path_factory.mktemp("world") / "world"
     write_world(folder, {"train": 12, "val": 6, "test": 8}, seed=7, workers=1)
@@ -55,7 +55,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A random ColPali with 8 x 8 patches and 6 prompt tokens, saved in transformers format (float16)."""
-    from samer.builtin import Geometry, build_colpali, page_texts, train_tokenizer
+    from samer.world.retriever import Geometry, build_colpali, page_texts, train_tokenizer
 
     geometry = Geometry(
         image_size=64,
@@ -79,7 +79,7 @@ def base(tmp_path_factory):
 @pytest.fixture
 def retriever(base):
     """The small ColPali, loaded afresh in float32."""
-    from samer.colpali import Retriever
+    from samer.retrievers.colpali import Retriever
 
     return Retriever.load(str(base), dtype=torch.float32)
 

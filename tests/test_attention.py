@@ -9,10 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ColPaliForRetrieval
 
-from samer import flickr
-from samer.colpali import ATTENTION, NO_OFFSET, Retriever, image_seeds, signal_layers
 from samer.config import InputError
-from samer.features import FeatureStore, write_features
+from samer.data import flickr
+from samer.features.read import FeatureStore
+from samer.features.write import write_features
+from samer.retrievers.attention import ATTENTION, signal_layers
+from samer.retrievers.base import NO_OFFSET, image_seeds
+from samer.retrievers.colpali import Retriever
 
 PATCHES, TOKENS = 64, 70
 TEXTS = [
@@ -48,7 +51,7 @@ def sharpen(model):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, base):
     """(retriever, the same in eager attention) by layers: the shared one (2 heads, 1 of keys) and one with 4 and 2."""
-    from samer.builtin import Geometry, build_colpali, page_texts, train_tokenizer
+    from samer.world.retriever import Geometry, build_colpali, page_texts, train_tokenizer
 
     geometry = Geometry(image_size=64, patch_size=8, text_layers=5, heads=4, **SIZES)
     model, processor = build_colpali(train_tokenizer(page_texts(5, 0), 400), geometry, seed=2)

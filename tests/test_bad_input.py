@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import samer.training
-from samer.cache_io import Cache
-from samer.colpali import Projector, Retriever, save_projector
-from samer.config import InputError, MergeConfig
-from samer.runtime import run
+from samer.config import InputError, MergeConfig, load_config
+from samer.index.read import Index
+from samer.retrievers.base import Projector
+from samer.retrievers.colpali import Retriever
+from samer.retrievers.projectors import save_projector
+from samer.runtime.commands import run
+from samer.training import model as training_model
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +348,7 @@ def test_the_message_names_it_and_nothing_is_half_written(bench, name):
     # a run that got as far as training has written its settings, a complete file; nothing else is there
     left = bench.written()
     assert {path: data for path, data in left.items() if path != "run/config.yaml"} == mine
-    samer.config.load_config(bench.out / "run" / "config.yaml" if "run/config.yaml" in left else None)
+    load_config(bench.out / "run" / "config.yaml" if "run/config.yaml" in left else None)
 
 
 # --- eval and cache on a cache that is there ------------------------------------------------------------------------
@@ -385,7 +387,7 @@ def test_a_damaged_shard_is_named_by_eval(cached):
 
 
 def test_a_shard_finished_before_the_bad_image_is_kept(bench, monkeypatch):
-    monkeypatch.setattr("samer.cache_io.IMAGES_PER_SHARD", 1)
+    monkeypatch.setattr("samer.index.write.IMAGES_PER_SHARD", 1)
     whole = bench.picture("test").read_bytes()
     truncate(bench.picture("test"))
     assert str(bench.picture("test")) in message_of(bench, bench.cache("--splits", "test"))
@@ -393,7 +395,7 @@ def test_a_shard_finished_before_the_bad_image_is_kept(bench, monkeypatch):
     bench.picture("test").write_bytes(whole)
     (summary,) = bench.main(bench.cache("--splits", "test"))
     assert (summary.reused_shards, summary.images) == (1, 8)
-    assert len(list(Cache(bench.out / "cache").images("test"))) == 8
+    assert len(list(Index(bench.out / "cache").images("test"))) == 8
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -401,13 +403,13 @@ def test_a_shard_finished_before_the_bad_image_is_kept(bench, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_run(bench, monkeypatch, value):
-    loss, calls = samer.training.multi_positive_t2i_loss, []
+    loss, calls = training_model.multi_positive_t2i_loss, []
 
     def spoiled(*words):
         calls.append(1)
         return loss(*words) * (value if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(samer.training, "multi_positive_t2i_loss", spoiled)
+    monkeypatch.setattr(training_model, "multi_positive_t2i_loss", spoiled)
     assert f"the loss is {value} at step 2" in message_of(bench, bench.train("train.num_train_epochs=1"))
     assert list(bench.written()) == ["run/config.yaml"]
 
@@ -450,7 +452,7 @@ def test_another_run_in_the_folder_is_named(bench):
 def test_a_learning_rate_written_as_5e_5_works(bench):
     """PyYAML reads 5e-5 as text."""
     result = bench.main(bench.train(text="  learning_rate: 5e-5\n  weight_decay: 1e-5\n"))
-    settings = samer.config.load_config(result.output_dir / "config.yaml").train
+    settings = load_config(result.output_dir / "config.yaml").train
     assert (settings.learning_rate, settings.weight_decay) == (5e-5, 1e-5)
     assert (result.output_dir / "projector.safetensors").is_file()
 

@@ -11,11 +11,16 @@ import torch
 from oracle import naive_merge
 from torch.nn.functional import pad
 
-from samer import cache_io, flickr, runtime
-from samer.cache_io import Cache, build_cache, describe
-from samer.colpali import Projector, Retriever
 from samer.config import InputError, MergeConfig
+from samer.data import pictures
+from samer.index import write as index_write
+from samer.index.manifest import describe
+from samer.index.read import Index
+from samer.index.write import build_index
 from samer.merging import merge_tokens
+from samer.retrievers import colpali as retrievers_colpali
+from samer.retrievers.base import Projector
+from samer.retrievers.colpali import Retriever
 
 MERGE = MergeConfig(num_regions=8)
 TOKENS = 64 + 6  # patches and prompt of the `base` fixture
@@ -37,7 +42,7 @@ def frozen(base):
 def made(world, frozen, tmp_path_factory):
     """A finished float32 cache of val and test; read only."""
     folder = tmp_path_factory.mktemp("made") / "cache"
-    build_cache(folder, world, ["val", "test"], frozen, MERGE, batch_size=3, dtype="float32")
+    build_index(folder, world, ["val", "test"], frozen, MERGE, batch_size=3, dtype="float32")
     return folder
 
 
@@ -50,12 +55,12 @@ def copy(made, tmp_path):
 @pytest.fixture
 def small_shards(monkeypatch):
     """Shards of 3 images and 15 queries: the 8 test images make 3 + 3 shards."""
-    monkeypatch.setattr(cache_io, "IMAGES_PER_SHARD", 3)
-    monkeypatch.setattr(cache_io, "QUERIES_PER_SHARD", 15)
+    monkeypatch.setattr(index_write, "IMAGES_PER_SHARD", 3)
+    monkeypatch.setattr(index_write, "QUERIES_PER_SHARD", 15)
 
 
 def build(folder, world, retriever, splits=("test",), merge=MERGE, batch_size=3, dtype="float32", **rest):
-    return build_cache(folder, world, splits, retriever, merge, batch_size=batch_size, dtype=dtype, **rest)
+    return build_index(folder, world, splits, retriever, merge, batch_size=batch_size, dtype=dtype, **rest)
 
 
 def contents(folder):
@@ -82,11 +87,11 @@ def captions(world, split):
 
 
 def pixels(world, image_id):
-    return flickr.load_image(world / "images" / "Images" / f"{image_id}.jpg")
+    return pictures.load_image(world / "images" / "Images" / f"{image_id}.jpg")
 
 
 def stored_images(folder, split="test"):
-    parts = list(Cache(folder).images(split))
+    parts = list(Index(folder).images(split))
     return (
         [i for ids, _, _ in parts for i in ids],
         torch.cat([t for _, t, _ in parts]),
@@ -120,7 +125,7 @@ def test_images_hold_the_merged_tokens(world, frozen, tmp_path, dtype, center_in
             torch.testing.assert_close(tokens[start + row].float(), theirs, atol=tolerance, rtol=0)
     size = 8 * DIM * tokens.element_size() + 8
     assert (summary.images, summary.queries, summary.regions, summary.bytes_per_image) == (8, 40, 8, size)
-    assert Cache(tmp_path / "c").size("test") == (8, 40, 8, size)
+    assert Index(tmp_path / "c").size("test") == (8, 40, 8, size)
     assert describe(summary, "X") == (
         f"test: 8 images x at most 8 vectors ({size} bytes per image), 40 queries -> {os.path.join('X', 'test')}"
     )
@@ -140,13 +145,13 @@ def test_a_budget_of_all_tokens_keeps_them(world, frozen, tmp_path, regions):
 def test_limit_keeps_the_first_images_and_their_captions(world, frozen, tmp_path):
     build(tmp_path / "c", world, frozen, limit_images=2)
     assert stored_images(tmp_path / "c")[0] == image_ids(world, "test")[:2]
-    ((_, image, texts),) = Cache(tmp_path / "c").queries("test")
+    ((_, image, texts),) = Index(tmp_path / "c").queries("test")
     assert image.tolist() == [0] * 5 + [1] * 5
     assert texts == captions(world, "test")[:10]
 
 
 def test_queries_hold_valid_tokens_only(world, frozen, made):
-    ((queries, image, texts),) = Cache(made).queries("test")
+    ((queries, image, texts),) = Index(made).queries("test")
     assert texts == captions(world, "test")
     assert image.tolist() == [number for number in range(8) for _ in range(5)]
     assert len(set(queries.mask.sum(1).tolist())) > 1  # captions differ in length, so there was padding to leave out
@@ -162,9 +167,9 @@ def test_queries_hold_valid_tokens_only(world, frozen, made):
 
 @pytest.mark.parametrize("block", [1, 7, 40])
 def test_query_blocks_are_padded_to_their_longest(made, block):
-    ((whole, image, texts),) = Cache(made).queries("test")
+    ((whole, image, texts),) = Index(made).queries("test")
     start = 0
-    for part, part_image, part_texts in Cache(made).queries("test", block=block):
+    for part, part_image, part_texts in Index(made).queries("test", block=block):
         rows = slice(start, start + block)
         assert part.mask.shape == part.tokens.shape[:2]
         assert part.mask.shape[1] == int(whole.mask[rows].sum(1).max())
@@ -188,8 +193,8 @@ def test_shards_join_to_the_whole(world, frozen, tmp_path, small_shards, made):
     assert ids == whole_ids
     assert torch.equal(tokens, whole_tokens)
     assert torch.equal(mask, whole_mask)
-    scores, image = Cache(tmp_path / "c").scores("test")
-    whole_scores, whole_image = Cache(made).scores("test")
+    scores, image = Index(tmp_path / "c").scores("test")
+    whole_scores, whole_image = Index(made).scores("test")
     torch.testing.assert_close(scores, whole_scores, atol=1e-6, rtol=0)
     assert torch.equal(image, whole_image)
 
@@ -262,7 +267,7 @@ def test_a_fresh_model_gives_the_same_bytes(world, retriever, made, tmp_path):
 
 def test_building_again_keeps_every_shard(world, frozen, copy, monkeypatch):
     before, clock = contents(copy), times(copy / "test")
-    monkeypatch.setattr(flickr, "load_image", None)  # no image is opened
+    monkeypatch.setattr(pictures, "load_image", None)  # no image is opened
     summaries = build(copy, world, frozen, splits=("val", "test"))
     assert [summary.reused_shards for summary in summaries] == [2, 2]
     assert contents(copy) == before
@@ -296,13 +301,13 @@ def stop_at(monkeypatch, owner, name, call, error=KeyboardInterrupt):
 @pytest.mark.parametrize(
     ("owner", "name", "call", "finished"),
     [
-        (flickr, "load_image", 1, 0),
-        (flickr, "load_image", 5, 1),  # inside the second shard of images
-        (flickr, "load_image", 7, 2),
+        (retrievers_colpali, "load_image", 1, 0),
+        (retrievers_colpali, "load_image", 5, 1),  # inside the second shard of images
+        (retrievers_colpali, "load_image", 7, 2),
         (Retriever, "encode_queries", 7, 4),  # inside the second shard of captions
-        (runtime.os, "replace", 2, 1),  # written, not yet named
-        (runtime.os, "replace", 7, 6),  # all shards there, neither the projector nor the manifest
-        (runtime.os, "replace", 8, 7),  # all but the manifest
+        (os, "replace", 2, 1),  # written, not yet named
+        (os, "replace", 7, 6),  # all shards there, neither the projector nor the manifest
+        (os, "replace", 8, 7),  # all but the manifest
     ],
 )
 def test_an_interrupted_build_goes_on(world, frozen, tmp_path, small_shards, monkeypatch, owner, name, call, finished):
@@ -324,7 +329,7 @@ def test_an_interrupted_build_goes_on(world, frozen, tmp_path, small_shards, mon
     assert left.items() <= whole.items()
     shards = [name for name in shards if name in left]
     with pytest.raises(InputError, match=r"broken: no manifest.json; .*run it again if it was interrupted"):
-        Cache(broken)
+        Index(broken)
     clock = {shard: (broken / shard).stat().st_mtime_ns for shard in shards}
     (summary,) = build(broken, world, frozen)
     assert summary.reused_shards == len(shards)
@@ -362,7 +367,7 @@ def test_changed_captions_and_images_are_noticed(world, frozen, tmp_path):
     sentence.write_text("A brand new caption .\n" + sentence.read_text().split("\n", 1)[1])
     (summary,) = build(tmp_path / "c", edited, frozen)
     assert summary.reused_shards == 1
-    assert next(iter(Cache(tmp_path / "c").queries("test")))[2][0] == "A brand new caption ."
+    assert next(iter(Index(tmp_path / "c").queries("test")))[2][0] == "A brand new caption ."
 
 
 # --- what it refuses ------------------------------------------------------------------------------------------------
@@ -435,12 +440,12 @@ def test_a_damaged_shard_is_named_and_can_be_made_anew(world, frozen, made, copy
     damage(shard, how)
     for reader in (kind, "scores"):
         with pytest.raises(InputError) as caught:
-            READERS[reader](Cache(copy), "test")
+            READERS[reader](Index(copy), "test")
         assert str(shard) in str(caught.value)
         assert re.search("remove it and (build the cache|run what made it) again", str(caught.value))
         assert "\n" not in str(caught.value)
     for split, other in (("val", kind), ("test", {"images": "queries", "queries": "images"}[kind])):
-        READERS[other](Cache(copy), split)  # the rest can still be read
+        READERS[other](Index(copy), split)  # the rest can still be read
     _, summary = build(copy, world, frozen, splits=("val", "test"))
     assert summary.reused_shards == 1  # the damaged one is not taken for finished, whether or not it was removed first
     assert contents(copy) == contents(made)
@@ -467,7 +472,7 @@ def test_another_format_is_refused(world, frozen, copy, change, words):
     (copy / "manifest.json").write_text(json.dumps({**manifest, **change}))
     before = contents(copy)
     with pytest.raises(InputError, match=words):
-        Cache(copy)
+        Index(copy)
     with pytest.raises(InputError, match="format"):
         build(copy, world, frozen)
     assert contents(copy) == before
@@ -476,7 +481,7 @@ def test_another_format_is_refused(world, frozen, copy, change, words):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "samer_cache"'])
 def test_a_damaged_manifest_is_named(world, frozen, copy, text):
     (copy / "manifest.json").write_text(text)
-    for attempt in (lambda: Cache(copy), lambda: build(copy, world, frozen)):
+    for attempt in (lambda: Index(copy), lambda: build(copy, world, frozen)):
         with pytest.raises(InputError, match=r"manifest\.json: .*damaged"):
             attempt()
 
@@ -484,10 +489,10 @@ def test_a_damaged_manifest_is_named(world, frozen, copy, text):
 @pytest.mark.parametrize("folder", ["absent", "val"])
 def test_a_folder_without_a_manifest_is_no_cache(copy, folder):
     with pytest.raises(InputError, match=rf"{folder}: no manifest.json; this is no finished cache. Build it with"):
-        Cache(copy / folder)
+        Index(copy / folder)
 
 
 @pytest.mark.parametrize("read", [*READERS.values(), lambda cache, split: cache.size(split)])
 def test_an_unknown_split_lists_what_is_held(made, read):
     with pytest.raises(InputError, match="no split 'train' in this cache; it holds: test, val"):
-        read(Cache(made), "train")
+        read(Index(made), "train")

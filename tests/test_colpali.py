@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ColPaliForRetrieval, GemmaTokenizer
 
-from samer import flickr
-from samer.cache_io import Cache
-from samer.colpali import Projector, Retriever, load_projector, save_projector
 from samer.config import InputError, MergeConfig
+from samer.data import flickr, pictures
+from samer.index.read import Index
+from samer.retrievers.base import Projector
+from samer.retrievers.colpali import Retriever
+from samer.retrievers.projectors import load_projector, save_projector
 
 MERGE = MergeConfig(num_regions=16)
 TEXTS = ["a dog", "two red circles beside a large striped square under a small yellow star", "", "a"]
@@ -42,12 +44,12 @@ def colpali(base):
 @pytest.fixture(scope="module")
 def images(world):
     records = flickr.load_split(world, "val", boxes=False, limit_images=3)
-    return [flickr.load_image(record.image_path) for record in records]
+    return [pictures.load_image(record.image_path) for record in records]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from samer.builtin import page_texts, train_tokenizer
+    from samer.world.retriever import page_texts, train_tokenizer
 
     return train_tokenizer(page_texts(5, 0), 400)
 
@@ -55,7 +57,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def build(tokenizer):
     """Builds a small ColPali in memory: another base than the one of the tests."""
-    from samer.builtin import Geometry, build_colpali
+    from samer.world.retriever import Geometry, build_colpali
 
     vision = {"image_size": 32, "patch_size": 8, "vision_layers": 1, "vision_width": 16, "vision_mlp": 16}
     text = {"text_width": 32, "text_layers": 1, "text_mlp": 16, "heads": 2, "embedding_dim": 16}
@@ -188,7 +190,7 @@ def test_coordinates_follow_the_image_token_wherever_it_stands(shared):
 
 def test_the_base_stays_frozen_and_the_projector_is_replaced(retriever, images):
     inputs = retriever.image_inputs(images[:1])
-    assert not any(p.requires_grad for p in [*retriever.model.parameters(), *retriever.projector.parameters()])
+    assert not any(p.requires_grad for p in [*retriever.model.parameters(), *retriever.projection.parameters()])
     assert not retriever.model.training
     projector = other_projector(retriever)
     hidden = retriever.hidden_states(inputs)
@@ -478,7 +480,7 @@ def adapter(shared, tmp_path):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_lora_adapter_is_added_to_the_base(shared, adapter, rslora):
     folder, tensors = adapter(lora_alpha=12, use_rslora=rslora)
-    a, b = (tensors[f"base_model.model.embedding_proj_layer.lora_{which}.weight"].double() for which in "AB")
+    a, b = (tensors[f"base_model.model.projection.lora_{which}.weight"].double() for which in "AB")
     loaded = load_projector(folder, shared)
     expected = shared.base_projector.weight.double() + b @ a * 12 / (4**0.5 if rslora else 4)
     torch.testing.assert_close(loaded.weight.double(), expected, atol=1e-6, rtol=0)
@@ -598,14 +600,14 @@ def test_the_published_geometry_trains_caches_and_evaluates(published, world, sc
     assert result["bytes_per_image"] == 64 * 128 * 4 + 64
     assert json.loads(output.read_text()) == result
 
-    (_, tokens, mask), *more = Cache(tmp_path / "cache").images("val")
+    (_, tokens, mask), *more = Index(tmp_path / "cache").images("val")
     assert not more
     assert mask.all()
     retriever = Retriever.load(str(published))
     trained = load_projector(tmp_path / "run", retriever)
     assert not same(trained, retriever.base_projector)
     model = ColPaliForRetrieval.from_pretrained(published, dtype=torch.float32).eval()
-    model.embedding_proj_layer.load_state_dict({"weight": trained.weight, "bias": trained.bias})
+    model.projection.load_state_dict({"weight": trained.weight, "bias": trained.bias})
     with torch.no_grad():  # ColPali's own forward pass, then the merge as plain loops
         embeddings = model(**retriever.image_inputs(images)).embeddings[0]
     grid = [(x / 31, y / 31) for y in range(32) for x in range(32)] + [(0.5, 0.5)] * 6

@@ -19,17 +19,24 @@ import pytest
 import torch
 from PIL import Image
 
-import samer.training
-from samer import comparison, flickr
-from samer.cache_io import Cache, build_cache
-from samer.colpali import Retriever, load_projector, save_projector
-from samer.comparison import CENTRES, SECTIONS, SHARES, compare, measure, plan, slug, variants
+from samer.compare import measure as compare_measure
+from samer.compare import plan as compare_plan
+from samer.compare.measure import measure
+from samer.compare.plan import CENTRES, SECTIONS, SHARES, plan, slug, variants
+from samer.compare.run import compare
 from samer.compressors import COMPRESSORS, Compressor
 from samer.compressors.base import hard_merge
 from samer.config import InputError, MergeConfig, load_config
+from samer.data import flickr
 from samer.evaluation import both_directions
-from samer.features import FeatureStore
-from samer.tables import markdown, write_tables
+from samer.features.read import FeatureStore
+from samer.index.read import Index
+from samer.index.write import build_index
+from samer.report.results import write_tables
+from samer.report.tables import markdown
+from samer.retrievers.colpali import Retriever
+from samer.retrievers.projectors import load_projector, save_projector
+from samer.training import loop as training_loop
 
 ROOT = Path(__file__).resolve().parents[1]
 REGISTRY = dict(COMPRESSORS)
@@ -54,7 +61,7 @@ class Toy(Compressor):
 @pytest.fixture
 def registry(monkeypatch):
     """The registry as it is shipped."""
-    monkeypatch.setattr(comparison, "COMPRESSORS", REGISTRY)
+    monkeypatch.setattr(compare_plan, "COMPRESSORS", REGISTRY)
     return REGISTRY
 
 
@@ -257,8 +264,8 @@ def recall(bench, folder, merge, projector=None):
     retriever = Retriever.load(str(bench.base))
     if projector is not None:
         retriever.use_projector(load_projector(projector, retriever))
-    build_cache(folder, bench.world, ["test"], retriever, merge, dtype="float32")
-    return both_directions(*Cache(folder).scores("test"))
+    build_index(folder, bench.world, ["test"], retriever, merge, dtype="float32")
+    return both_directions(*Index(folder).scores("test"))
 
 
 def check_recall(row, found):
@@ -447,8 +454,8 @@ def refuse(*words, **named):
 
 
 def test_a_second_run_trains_and_measures_nothing(bench, monkeypatch, capsys):
-    monkeypatch.setattr(samer.training.SamerTrainer, "__init__", refuse)
-    monkeypatch.setattr(comparison, "measure", refuse)
+    monkeypatch.setattr(training_loop.SamerTrainer, "__init__", refuse)
+    monkeypatch.setattr(compare_measure, "measure", refuse)
     before = state(bench.out)
     assert len(before) > 100
     written = (bench.out / "results.json").read_text()
@@ -468,7 +475,7 @@ def count_measured(monkeypatch):
         calls.append(list(merges))
         return measure(encoder, records, merges, batch_size)
 
-    monkeypatch.setattr(comparison, "measure", spy)
+    monkeypatch.setattr(compare_measure, "measure", spy)
     return calls
 
 

@@ -12,17 +12,20 @@ from oracle import naive_merge
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from samer import flickr
-from samer.cache_io import Cache, build_cache
-from samer.colpali import ATTENTION, Retriever, load_projector
 from samer.compressors import COMPRESSORS, Compressor, hpc, make_compressor
 from samer.compressors.base import hard_merge, keep_best
 from samer.compressors.grid import cells
 from samer.config import InputError, MergeConfig, load_config
 from samer.coords import visual_coords
+from samer.data import flickr
+from samer.index.read import Index
+from samer.index.write import build_index
 from samer.merging import merge_tokens
+from samer.retrievers.attention import ATTENTION
+from samer.retrievers.colpali import Retriever
+from samer.retrievers.projectors import load_projector
 from samer.tokens import MergedTokens, VisualTokens
-from samer.training import train
+from samer.training.loop import train
 
 NAMES = list(COMPRESSORS)
 PATCHES, TOKENS, DIM = 64, 70, 32
@@ -474,19 +477,19 @@ def test_every_name_trains_a_step_and_builds_a_cache(name, frozen, base, world, 
     trained = load_projector(tmp_path / "run", frozen)
     assert (trained.weight - frozen.base_projector.weight).abs().max() > 1e-4
     settings = MergeConfig(num_regions=12, compressor=name)
-    build_cache(tmp_path / "c", world, ["test"], frozen, settings, batch_size=3, dtype="float32", limit_images=4)
-    scores, image_of = Cache(tmp_path / "c").scores("test")
+    build_index(tmp_path / "c", world, ["test"], frozen, settings, batch_size=3, dtype="float32", limit_images=4)
+    scores, image_of = Index(tmp_path / "c").scores("test")
     assert scores.shape == (20, 4)
     assert torch.isfinite(scores).all()
     assert image_of.tolist() == [k for k in range(4) for _ in range(5)]
-    assert Cache(tmp_path / "c").size("test")[2] == (TOKENS if name == "none" else 12)
+    assert Index(tmp_path / "c").size("test")[2] == (TOKENS if name == "none" else 12)
 
 
 def test_a_compressor_of_ones_own_reaches_the_scores(frozen, world, tmp_path, monkeypatch):
     monkeypatch.setitem(COMPRESSORS, "toy", EveryOther)
     settings = MergeConfig(num_regions=20, compressor="toy")
-    build_cache(tmp_path / "c", world, ["test"], frozen, settings, batch_size=3, dtype="float32", limit_images=4)
-    scores, _ = Cache(tmp_path / "c").scores("test")
+    build_index(tmp_path / "c", world, ["test"], frozen, settings, batch_size=3, dtype="float32", limit_images=4)
+    scores, _ = Index(tmp_path / "c").scores("test")
     records = flickr.load_split(world, "test", boxes=False, limit_images=4)
     images = frozen.encode_images(frozen.record_inputs(records)).tokens
     queries = [frozen.encode_queries(frozen.query_inputs([c.text])).tokens[0] for r in records for c in r.captions]
@@ -499,7 +502,7 @@ def test_an_unknown_name_is_refused_before_any_work(frozen, base, tmp_path):
     with pytest.raises(InputError, match=listed):
         make_compressor(MergeConfig(compressor="hpol"))
     with pytest.raises(InputError, match=listed):
-        build_cache(tmp_path / "c", tmp_path / "nowhere", ["test"], frozen, MergeConfig(compressor="hpol"))
+        build_index(tmp_path / "c", tmp_path / "nowhere", ["test"], frozen, MergeConfig(compressor="hpol"))
     with pytest.raises(InputError, match=listed):
         run(tmp_path / "no-model", tmp_path / "nowhere", tmp_path / "run", "hpol")
     assert not any(tmp_path.iterdir())

@@ -29,11 +29,18 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from samer import cache_io, evaluation, features, flickr, runtime, training
-from samer.colpali import Retriever, load_projector
+from samer import evaluation
 from samer.config import MergeConfig, ObjectsConfig, load_config
-from samer.train_data import CaptionDataset, Collator
-from samer.training import ProjectorModel
+from samer.data import flickr
+from samer.features import write as features_write
+from samer.index import write as index_write
+from samer.retrievers.colpali import Retriever
+from samer.retrievers.projectors import load_projector
+from samer.runtime import commands as runtime_commands
+from samer.runtime import processes as runtime_processes
+from samer.training import loop as training_loop
+from samer.training.batches import CaptionDataset, Collator
+from samer.training.model import ProjectorModel
 
 ROOT = Path(__file__).resolve().parents[1]
 LONG = os.environ.get("SAMER_FAULT_LONG") == "1"
@@ -87,13 +94,13 @@ def process(rank, count, port, folder, faults, work, *words):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"{name}-{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     torch.set_num_threads(1)
-    for module in (cache_io, features):
+    for module in (index_write, features_write):
         for name in SHARDS.keys() & vars(module).keys():
             setattr(module, name, SHARDS[name])
     for fault in faults:
         if fault.rank == rank:
             arm(fault)
-    runtime.run(lambda: work(*words))
+    runtime_commands.run(lambda: work(*words))
 
 
 def arm(fault):
@@ -105,7 +112,7 @@ def arm(fault):
         if calls == fault.count:
             befall(fault)
 
-    for owner, name in ((cache_io, "write_shard"), (features, "write_shard"), (ProjectorModel, "forward")):
+    for owner, name in ((index_write, "write_shard"), (features_write, "write_shard"), (ProjectorModel, "forward")):
         setattr(owner, name, preceded(getattr(owner, name), before))
 
 
@@ -147,7 +154,7 @@ def training_words(base, world, folder, name, count=None):
         "merge.num_regions": 12,
         "train.output_dir": folder / name,
         "train.bf16": "false",
-        "train.train_batch_size": captions // (count or runtime.world_size()),
+        "train.train_batch_size": captions // (count or runtime_processes.world_size()),
         "train.grad_accum_steps": 1,
         "train.num_train_epochs": 2,
         "train.learning_rate": 2e-4,
@@ -167,19 +174,19 @@ def one_script(base, world, folder, name, more=()):
 def everything(base, world, folder):
     """What each process of an undisturbed job does."""
     written = []
-    for module in (cache_io, features):
+    for module in (index_write, features_write):
         original = module.write_shard
         remember = lambda path, *more, write=original: written.append(f"{path.parents[1].name}") or write(path, *more)
         module.write_shard = remember
-    with runtime.process_group():
-        if runtime.world_size() > 1:
+    with runtime_processes.process_group():
+        if runtime_processes.world_size() > 1:
             save_gradients(base, world, folder)
         for name in (*STORES, *RUNS):
             one_script(base, world, folder, name)
-        if runtime.world_size() == 2:
+        if runtime_processes.world_size() == 2:
             train_with_a_late_process(base, world, folder)
     shares = {name: written.count(name) for name in STORES}
-    (folder / f"written-{runtime.rank()}.json").write_text(json.dumps(shares))
+    (folder / f"written-{runtime_processes.rank()}.json").write_text(json.dumps(shares))
 
 
 def save_gradients(base, world, folder):
@@ -188,10 +195,10 @@ def save_gradients(base, world, folder):
     for gather in (True, False):
         model = ProjectorModel(retriever, MERGE, 0.07, gather)
         wrapped = torch.nn.parallel.DistributedDataParallel(model)  # kept: without it nothing is averaged
-        loss = wrapped(**batch_of(retriever, world, ROWS[4 * runtime.rank() :][:4]))["loss"]
+        loss = wrapped(**batch_of(retriever, world, ROWS[4 * runtime_processes.rank() :][:4]))["loss"]
         loss.backward()
         results[gather] = (loss.item(), *gradients(model))
-    torch.save(results, folder / f"rank-{runtime.rank()}.pt")
+    torch.save(results, folder / f"rank-{runtime_processes.rank()}.pt")
 
 
 def batch_of(retriever, world, numbers):
@@ -200,15 +207,17 @@ def batch_of(retriever, world, numbers):
 
 
 def gradients(model):
-    return [model.embedding_proj_layer.weight.grad, model.embedding_proj_layer.bias.grad]
+    return [model.projection.weight.grad, model.projection.bias.grad]
 
 
 def train_with_a_late_process(base, world, folder):
     """A process that looks late for an earlier run in the folder must not take this very run for one."""
-    check = training._check_output
-    training._check_output = lambda *words: time.sleep(2 * runtime.rank()) or check(*words)
+    check = training_loop._check_output
+    training_loop._check_output = lambda *words: time.sleep(2 * runtime_processes.rank()) or check(*words)
     words = [*training_words(base, world, folder, "even"), f"train.output_dir={folder / 'late'}"]
-    training.train(load_config(None, [*words, "train.resume=false", "train.num_train_epochs=0.2", "data.eval_split="]))
+    training_loop.train(
+        load_config(None, [*words, "train.resume=false", "train.num_train_epochs=0.2", "data.eval_split="])
+    )
 
 
 # --- starting and ending processes ----------------------------------------------------------------------------------

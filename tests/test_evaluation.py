@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from samer import flickr
-from samer.cache_io import Cache, build_cache
-from samer.colpali import Retriever
 from samer.compressors import make_compressor
 from samer.config import MergeConfig
+from samer.data import flickr
 from samer.evaluation import both_directions, compress_images, encode_texts, evaluate_records
-from samer.runtime import prefetched
-from samer.train_data import batched
+from samer.index.read import Index
+from samer.index.write import build_index
+from samer.retrievers.colpali import Retriever
+from samer.runtime.progress import batched, prefetched
 
 METRICS = ["r@1", "r@5", "r@10", "median_rank", "mrr@10", "ndcg@5", "ndcg@10"]
 MERGE = MergeConfig(num_regions=8)
@@ -31,7 +31,7 @@ def caches(world, frozen, tmp_path_factory):
     """Caches of the test split in each dtype, built three images at a time."""
     folder = tmp_path_factory.mktemp("caches")
     for dtype in ("float32", "bfloat16"):
-        build_cache(folder / dtype, world, ["test"], frozen, MERGE, batch_size=3, dtype=dtype)
+        build_index(folder / dtype, world, ["test"], frozen, MERGE, batch_size=3, dtype=dtype)
     return folder
 
 
@@ -83,14 +83,14 @@ def values(direction):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scores_equal_the_loops(caches, dtype):
-    scores, image_of = Cache(caches / dtype).scores("test")
+    scores, image_of = Index(caches / dtype).scores("test")
     assert scores.dtype == torch.float32
     assert image_of.tolist() == [k // 5 for k in range(40)]
-    np.testing.assert_allclose(scores.numpy(), naive_scores(Cache(caches / dtype), "test"), atol=1e-6)
+    np.testing.assert_allclose(scores.numpy(), naive_scores(Index(caches / dtype), "test"), atol=1e-6)
 
 
 def test_metrics_of_the_cache_equal_the_loops(caches):
-    scores, image_of = Cache(caches / "float32").scores("test")
+    scores, image_of = Index(caches / "float32").scores("test")
     found = both_directions(scores, image_of)
     matrix = scores.double().tolist()
     by_image = [[matrix[q][i] for q in range(40)] for i in range(8)]
@@ -142,8 +142,8 @@ def test_a_tie_is_no_hit(world, frozen, tmp_path):
         shutil.copy(same / "images" / "Images" / f"{ids[0]}.jpg", same / "images" / "Images" / f"{image_id}.jpg")
     records = flickr.load_split(same, "test", boxes=False)
     live = evaluate_records(frozen, records, MERGE, batch_size=1)
-    build_cache(tmp_path / "c", same, ["test"], frozen, MERGE, batch_size=1)
-    stored = both_directions(*Cache(tmp_path / "c").scores("test"))
+    build_index(tmp_path / "c", same, ["test"], frozen, MERGE, batch_size=1)
+    stored = both_directions(*Index(tmp_path / "c").scores("test"))
     for found in (live, values(stored["text_to_image"])):
         assert (found["r@1"], found["r@5"], found["r@10"], found["median_rank"]) == (0.0, 0.0, 100.0, 8.0)
     assert stored["text_to_image"]["r@1"]["interval"] == [0.0, 0.0]
@@ -152,7 +152,7 @@ def test_a_tie_is_no_hit(world, frozen, tmp_path):
 
 
 def test_intervals_hold_the_value_and_repeat(caches):
-    scores, image_of = Cache(caches / "float32").scores("test")
+    scores, image_of = Index(caches / "float32").scores("test")
     found = both_directions(scores, image_of)
     for direction in found.values():
         for name, metric in direction.items():
@@ -179,7 +179,7 @@ def test_captions_of_one_image_are_drawn_together():
 def test_evaluating_records_equals_evaluating_their_cache(world, frozen, caches, batch_size):
     records = flickr.load_split(world, "test", boxes=False)
     live = evaluate_records(frozen, records, MERGE, batch_size=batch_size)
-    stored = values(both_directions(*Cache(caches / "float32").scores("test"))["text_to_image"])
+    stored = values(both_directions(*Index(caches / "float32").scores("test"))["text_to_image"])
     assert live == pytest.approx(stored, abs=1e-6)
 
 

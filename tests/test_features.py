@@ -10,14 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from samer import features, flickr
-from samer.colpali import Retriever
 from samer.config import InputError, MergeConfig, ObjectsConfig, load_config
-from samer.features import FeatureStore, quantise, write_features
-from samer.shards import write_manifest
-from samer.train_data import CaptionDataset, Collator
-from samer.training import ProjectorModel, WindowSampler, train
-from samer.verification import verify
+from samer.data import flickr
+from samer.features import write as features_write
+from samer.features.read import FeatureStore
+from samer.features.write import quantise, write_features
+from samer.index.verify import verify
+from samer.retrievers.colpali import Retriever
+from samer.runtime.shards import write_manifest
+from samer.training import model as training_model
+from samer.training.batches import CaptionDataset, Collator, WindowSampler
+from samer.training.loop import train
+from samer.training.model import ProjectorModel
 
 SPLITS = ["train", "val", "test"]
 
@@ -30,8 +34,8 @@ def contents(folder):
 def shards():
     """Small shards, so that a world has several."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(features, "IMAGES_PER_SHARD", 4)
-    patch.setattr(features, "TEXTS_PER_SHARD", 16)
+    patch.setattr(features_write, "IMAGES_PER_SHARD", 4)
+    patch.setattr(features_write, "TEXTS_PER_SHARD", 16)
     yield
     patch.undo()
 
@@ -210,9 +214,9 @@ def test_the_index_from_the_store_equals_the_one_from_pixels(store, base, world,
     for name, more in (("pixels", []), ("stored", ["--features", store])):
         folder = ["--cache-dir", tmp_path / name, "--batch-size", 4, "--cache-dtype", "float32"]
         cache.main([str(word) for word in (*folder, *more, *words)])
-    from samer.cache_io import Cache
+    from samer.index.read import Index
 
-    ours, theirs = (Cache(tmp_path / name).scores("test")[0] for name in ("stored", "pixels"))
+    ours, theirs = (Index(tmp_path / name).scores("test")[0] for name in ("stored", "pixels"))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
@@ -220,11 +224,10 @@ def batch_loss(model, batch):
     model.zero_grad()
     loss = model(**batch)["loss"]
     loss.backward()
-    return loss.detach(), model.embedding_proj_layer.weight.grad.clone(), model.embedding_proj_layer.bias.grad.clone()
+    return loss.detach(), model.projection.weight.grad.clone(), model.projection.bias.grad.clone()
 
 
 def test_chunked_loss_and_gradients_equal_the_plain_ones(store, base, world, monkeypatch):
-    from samer import training
 
     stored = FeatureStore(store, str(base))
     dataset = CaptionDataset(flickr.load_split(world, "train", boxes=True))
@@ -232,9 +235,9 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(store, base, world, mon
     model = ProjectorModel(stored, MergeConfig(num_regions=8), 0.07, gather_negatives=True)
     plain = batch_loss(model, batch)
     calls = []
-    original = training.checkpoint
-    monkeypatch.setattr(training, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
-    monkeypatch.setattr(training, "CHUNK_ELEMENTS", 60_000)
+    original = training_model.checkpoint
+    monkeypatch.setattr(training_model, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(training_model, "CHUNK_ELEMENTS", 60_000)
     chunked = batch_loss(model, batch)
     assert len(calls) > 4  # it was cut
     for ours, theirs in zip(chunked, plain):
@@ -257,7 +260,8 @@ def test_budgets_train_together(store, base, world, tmp_path):
 
 
 def test_the_best_epoch_is_kept_and_training_stops_early(store, base, world, tmp_path, monkeypatch):
-    from samer import evaluation, training
+    from samer import evaluation
+    from samer.training import loop as training_loop
 
     script = iter([30.0, 50.0, 40.0, 45.0, 60.0])
     seen = []
@@ -269,25 +273,26 @@ def test_the_best_epoch_is_kept_and_training_stops_early(store, base, world, tmp
 
     monkeypatch.setattr(evaluation, "evaluate_records", fake)
     more = {"data.features": store, "train.select_best": "true", "train.early_stop_patience": 2}
-    result = training.train(settings(base, world, tmp_path / "run", **more, **{"train.num_train_epochs": 5}))
+    result = training_loop.train(settings(base, world, tmp_path / "run", **more, **{"train.num_train_epochs": 5}))
     assert len(seen) == 4  # 50 was the best; two epochs without a better one end it
     assert result.validation["r@1"] == 50.0
     stored = FeatureStore(store, str(base))
-    from samer.colpali import load_projector
+    from samer.retrievers.projectors import load_projector
 
     assert load_projector(tmp_path / "run", stored).hash == seen[1]
 
 
 def test_an_early_stopped_run_stays_finished(store, base, world, tmp_path, monkeypatch):
-    from samer import evaluation, training
+    from samer import evaluation
+    from samer.training import loop as training_loop
 
     script = iter([50.0, 40.0])
     fake = lambda *_, **__: dict.fromkeys(("r@1", "r@5", "r@10"), next(script))
     monkeypatch.setattr(evaluation, "evaluate_records", fake)
     changes = {"data.features": store, "train.early_stop_patience": 1, "train.num_train_epochs": 5}
-    first = training.train(settings(base, world, tmp_path / "run", **changes))
+    first = training_loop.train(settings(base, world, tmp_path / "run", **changes))
     before = contents(tmp_path / "run")
-    again = training.train(settings(base, world, tmp_path / "run", **changes))
+    again = training_loop.train(settings(base, world, tmp_path / "run", **changes))
     assert contents(tmp_path / "run") == before
     assert first.steps == again.steps == 12
     assert again.validation["r@1"] == first.validation["r@1"] == 40.0
@@ -331,12 +336,12 @@ def test_a_cache_of_other_features_is_refused(store, base, world, tmp_path, scri
 
 
 def test_the_sampler_reads_each_image_in_one_window(world, monkeypatch):
-    from samer import training
+    from samer.training import batches as training_batches
 
     dataset = CaptionDataset(flickr.load_split(world, "train", boxes=False))
     plain = list(WindowSampler(dataset, seed=1))
     assert sorted(plain) == list(range(len(dataset)))
-    monkeypatch.setattr(training, "WINDOW_IMAGES", 3)
+    monkeypatch.setattr(training_batches, "WINDOW_IMAGES", 3)
     sampler = WindowSampler(dataset, seed=1)
     order = list(sampler)
     assert sorted(order) == list(range(len(dataset)))
@@ -353,9 +358,9 @@ MEMORY = """
 import resource, sys
 sys.path.insert(0, {root!r})
 import torch
-from samer.colpali import Encoder, Projector
+from samer.retrievers.base import Encoder, Projector
 from samer.config import MergeConfig
-from samer.training import ProjectorModel
+from samer.training.model import ProjectorModel
 torch.manual_seed(0)
 captions, tokens, hidden, words = 1024, 262, 128, 40
 
@@ -379,13 +384,13 @@ batch = {{
 }}
 model = ProjectorModel(frozen, MergeConfig(num_regions=16), 0.07, True)
 model(**batch)["loss"].backward()
-assert model.embedding_proj_layer.weight.grad.isfinite().all()
+assert model.projection.weight.grad.isfinite().all()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 """
 
 
 def test_a_batch_of_1024_captions_trains_within_4_gb():
-    root = str(features.__file__).rsplit("/samer/", 1)[0]
+    root = str(features_write.__file__).rsplit("/samer/", 1)[0]
     done = subprocess.run(
         [sys.executable, "-c", MEMORY.format(root=root)], capture_output=True, text=True, env={**os.environ}, check=True
     )

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
 from samer.config import InputError
-from samer.flickr import Caption, Phrase, find_layout, load_image, load_split, parse_annotation, parse_sentence
+from samer.data.flickr import find_layout, load_split, parse_annotation, parse_sentence
+from samer.data.pictures import load_image
+from samer.data.records import Caption, Phrase
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PHOTOS = FIXTURES / "photos"

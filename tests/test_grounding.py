@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from samer import flickr
-from samer.comparison import measure
+from samer.compare.measure import measure
 from samer.compressors import make_compressor
 from samer.config import InputError, MergeConfig
 from samer.coords import visual_coords
+from samer.data import flickr
+from samer.data.records import Caption, ImageRecord, Phrase
 from samer.evaluation import encode_texts, fitted_compressor
 from samer.grounding import HIT_IOU, OwnTokens, PhraseIndex, box_coverage, ground, size_thirds
 from samer.merging import merge_tokens
@@ -113,7 +114,7 @@ class Written:
             captions = []
             for _ in range(int(rng.integers(1, 4))):
                 captions.append(self._caption(rng, image, len(offsets), offsets))
-            self.records.append(flickr.ImageRecord(f"{image}", Path("none"), tuple(captions)))
+            self.records.append(ImageRecord(f"{image}", Path("none"), tuple(captions)))
         self.flat = [unit(len(rows), DIM) for rows in offsets]
         self.queries = []
         for start in range(0, len(offsets), 3):  # batches of three, padded with what must not matter
@@ -152,12 +153,12 @@ class Written:
             corners = np.sort(rng.random((int(rng.integers(0, 3)), 2, 2)), axis=1).reshape(-1, 4).tolist()
             start, end = int(starts[word]), int(starts[last]) + len(words[last])
             text = " ".join(words)[start:end]
-            phrases.append(flickr.Phrase(text, f"{len(self.phrases)}", ("other",), start, end, tuple(corners)))
+            phrases.append(Phrase(text, f"{len(self.phrases)}", ("other",), start, end, tuple(corners)))
             if corners:
                 self.phrases.append((image, corners, number, list(itertools.chain(*tokens_of[word : last + 1]))))
             word = last + 1 + int(rng.integers(0, 2))
         offsets.append(rows)
-        return flickr.Caption(" ".join(words), tuple(phrases), True)
+        return Caption(" ".join(words), tuple(phrases), True)
 
 
 def naive_phrase(merged, row, tokens, boxes, patches):
@@ -311,7 +312,7 @@ def test_more_vectors_masked_out_change_nothing():
 
 
 def test_an_image_that_names_nothing_boxed_has_only_matches():
-    record = flickr.ImageRecord("0", Path("none"), (flickr.Caption("a b", (), True), flickr.Caption("c", (), True)))
+    record = ImageRecord("0", Path("none"), (Caption("a b", (), True), Caption("c", (), True)))
     tokens = F.normalize(torch.randn(2, 3, DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
     mask = torch.tensor([[True, True, True], [True, True, False]])
     query = QueryTokens(tokens, mask, torch.tensor([[[-1, -1], [0, 1], [1, 3]], [[-1, -1], [0, 1], [0, 0]]]))

@@ -25,13 +25,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
-from samer import cache_io, flickr, runtime
-from samer.cache_io import Cache, add_images, build_cache, delete_images
-from samer.colpali import Encoder, Projector
 from samer.compressors import make_compressor
 from samer.config import InputError, MergeConfig
+from samer.data.records import ImageRecord
+from samer.index import manifest as index_manifest
+from samer.index import pictures as index_pictures
+from samer.index import read as index_read
+from samer.index import write as index_write
+from samer.index.pictures import add_images, delete_images
+from samer.index.read import Index
+from samer.index.write import build_index
+from samer.retrievers.base import Encoder, Projector, image_seeds
+from samer.runtime import files as runtime_files
+from samer.runtime.shards import load_header
 from samer.scoring import maxsim, pack_signs, score_stored, search
-from samer.shards import load_header
 from samer.tokens import QueryTokens
 
 MERGE = MergeConfig(num_regions=6)
@@ -44,7 +51,9 @@ class Drawn(Encoder):
     """Hidden states drawn from a picture's or a text's bytes: the same content, the same tokens."""
 
     def __init__(self, shift=0.0):
-        super().__init__("drawn", Projector(torch.eye(DIM) + shift, torch.zeros(DIM)), GRID, 1, "cpu")
+        super().__init__(
+            "drawn", Projector(torch.eye(DIM) + shift, torch.zeros(DIM)), grid=(GRID, GRID), image_token_id=1
+        )
 
     def draw(self, contents, count):
         seeds = [torch.Generator().manual_seed(zlib.crc32(content)) for content in contents]
@@ -56,7 +65,7 @@ class Drawn(Encoder):
         return self.draw([image.tobytes() for image in images], GRID * GRID)
 
     def record_inputs(self, records):
-        return self.image_inputs([flickr.load_image(record.image_path) for record in records])
+        return self.image_inputs([pictures.load_image(record.image_path) for record in records])
 
     def query_inputs(self, texts):
         inputs = self.draw([text.encode() for text in texts], 5)
@@ -82,9 +91,9 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(cache_io, "IMAGES_PER_SHARD", 4)
-    monkeypatch.setattr(cache_io, "PICTURES_PER_SHARD", 4)
-    monkeypatch.setattr(cache_io, "QUERIES_PER_SHARD", 15)
+    monkeypatch.setattr(index_write, "IMAGES_PER_SHARD", 4)
+    monkeypatch.setattr(index_pictures, "PICTURES_PER_SHARD", 4)
+    monkeypatch.setattr(index_write, "QUERIES_PER_SHARD", 15)
 
 
 def add(folder, root, names=NAMES, dtype="int8", encoder=None, merge=MERGE, **rest):
@@ -93,7 +102,7 @@ def add(folder, root, names=NAMES, dtype="int8", encoder=None, merge=MERGE, **re
 
 def compressed(root, names):
     """What the encoder and the compressor make of pictures, (I, K, D) float32."""
-    records = [flickr.ImageRecord(name, Path(root) / name, ()) for name in names]
+    records = [ImageRecord(name, Path(root) / name, ()) for name in names]
     return make_compressor(MERGE)(Drawn().encode_images(Drawn().record_inputs(records))).tokens
 
 
@@ -110,16 +119,16 @@ def held(cache, split="images"):
 
 
 def build(folder, world, dtype, splits=("test",), **rest):
-    return build_cache(folder, world, splits, Drawn(), MERGE, batch_size=3, dtype=dtype, **rest)
+    return build_index(folder, world, splits, Drawn(), MERGE, batch_size=3, dtype=dtype, **rest)
 
 
 @pytest.mark.parametrize("clipped", [0, 0.1])
 def test_int8_is_within_half_a_step(world, tmp_path, monkeypatch, clipped):
-    monkeypatch.setattr(cache_io, "CLIPPED", clipped)
+    monkeypatch.setattr(index_write, "CLIPPED", clipped)
     build(tmp_path / "f", world, "float32")
     (summary,) = build(tmp_path / "c", world, "int8")
-    cache = Cache(tmp_path / "c")
-    scale, exact, ours = cache.manifest["scale"], held(Cache(tmp_path / "f"), "test"), held(cache, "test")
+    cache = Index(tmp_path / "c")
+    scale, exact, ours = cache.manifest["scale"], held(Index(tmp_path / "f"), "test"), held(cache, "test")
     assert list(ours) == list(exact)
     ours, exact = torch.stack(list(ours.values())), torch.stack(list(exact.values()))
     assert ours.dtype == torch.int8
@@ -134,7 +143,7 @@ def test_int8_is_within_half_a_step(world, tmp_path, monkeypatch, clipped):
 def test_binary_is_the_signs_and_bfloat16_beside_them(world, tmp_path, small_shards):
     build(tmp_path / "f", world, "float32")
     (summary,) = build(tmp_path / "c", world, "binary")
-    exact, ours = held(Cache(tmp_path / "f"), "test"), held(Cache(tmp_path / "c"), "test")
+    exact, ours = held(Index(tmp_path / "f"), "test"), held(Index(tmp_path / "c"), "test")
     assert torch.equal(torch.stack(list(ours.values())), pack_signs(torch.stack(list(exact.values()))))
     side = [load_file(tmp_path / "c" / "test" / f"images-0000{k}.exact.safetensors")["tokens"] for k in range(2)]
     assert torch.equal(torch.cat(side), torch.stack(list(exact.values())).bfloat16())
@@ -143,10 +152,10 @@ def test_binary_is_the_signs_and_bfloat16_beside_them(world, tmp_path, small_sha
 
 def test_the_scale_depends_neither_on_shards_nor_on_tries(world, tmp_path, monkeypatch):
     build(tmp_path / "one", world, "int8", splits=("val", "test"))
-    monkeypatch.setattr(cache_io, "IMAGES_PER_SHARD", 3)
+    monkeypatch.setattr(index_write, "IMAGES_PER_SHARD", 3)
     build(tmp_path / "many", world, "int8", splits=("val",))
     build(tmp_path / "many", world, "int8", splits=("test",))
-    one, many = Cache(tmp_path / "one"), Cache(tmp_path / "many")
+    one, many = Index(tmp_path / "one"), Index(tmp_path / "many")
     assert one.manifest["scale"] == many.manifest["scale"] > 0
     assert [entry["count"] for entry in many.manifest["splits"]["test"]["images"]] == [3, 3, 2]
     whole, parts = held(one, "test"), held(many, "test")
@@ -174,7 +183,7 @@ def test_a_build_interrupted_at_any_file_gives_the_same_bytes(world, tmp_path, s
     assert len(whole) == files
     for call in range(1, files + 1):
         with pytest.MonkeyPatch.context() as patch:
-            stop_at(patch, runtime.os, "replace", call)
+            stop_at(patch, os, "replace", call)
             with pytest.raises(KeyboardInterrupt):
                 build(tmp_path / str(call), world, dtype, assignments=True)
         left = contents(tmp_path / str(call))
@@ -199,12 +208,12 @@ def test_a_1_bit_shard_without_its_exact_file_is_made_anew(world, tmp_path, smal
 def test_evaluation_of_1_bit_ranks_candidates_exactly_and_above_the_others(world, tmp_path, monkeypatch):
     for dtype in ("binary", "bfloat16"):
         build(tmp_path / dtype, world, dtype, splits=("train",))
-    exact = Cache(tmp_path / "bfloat16").scores("train")[0]
-    queries = [queries for queries, *_ in Cache(tmp_path / "binary").queries("train")]
-    ((_, images),) = Cache(tmp_path / "binary").stored("train")
+    exact = Index(tmp_path / "bfloat16").scores("train")[0]
+    queries = [queries for queries, *_ in Index(tmp_path / "binary").queries("train")]
+    ((_, images),) = Index(tmp_path / "binary").stored("train")
     rough = torch.cat([score_stored(query, images) for query in queries])
-    monkeypatch.setattr(cache_io, "CANDIDATES", 1)  # so 10 of 12
-    scores, _ = Cache(tmp_path / "binary").scores("train")
+    monkeypatch.setattr(index_read, "CANDIDATES", 1)  # so 10 of 12
+    scores, _ = Index(tmp_path / "binary").scores("train")
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, rough.topk(10, dim=1).indices, True)
     torch.testing.assert_close(scores[chosen], exact[chosen], atol=1e-6, rtol=0)
     assert (scores[~chosen] < -2).all()
@@ -214,7 +223,7 @@ def test_evaluation_of_1_bit_ranks_candidates_exactly_and_above_the_others(world
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_evaluation_and_search_agree(world, tmp_path, small_shards, dtype):
     build(tmp_path / "c", world, dtype)
-    cache = Cache(tmp_path / "c")
+    cache = Index(tmp_path / "c")
     scores, image = cache.scores("test")
     assert image.tolist() == [k for k in range(8) for _ in range(5)]
     queries = next(iter(cache.queries("test")))[0]
@@ -230,7 +239,7 @@ def crowd(tmp_path_factory):
     folder, names = tmp_path_factory.mktemp("crowd"), [f"{k:03}.png" for k in range(150)]
     paint(folder / "root", names)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_io, "PICTURES_PER_SHARD", 40)
+        patch.setattr(index_pictures, "PICTURES_PER_SHARD", 40)
         for dtype in ("float32", "bfloat16", "int8", "binary"):
             add(folder / dtype, folder / "root", names, dtype)
     tokens = compressed(folder / "root", names)[:, :3]
@@ -240,7 +249,7 @@ def crowd(tmp_path_factory):
 
 def test_int8_finds_what_float32_finds(crowd):
     folder, names, queries = crowd
-    first = lambda dtype: [row[0][0] for row in Cache(folder / dtype).search(queries, "images", 1)]
+    first = lambda dtype: [row[0][0] for row in Index(folder / dtype).search(queries, "images", 1)]
     recall, expected = (np.mean([a == b for a, b in zip(first(dtype), names)]) for dtype in ("int8", "float32"))
     assert 0.5 < expected < 1  # neither hopeless nor too easy to tell
     assert abs(recall - expected) <= 0.02
@@ -248,8 +257,8 @@ def test_int8_finds_what_float32_finds(crowd):
 
 def test_binary_with_all_candidates_is_the_exact_search(crowd):
     folder, _, queries = crowd
-    found = Cache(folder / "binary").search(queries, "images", 15)  # 10 times 15 candidates: all of them
-    for row, expected in zip(found, Cache(folder / "bfloat16").search(queries, "images", 15)):
+    found = Index(folder / "binary").search(queries, "images", 15)  # 10 times 15 candidates: all of them
+    for row, expected in zip(found, Index(folder / "bfloat16").search(queries, "images", 15)):
         assert [score for _, score in row] == pytest.approx([score for _, score in expected], abs=1e-6)
         assert [name for name, _ in row] == [name for name, _ in expected]
 
@@ -257,13 +266,13 @@ def test_binary_with_all_candidates_is_the_exact_search(crowd):
 def test_binary_reads_and_ranks_only_the_candidates(crowd, monkeypatch):
     folder, _, queries = crowd
     queries = QueryTokens(queries.tokens[:20], queries.mask[:20])
-    monkeypatch.setattr(cache_io, "CANDIDATES", 1)  # so 100 of 150
-    seen, original = [], cache_io.maxsim
-    monkeypatch.setattr(cache_io, "maxsim", lambda *words: seen.append(words[1].shape) or original(*words))
-    found = Cache(folder / "binary").search(queries, "images", 5)
+    monkeypatch.setattr(index_read, "CANDIDATES", 1)  # so 100 of 150
+    seen, original = [], index_read.maxsim
+    monkeypatch.setattr(index_read, "maxsim", lambda *words: seen.append(words[1].shape) or original(*words))
+    found = Index(folder / "binary").search(queries, "images", 5)
     assert seen == [(100, 6, DIM)] * 20
-    exact = Cache(folder / "bfloat16").search(queries, "images", 150)
-    for row, chosen, scores in zip(found, search(queries, Cache(folder / "binary").stored("images"), 100), exact):
+    exact = Index(folder / "bfloat16").search(queries, "images", 150)
+    for row, chosen, scores in zip(found, search(queries, Index(folder / "binary").stored("images"), 100), exact):
         candidates = {name for name, _ in chosen}
         expected = [(name, score) for name, score in scores if name in candidates][:5]
         assert [name for name, _ in row] == [name for name, _ in expected]
@@ -274,20 +283,20 @@ def test_binary_reads_and_ranks_only_the_candidates(crowd, monkeypatch):
 def test_assignments_are_those_of_the_merge(pictures, tmp_path, small_shards, compressor):
     merge = MergeConfig(num_regions=6, compressor=compressor)
     add(tmp_path / "c", pictures, merge=merge, assignments=True)
-    records = [flickr.ImageRecord(name, pictures / name, ()) for name in NAMES]
-    seeds = {"seeds": cache_io.image_seeds(records)}
+    records = [ImageRecord(name, pictures / name, ()) for name in NAMES]
+    seeds = {"seeds": image_seeds(records)}
     expected = make_compressor(merge)(Drawn().encode_images({**Drawn().record_inputs(records), **seeds})).assignments
-    parts = list(Cache(tmp_path / "c").assignments("images"))
+    parts = list(Index(tmp_path / "c").assignments("images"))
     assert [name for ids, _ in parts for name in ids] == NAMES
     found = torch.cat([rows for _, rows in parts])
     assert found.dtype == torch.uint8
     assert torch.equal(found.long(), torch.where(expected < 0, 255, expected))
     assert (found == 255).any() == (compressor == "random")  # pruning drops tokens
     delete_images(tmp_path / "c", "images", NAMES[:5])
-    assert [name for ids, _ in Cache(tmp_path / "c").assignments("images") for name in ids] == NAMES[5:]
+    assert [name for ids, _ in Index(tmp_path / "c").assignments("images") for name in ids] == NAMES[5:]
     add(tmp_path / "without", pictures)
     with pytest.raises(InputError, match="built without assignments"):
-        list(Cache(tmp_path / "without").assignments("images"))
+        list(Index(tmp_path / "without").assignments("images"))
     with pytest.raises(InputError, match="at most 255 regions, not 256"):
         add(tmp_path / "many", pictures, merge=MergeConfig(num_regions=256), assignments=True)
 
@@ -302,20 +311,20 @@ def test_growing_in_several_calls_gives_the_same_bytes(pictures, tmp_path, small
     for end in (4, 4, 8, 12, 12):  # what is held is left out
         add(tmp_path / "many", pictures, NAMES[:end], dtype=dtype)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
-    ours, exact = held(Cache(tmp_path / "one")), compressed(pictures, NAMES)
+    ours, exact = held(Index(tmp_path / "one")), compressed(pictures, NAMES)
     assert list(ours) == NAMES
-    if dtype in cache_io.FLOATS:
+    if dtype in index_manifest.FLOATS:
         tolerance = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}[dtype]
         torch.testing.assert_close(torch.stack(list(ours.values())).float(), exact, atol=tolerance, rtol=0)
 
 
 def test_pictures_held_are_not_read_again(pictures, tmp_path, monkeypatch):
     add(tmp_path / "c", pictures, NAMES[:5])
-    before, original, read = contents(tmp_path / "c"), flickr.load_image, []
-    monkeypatch.setattr(flickr, "load_image", lambda path: read.append(path.name) or original(path))
+    before, original, read = contents(tmp_path / "c"), pictures.load_image, []
+    monkeypatch.setattr(pictures, "load_image", lambda path: read.append(path.name) or original(path))
     add(tmp_path / "c", pictures, [*NAMES[:7], NAMES[6]])  # named twice, taken once
     assert read == NAMES[5:7]
-    assert list(held(Cache(tmp_path / "c"))) == NAMES[:7]
+    assert list(held(Index(tmp_path / "c"))) == NAMES[:7]
     after = contents(tmp_path / "c")
     assert {name: after[name] for name in before if name != "manifest.json"}.items() <= before.items()
 
@@ -338,7 +347,7 @@ def test_unreadable_pictures_are_listed_and_skipped(bad_files, tmp_path, small_s
     names = [*BAD, NAMES[0], *NAMES[1:3]]  # the first shard has no good picture
     summary, skipped = add(tmp_path / "c", bad_files, names, dtype)
     assert summary.images == 3
-    assert list(held(Cache(tmp_path / "c"))) == NAMES[:3]
+    assert list(held(Index(tmp_path / "c"))) == NAMES[:3]
     assert [str(bad_files / name) in line for name, line in zip(BAD, skipped)] == [True] * 4
     before = contents(tmp_path / "c")
     assert add(tmp_path / "c", bad_files, BAD, dtype)[1] == skipped  # an index that has pictures stays as it is
@@ -391,11 +400,11 @@ def test_an_interrupted_run_keeps_its_shards_and_goes_on(pictures, tmp_path, sma
     for call in range(1, 13):
         folder = tmp_path / str(call)
         with pytest.MonkeyPatch.context() as patch:
-            stop_at(patch, flickr, "load_image", call)
+            stop_at(patch, index_pictures, "load_image", call)
             with pytest.raises(KeyboardInterrupt):
                 add(folder, pictures, dtype=dtype)
         kept = (call - 1) // 4 * 4
-        assert (list(held(Cache(folder))) == NAMES[:kept]) if kept else not folder.exists()
+        assert (list(held(Index(folder))) == NAMES[:kept]) if kept else not folder.exists()
         add(folder, pictures, dtype=dtype)
         assert contents(folder) == contents(tmp_path / "whole")
 
@@ -403,11 +412,11 @@ def test_an_interrupted_run_keeps_its_shards_and_goes_on(pictures, tmp_path, sma
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_deleted_pictures_are_gone_and_shards_keep_their_bytes(pictures, tmp_path, small_shards, dtype):
     add(tmp_path / "c", pictures, dtype=dtype)
-    before, whole = contents(tmp_path / "c"), Cache(tmp_path / "c")
+    before, whole = contents(tmp_path / "c"), Index(tmp_path / "c")
     gone = [NAMES[1], *NAMES[4:8]]  # one of a shard, and all of a shard
     assert delete_images(tmp_path / "c", "images", gone[:2]) == 10
     assert delete_images(tmp_path / "c", "images", [*gone[2:], gone[2]]) == 7
-    after, cache = contents(tmp_path / "c"), Cache(tmp_path / "c")
+    after, cache = contents(tmp_path / "c"), Index(tmp_path / "c")
     assert {name for name in after if after[name] != before.get(name)} == {"manifest.json"}
     left = [name for name in NAMES if name not in gone]
     assert list(held(cache)) == left
@@ -423,8 +432,8 @@ def test_deleted_pictures_are_gone_and_shards_keep_their_bytes(pictures, tmp_pat
         delete_images(tmp_path / "c", "test", ids)
     assert contents(tmp_path / "c") == after
     add(tmp_path / "c", pictures, dtype=dtype)
-    assert list(held(Cache(tmp_path / "c"))) == [*left, *gone]
-    again = Cache(tmp_path / "c").search(ask(), "images", 12)
+    assert list(held(Index(tmp_path / "c"))) == [*left, *gone]
+    again = Index(tmp_path / "c").search(ask(), "images", 12)
     assert [[name for name, _ in row] for row in again] == [
         [name for name, _ in row] for row in whole.search(ask(), "images", 12)
     ]
@@ -432,25 +441,25 @@ def test_deleted_pictures_are_gone_and_shards_keep_their_bytes(pictures, tmp_pat
 
 def test_a_split_with_captions_cannot_be_evaluated_after_a_deletion(world, tmp_path):
     build(tmp_path / "c", world, "int8")
-    delete_images(tmp_path / "c", "test", list(held(Cache(tmp_path / "c"), "test"))[:1])
+    delete_images(tmp_path / "c", "test", list(held(Index(tmp_path / "c"), "test"))[:1])
     with pytest.raises(InputError, match="images of test were deleted; its captions can't be evaluated"):
-        Cache(tmp_path / "c").scores("test")
+        Index(tmp_path / "c").scores("test")
 
 
 @pytest.mark.parametrize("dtype", ["int8", "binary"])
 @pytest.mark.parametrize("looked", [True, False])
 def test_a_reader_sees_the_index_as_it_was_opened(pictures, tmp_path, small_shards, dtype, looked):
     add(tmp_path / "c", pictures, NAMES[:6], dtype)
-    expected = Cache(tmp_path / "c").search(ask(), "images", 12)
-    reader = Cache(tmp_path / "c")
+    expected = Index(tmp_path / "c").search(ask(), "images", 12)
+    reader = Index(tmp_path / "c")
     if looked:
         reader.search(ask(), "images", 12)
     delete_images(tmp_path / "c", "images", NAMES[:2])
     add(tmp_path / "c", pictures, NAMES[6:], dtype)
     assert reader.search(ask(), "images", 12) == expected
     assert list(held(reader)) == NAMES[:6]
-    assert list(held(Cache(tmp_path / "c"))) == NAMES[2:]
-    assert Cache(tmp_path / "c").search(ask(), "images", 12) != expected
+    assert list(held(Index(tmp_path / "c"))) == NAMES[2:]
+    assert Index(tmp_path / "c").search(ask(), "images", 12) != expected
 
 
 STEPS = st.lists(st.tuples(st.sampled_from("+-"), st.sets(st.integers(0, 11), min_size=1, max_size=6)), max_size=6)
@@ -461,7 +470,7 @@ STEPS = st.lists(st.tuples(st.sampled_from("+-"), st.sets(st.integers(0, 11), mi
 def test_any_history_of_additions_and_deletions(pictures, steps, dtype, shard):
     model, exact = [], dict(zip(NAMES, compressed(pictures, NAMES)))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_io, "PICTURES_PER_SHARD", shard)
+        patch.setattr(index_pictures, "PICTURES_PER_SHARD", shard)
         folder = Path(folder) / "c"
         for what, numbers in steps:
             names = [NAMES[k] for k in sorted(numbers)]
@@ -476,7 +485,7 @@ def test_any_history_of_additions_and_deletions(pictures, steps, dtype, shard):
                     delete_images(folder, "images", names)
                     pytest.fail("an image that the index does not hold was deleted")
         if folder.exists():
-            cache = Cache(folder)
+            cache = Index(folder)
             scale = cache.manifest["scale"]
             ours = {name: row * scale if scale else row for name, row in held(cache).items()}
             assert list(ours) == model
@@ -507,10 +516,10 @@ def test_a_second_writer_is_refused(pictures, world, tmp_path):
         lambda: build(tmp_path / "c", world, "int8"),
     ]
     for writer in writers:
-        with runtime.only_writer(tmp_path / "c"):
+        with runtime_files.only_writer(tmp_path / "c"):
             with pytest.raises(InputError, match="c: another process is writing to it; wait until it ends"):
                 writer()
-            assert Cache(tmp_path / "c").search(ask(), "images", 3)  # readers need no lock
+            assert Index(tmp_path / "c").search(ask(), "images", 3)  # readers need no lock
         assert contents(tmp_path / "c") == before  # the lock's file is gone
     for writer in writers:
         writer()
@@ -519,7 +528,7 @@ def test_a_second_writer_is_refused(pictures, world, tmp_path):
 
 FORKED = """
 import os, signal, sys, time
-from samer.runtime import only_writer
+from samer.runtime.files import only_writer
 
 with only_writer(sys.argv[1]):
     child = os.fork()
@@ -542,7 +551,7 @@ def test_a_worker_does_not_keep_its_killed_parents_lock(tmp_path):
     try:
         os.kill(child, 0)  # it lives
         assert (tmp_path / "c" / ".lock").exists()
-        with runtime.only_writer(tmp_path / "c"):
+        with runtime_files.only_writer(tmp_path / "c"):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -552,7 +561,7 @@ def test_a_killed_writer_leaves_an_index_that_goes_on(pictures, tmp_path, small_
     done = command(sys.executable, __file__, tmp_path / "c", pictures, env={"PYTHONPATH": "."})
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert {"manifest.json", ".lock"} < set(os.listdir(tmp_path / "c"))
-    assert list(held(Cache(tmp_path / "c"))) == NAMES[:4]
+    assert list(held(Index(tmp_path / "c"))) == NAMES[:4]
     files = sorted(contents(tmp_path / "c" / "images"))
     assert files[0].startswith(".images-00001.safetensors.")  # the half-written one
     assert files[1:] == [f"images-0000{k}.safetensors" for k in ("0.exact", "0", "1.exact")]
@@ -566,7 +575,7 @@ def test_a_killed_writer_leaves_an_index_that_goes_on(pictures, tmp_path, small_
 
 def rows_of(folder):
     """Id -> everything that an index stores of a picture, as bytes."""
-    cache = Cache(folder)
+    cache = Index(folder)
     rows = {
         name: [t.numpy().tobytes() for t in cache.vectors("images", k)] for name, k in cache.numbers("images").items()
     }
@@ -575,7 +584,7 @@ def rows_of(folder):
 
 def shapes_of(folder):
     """Counts and sizes of the shards in the manifest's order, and what their headers say."""
-    cache = Cache(folder)
+    cache = Index(folder)
     entries = cache.manifest["splits"]["images"]["images"]
     facts = [[entry[key] for key in ("count", "regions", "bytes")] for entry in entries]
     return facts, [load_header(folder / "images" / entry["file"])["stamp"] for entry in entries]
@@ -588,15 +597,15 @@ def test_a_compacted_index_is_the_one_built_at_once(pictures, tmp_path, small_sh
         add(tmp_path / "c", pictures, NAMES[first:second], dtype=dtype, assignments=True)
     delete_images(tmp_path / "c", "images", [*NAMES[4:6], *NAMES[8:10]])
     add(tmp_path / "c", pictures, [NAMES[5], NAMES[9]], dtype=dtype, assignments=True)
-    before = Cache(tmp_path / "c")
+    before = Index(tmp_path / "c")
     found, rows = before.search(ask(3), "images", 12), rows_of(tmp_path / "c")
-    open_before = Cache(tmp_path / "c")
+    open_before = Index(tmp_path / "c")
     size = sum(map(len, contents(tmp_path / "c" / "images").values()))
-    saved = cache_io.compact_images(tmp_path / "c", "images")
+    saved = index_pictures.compact_images(tmp_path / "c", "images")
     files = contents(tmp_path / "c" / "images")
     assert size - saved == sum(map(len, files.values())) < size
     assert len(files) == 3 * (1 + (dtype == "binary"))
-    after = Cache(tmp_path / "c")
+    after = Index(tmp_path / "c")
     assert list(held(after)) == left
     assert after.search(ask(3), "images", 12) == found == before.search(ask(3), "images", 12)  # still mapped
     with pytest.raises(InputError, match="c: rewritten since it was opened; open it again"):
@@ -606,7 +615,7 @@ def test_a_compacted_index_is_the_one_built_at_once(pictures, tmp_path, small_sh
     assert rows_of(tmp_path / "c") == rows
     assert shapes_of(tmp_path / "c") == shapes_of(tmp_path / "new")
     add(tmp_path / "c", pictures, NAMES, dtype=dtype, assignments=True)  # those deleted come back
-    assert sorted(held(Cache(tmp_path / "c"))) == sorted(NAMES)
+    assert sorted(held(Index(tmp_path / "c"))) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("call", range(1, 8))
@@ -623,7 +632,7 @@ def test_compacting_that_fails_changes_nothing(pictures, tmp_path, small_shards,
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.raises(InputError, match="No space left") if call < 8 else contextlib.nullcontext():
-            cache_io.compact_images(tmp_path / "c", "images")
+            index_pictures.compact_images(tmp_path / "c", "images")
     assert contents(tmp_path / "c") == before
 
 
@@ -632,17 +641,17 @@ def test_compacting_that_is_interrupted_at_its_end_keeps_what_the_manifest_names
 ):
     add(tmp_path / "c", pictures)
     delete_images(tmp_path / "c", "images", NAMES[2:5])
-    write = cache_io.write_manifest
+    write = index_pictures.write_manifest
 
     def interrupted(path, manifest):
         write(path, manifest)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_io, "write_manifest", interrupted)
+        patch.setattr(index_pictures, "write_manifest", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            cache_io.compact_images(tmp_path / "c", "images")
-    assert list(held(Cache(tmp_path / "c"))) == [*NAMES[:2], *NAMES[5:]]
+            index_pictures.compact_images(tmp_path / "c", "images")
+    assert list(held(Index(tmp_path / "c"))) == [*NAMES[:2], *NAMES[5:]]
     assert len(contents(tmp_path / "c" / "images")) == 3
 
 
@@ -651,19 +660,19 @@ def test_a_killed_compaction_is_made_up_for(pictures, tmp_path, small_shards):
     delete_images(tmp_path / "c", "images", NAMES[2:5])
     orphan = tmp_path / "c" / "images" / "images-00003.safetensors"
     orphan.write_bytes((tmp_path / "c" / "images" / "images-00000.safetensors").read_bytes())
-    assert list(held(Cache(tmp_path / "c"))) == [*NAMES[:2], *NAMES[5:]]
-    cache_io.compact_images(tmp_path / "c", "images")
-    assert list(held(Cache(tmp_path / "c"))) == [*NAMES[:2], *NAMES[5:]]
+    assert list(held(Index(tmp_path / "c"))) == [*NAMES[:2], *NAMES[5:]]
+    index_pictures.compact_images(tmp_path / "c", "images")
+    assert list(held(Index(tmp_path / "c"))) == [*NAMES[:2], *NAMES[5:]]
     assert len(contents(tmp_path / "c" / "images")) == 3
 
 
 def test_what_can_not_be_compacted_is_refused(pictures, world, tmp_path, small_shards):
     with pytest.raises(InputError, match=r"no manifest\.json"):
-        cache_io.compact_images(tmp_path / "none", "images")
+        index_pictures.compact_images(tmp_path / "none", "images")
     assert not (tmp_path / "none").exists()
     build(tmp_path / "b", world, "int8")
     with pytest.raises(InputError, match="test has captions, so it can't be compacted"):
-        cache_io.compact_images(tmp_path / "b", "test")
+        index_pictures.compact_images(tmp_path / "b", "test")
     add(tmp_path / "c", pictures, NAMES[:5])
     damaged = tmp_path / "c" / "images" / "images-00000.safetensors"
     data = bytearray(damaged.read_bytes())
@@ -671,13 +680,13 @@ def test_what_can_not_be_compacted_is_refused(pictures, world, tmp_path, small_s
     damaged.write_bytes(data)
     before = contents(tmp_path / "c")
     with pytest.raises(InputError, match=r"images-00000\.safetensors: contents differ"):  # it stays as it is
-        cache_io.compact_images(tmp_path / "c", "images")
+        index_pictures.compact_images(tmp_path / "c", "images")
     assert contents(tmp_path / "c") == before
     data[-1] ^= 1
     damaged.write_bytes(data)
     delete_images(tmp_path / "c", "images", NAMES[:5])
     with pytest.raises(InputError, match="every image of images was deleted"):
-        cache_io.compact_images(tmp_path / "c", "images")
+        index_pictures.compact_images(tmp_path / "c", "images")
 
 
 # --- the projector --------------------------------------------------------------------------------------------------
@@ -687,7 +696,7 @@ def test_the_projector_in_use_comes_with_the_index(pictures, tmp_path):
     encoder = Drawn()
     encoder.use_projector(Projector(torch.eye(DIM) * 2, torch.full((DIM,), 0.25)))
     add(tmp_path / "c", pictures, encoder=encoder)
-    found, expected = Cache(tmp_path / "c").projector(), encoder.current_projector()
+    found, expected = Index(tmp_path / "c").projector(), encoder.current_projector()
     assert torch.equal(found.weight, expected.weight)
     assert torch.equal(found.bias, expected.bias)
 
@@ -705,14 +714,14 @@ def test_a_damaged_or_foreign_projector_is_refused(pictures, tmp_path, spoil, wo
     add(tmp_path / "c", pictures, NAMES[:1])
     spoil(tmp_path / "c" / "projector.safetensors")
     with pytest.raises(InputError, match=rf"projector\.safetensors: {words}"):
-        Cache(tmp_path / "c").projector()
+        Index(tmp_path / "c").projector()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "binary"])
 def test_an_index_without_a_live_picture_finds_nothing(pictures, tmp_path, dtype):
     add(tmp_path / "c", pictures, NAMES[:3], dtype=dtype)
     assert delete_images(tmp_path / "c", "images", NAMES[:3]) == 0
-    assert Cache(tmp_path / "c").search(ask(2), "images", 5) == [[], []]
+    assert Index(tmp_path / "c").search(ask(2), "images", 5) == [[], []]
 
 
 @pytest.mark.parametrize(
@@ -751,7 +760,7 @@ def test_an_evaluation_checks_the_exact_file_too(world, tmp_path):
     content[-3] ^= 1
     file.write_bytes(bytes(content))
     with pytest.raises(InputError, match=r"exact\.safetensors: contents differ"):
-        Cache(tmp_path / "c").scores("test")
+        Index(tmp_path / "c").scores("test")
 
 
 def test_a_name_that_is_not_utf8_is_skipped(pictures, tmp_path):
@@ -767,7 +776,7 @@ def test_a_name_that_is_not_utf8_is_skipped(pictures, tmp_path):
 
 def test_a_split_with_deletions_is_not_built_over(world, tmp_path):
     build(tmp_path / "c", world, "int8")
-    delete_images(tmp_path / "c", "test", [next(iter(held(Cache(tmp_path / "c"), "test")))])
+    delete_images(tmp_path / "c", "test", [next(iter(held(Index(tmp_path / "c"), "test")))])
     before = contents(tmp_path / "c")
     with pytest.raises(InputError, match="were deleted"):
         build(tmp_path / "c", world, "int8")
@@ -776,15 +785,15 @@ def test_a_split_with_deletions_is_not_built_over(world, tmp_path):
 
 def killed(folder, root):
     """A writer that dies when its second shard is written and not yet named in the manifest."""
-    cache_io.PICTURES_PER_SHARD = 4
-    original = runtime.os.replace
+    index_pictures.PICTURES_PER_SHARD = 4
+    original = os.replace
 
     def replace(source, target):
         if Path(target).name == "images-00001.safetensors":
             os.kill(os.getpid(), signal.SIGKILL)
         original(source, target)
 
-    runtime.os.replace = replace
+    os.replace = replace
     add(folder, root, dtype="binary")
 
 

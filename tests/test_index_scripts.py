@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from samer.cache_io import Cache, build_cache
-from samer.colpali import Projector, Retriever, save_projector
 from samer.config import InputError, MergeConfig
-from samer.shards import write_manifest
+from samer.index.read import Index
+from samer.index.write import build_index
+from samer.retrievers.base import Projector
+from samer.retrievers.colpali import Retriever
+from samer.retrievers.projectors import save_projector
+from samer.runtime.shards import write_manifest
 
 MERGE = MergeConfig(num_regions=6)
 QUERY = "a red car on the left"
@@ -24,7 +27,7 @@ def contents(folder):
 
 
 def held(folder):
-    return [name for ids, *_ in Cache(folder).images("images") for name in ids]
+    return [name for ids, *_ in Index(folder).images("images") for name in ids]
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +53,13 @@ def album(world, base, script, tmp_path_factory):
 
 def answers(folder, retriever, text=QUERY, split="images", top=10):
     query = retriever.encode_queries(retriever.query_inputs([text]))
-    return Cache(folder).search(query, split, top)[0]
+    return Index(folder).search(query, split, top)[0]
 
 
 def test_index_finds_pictures_below_a_folder(album):
     folder, retriever, summary, said = album
     names = sorted(str(path.relative_to(folder / "root")) for path in (folder / "root").rglob("*.jpg"))
-    cache = Cache(folder / "c")
+    cache = Index(folder / "c")
     assert held(folder / "c") == names
     assert (summary.images, summary.regions, cache.manifest["dtype"]) == (14, 6, "int8")
     assert cache.manifest["merge"]["num_regions"] == 6  # the adapter's
@@ -146,13 +149,13 @@ def test_scripts_refuse_what_is_wrong(album, base, script, name, words, error):
 
 def test_search_needs_a_split_where_there_are_several(world, base, script, tmp_path):
     retriever = Retriever.load(str(base))
-    build_cache(tmp_path / "c", world, ["val", "test"], retriever, MERGE, dtype="binary")
+    build_index(tmp_path / "c", world, ["val", "test"], retriever, MERGE, dtype="binary")
     with pytest.raises(InputError, match="c holds val, test; name one with --split"):
         script("search").main([QUERY, "--cache-dir", str(tmp_path / "c")])
     (result,) = script("search").main([QUERY, "--cache-dir", str(tmp_path / "c"), "--split", "val"])
     expected = [name for name, _ in answers(tmp_path / "c", retriever, split="val")]
     assert [row["id"] for row in result["results"]] == [row["path"] for row in result["results"]] == expected
-    manifest = Cache(tmp_path / "c").manifest
+    manifest = Index(tmp_path / "c").manifest
     write_manifest(tmp_path / "c" / "manifest.json", {**manifest, "base_projector": "0" * 64})
     with pytest.raises(InputError, match=r"is not the model that .*c was made with"):
         script("search").main([QUERY, "--cache-dir", str(tmp_path / "c"), "--split", "val"])

@@ -10,10 +10,11 @@ import torch
 from oracle import naive_merge
 from PIL import Image
 
-from samer import flickr
-from samer.cache_io import Cache
-from samer.colpali import Retriever, load_projector
 from samer.config import MergeConfig
+from samer.data import flickr
+from samer.index.read import Index
+from samer.retrievers.colpali import Retriever
+from samer.retrievers.projectors import load_projector
 
 PHOTOS = Path(__file__).resolve().parent / "fixtures" / "photos"
 SPLITS = {"train": ["1001", "1002", "1003", "1004"], "val": ["1005", "1006"], "test": ["1007", "1008"]}
@@ -74,7 +75,7 @@ def test_training_sees_the_boxes(run):
 
 
 def _base_of(run):
-    return Cache(run["folder"] / "cache").manifest["base_model"]
+    return Index(run["folder"] / "cache").manifest["base_model"]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -107,7 +108,7 @@ def merged(retriever, image):
 
 def stored(run, image_id):
     for split in SPLITS:
-        for ids, tokens, mask in Cache(run["folder"] / "cache").images(split):
+        for ids, tokens, mask in Index(run["folder"] / "cache").images(split):
             if image_id in ids:
                 assert mask.all()
                 return tokens[ids.index(image_id)]

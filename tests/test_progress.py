@@ -3,7 +3,7 @@
 import io
 import sys
 
-from samer.runtime import Progress
+from samer.runtime.progress import Progress
 
 
 def test_a_log_gets_plain_lines(monkeypatch):

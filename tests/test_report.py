@@ -16,29 +16,22 @@ import pytest
 import torch
 from PIL import Image
 
-from samer import comparison, flickr
-from samer.cache_io import build_cache
-from samer.colpali import Projector, Retriever
-from samer.comparison import budgets, measure, shown_methods, sweep
+from samer.compare import plan as compare_plan
+from samer.compare.measure import measure
+from samer.compare.plan import budgets, shown_methods
+from samer.compare.run import sweep
 from samer.compressors import COMPRESSORS, make_compressor
 from samer.config import InputError, MergeConfig
-from samer.drawing import BOX, LIGHT, PALETTE, PAPER, draw_boxes, panels, regions_over, spotlight
-from samer.flickr import Caption, ImageRecord, Phrase
-from samer.report import (
-    PER_RULE,
-    Case,
-    Gallery,
-    Regions,
-    Shown,
-    Table,
-    choose_cases,
-    headline,
-    make_gallery,
-    metrics_table,
-    smallest_phrase,
-    write_report,
-)
-from samer.tables import plain_tables, plots, recall_table
+from samer.data import flickr, pictures
+from samer.data.records import Caption, ImageRecord, Phrase
+from samer.index.write import build_index
+from samer.report.drawing import BOX, LIGHT, PALETTE, PAPER, draw_boxes, panels, regions_over, spotlight
+from samer.report.gallery import PER_RULE, Case, Gallery, Regions, Shown, choose_cases, make_gallery, smallest_phrase
+from samer.report.page import Table, headline, metrics_table, write_report
+from samer.report.plots import plots
+from samer.report.tables import plain_tables, recall_table
+from samer.retrievers.base import Projector
+from samer.retrievers.colpali import Retriever
 
 K, GRID, IMAGES, CAPTIONS = 6, 8, 8, 40
 RANDOM = "Chosen at random"
@@ -674,7 +667,7 @@ def test_the_pictures_of_a_case_are_its_own(brief, records, tmp_path):
     dark, bright = [], []
     for number, case in enumerate(brief.cases):
         own = [decoded(source) for source in sources[number * per_case : (number + 1) * per_case]]
-        whole = flickr.load_image(records[case.image].image_path)
+        whole = pictures.load_image(records[case.image].image_path)
         assert max(own[0].shape) == 320
         assert max(own[-1].shape) == 150
         height, width = own[0].shape[:2]
@@ -694,7 +687,7 @@ def test_the_pictures_of_a_case_are_its_own(brief, records, tmp_path):
         for top, images in ((case.top[0], own[-10:-5]), (case.top[-1], own[-5:])):
             for image, small in zip(top, images):
                 size = small.shape[1], small.shape[0]
-                expected = flickr.load_image(records[image].image_path).resize(size, Image.LANCZOS)
+                expected = pictures.load_image(records[image].image_path).resize(size, Image.LANCZOS)
                 assert np.abs(small - np.asarray(expected).astype(int)).mean() < 12
     assert len(dark) > 50
     assert max(dark) < 6
@@ -945,7 +938,7 @@ def caches(world, encoder, tmp_path_factory):
         ("few", plain, merge, 5),
     ):
         encoder.use_projector(projector)
-        build_cache(folder / name, world, ["test"], encoder, settings, limit_images=limit)
+        build_index(folder / name, world, ["test"], encoder, settings, limit_images=limit)
     return folder
 
 
@@ -1018,11 +1011,11 @@ def test_report_of_indexes(caches, world, script, tmp_path, capsys):
 
 
 def test_ranks_in_a_report_are_the_indexes_own(caches, world, script, tmp_path):
-    from samer.cache_io import Cache
+    from samer.index.read import Index
 
     script("report").main(report_words(caches, world, tmp_path / "r.html"))
     page = check_page(tmp_path / "r.html")
-    scores = {name: Cache(caches / name).scores("test") for name in ("none", "trained")}
+    scores = {name: Index(caches / name).scores("test") for name in ("none", "trained")}
     records = flickr.load_split(world, "test", boxes=True)
     texts = [caption.text for record in records for caption in record.captions]
     captions = re.findall(r'<p class="caption">(.*?)</p>', page.source)
@@ -1075,10 +1068,10 @@ def test_report_says_how_methods_are_named(world, script, tmp_path, capsys, opti
 def test_an_index_of_another_model_is_refused(caches, world, base, encoder, script, tmp_path):
     other = Retriever.load(str(base), dtype=torch.float32)
     with torch.no_grad():
-        other.model.embedding_proj_layer.weight.mul_(1.5)
+        other.model.projection.weight.mul_(1.5)
     other.model.save_pretrained(tmp_path / "other")
     other.processor.save_pretrained(tmp_path / "other")
-    build_cache(
+    build_index(
         tmp_path / "cache", world, ["test"], Retriever.load(str(tmp_path / "other")), MergeConfig(num_regions=K)
     )
     words = report_words(caches, world, tmp_path / "r.html", method=["all tokens=none", f"x={tmp_path / 'cache'}"])
@@ -1095,7 +1088,7 @@ def test_an_index_of_another_model_is_refused(caches, world, base, encoder, scri
 
 def test_eval_refuses_other_data(caches, world, script, tmp_path):
     """The metrics are written all the same: they need the index only."""
-    from samer.scenes import write_world
+    from samer.world.write import write_world
 
     write_world(tmp_path / "other", {"test": 8}, seed=8, workers=1)
     words = ["--cache-dir", caches / "merged", "--output-json", tmp_path / "m.json", "--data-root", tmp_path / "other"]
@@ -1108,7 +1101,7 @@ def test_eval_refuses_other_data(caches, world, script, tmp_path):
 def test_a_comparison_shows_these_methods(encoder, monkeypatch, trained):
     asked = []
     monkeypatch.setattr(
-        comparison, "load_projector", lambda path, store: asked.append(path) or another(store.base_projector)
+        compare_plan, "load_projector", lambda path, store: asked.append(path) or another(store.base_projector)
     )
     base = MergeConfig(num_regions=K, spatial_weight=0.3)
     sections = ["untouched", "adapted"] if trained else ["untouched"]
@@ -1120,7 +1113,7 @@ def test_a_comparison_shows_these_methods(encoder, monkeypatch, trained):
         1 + len(more)
     )
     assert {method.name for method in regions} == {
-        f"{init}, {how}" for init in comparison.CENTRES for how in ["untouched", "trained"][: 1 + trained]
+        f"{init}, {how}" for init in compare_plan.CENTRES for how in ["untouched", "trained"][: 1 + trained]
     }
     for method in [*methods, *regions]:
         assert (method.merge.num_regions, method.merge.spatial_weight) == (K, 0.3)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from browser import SIZES, fits_sideways, opened, pixels, until
 
-from samer.cache_io import build_cache
-from samer.colpali import Projector, Retriever
 from samer.config import MergeConfig
+from samer.index.write import build_index
+from samer.retrievers.base import Projector
+from samer.retrievers.colpali import Retriever
 
 pytestmark = pytest.mark.browser
 LOADED = "[...document.images].every((image) => image.complete && image.naturalWidth > 0)"
@@ -34,7 +35,7 @@ def report(world, base, script, tmp_path_factory):
         ("farthest centres, a rather long name, trained", moved, MergeConfig(num_regions=6, center_init="farthest")),
     ):
         encoder.use_projector(projector)
-        build_cache(folder / settings.compressor, world, ["test"], encoder, settings)
+        build_index(folder / settings.compressor, world, ["test"], encoder, settings)
         words[name] = f"{name}={folder / settings.compressor}"
     own = words["farthest centres, a rather long name, trained"]
     settings = ["--data-root", str(world), "--out", str(folder / "report.html"), "--method", *words.values()]

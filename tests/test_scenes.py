@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samer import scenes
 from samer.config import InputError
-from samer.flickr import load_split, parse_sentence
-from samer.scenes import COLOURS, KINDS, STYLES, caption_text, make_group, write_world
+from samer.data.flickr import load_split, parse_sentence
+from samer.world import scenes as world_scenes
+from samer.world import write as world_write
+from samer.world.captions import caption_text
+from samer.world.kinds import COLOURS, KINDS, STYLES
+from samer.world.scenes import make_group
+from samer.world.write import write_world
 
 COUNTS = {"train": 6, "val": 3, "test": 4}
 BLUR = 2  # pixels: how far the blur that ends a picture may carry a change out of its box
@@ -105,7 +109,7 @@ def test_spans_point_at_the_words_that_the_reader_finds():
         for scene in make_group("outdoor", 2, group):
             for caption in scene.captions:
                 text, spans = caption_text(caption)
-                plain, phrases = parse_sentence(scenes._markup(caption))
+                plain, phrases = parse_sentence(world_write._markup(caption))
                 assert text == plain
                 assert spans == [(int(phrase.chain_id), phrase.start, phrase.end) for phrase in phrases]
                 assert [text[start:end] for _, start, end in spans] == [phrase.text for phrase in phrases]
@@ -233,7 +237,7 @@ def test_bad_requests_are_refused(tmp_path, options, words):
 
 @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, failure):
-    original = scenes.make_group
+    original = world_scenes.make_group
 
     def failing(style, seed, group):
         if group == 2:
@@ -241,8 +245,8 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, failure):
         return original(style, seed, group)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scenes, "ProcessPoolExecutor", ThreadPoolExecutor)  # so that the patch reaches the workers
-        patch.setattr(scenes, "make_group", failing)
+        patch.setattr(world_write, "ProcessPoolExecutor", ThreadPoolExecutor)  # so that the patch reaches the workers
+        patch.setattr(world_write, "make_group", failing)
         with pytest.raises(type(failure)):
             write_world(tmp_path / "world", {"train": 5}, workers=1)
     assert list(tmp_path.iterdir()) == []
@@ -253,13 +257,13 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, failure):
 def test_a_folder_that_fills_up_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
     root = tmp_path / "world"
     root.mkdir()
-    original = scenes._write_files
+    original = world_write._write_files
 
     def slow(*arguments):
         original(*arguments)
         (root / "mine.txt").write_text("mine")
 
-    monkeypatch.setattr(scenes, "_write_files", slow)
+    monkeypatch.setattr(world_write, "_write_files", slow)
     with pytest.raises(OSError, match="not empty"):
         write_world(root, {"train": 1}, workers=1)
     assert files(tmp_path) == {str(Path("world") / "mine.txt"): b"mine"}

@@ -12,12 +12,13 @@ import pytest
 import torch
 import yaml
 
-from samer import flickr
-from samer.cache_io import Cache
-from samer.colpali import Retriever, load_projector
 from samer.config import load_config
+from samer.data import flickr, pictures
 from samer.evaluation import both_directions
+from samer.index.read import Index
 from samer.merging import MergeConfig, merge_tokens
+from samer.retrievers.colpali import Retriever
+from samer.retrievers.projectors import load_projector
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(ROOT.glob("scripts/*.py"))
@@ -157,7 +158,7 @@ def test_train_writes_the_projector_and_the_settings(pipeline, base, world):
 
 
 def test_cache_takes_the_settings_of_the_adapter(pipeline, base):
-    manifest = Cache(pipeline["folder"] / "cache").manifest
+    manifest = Index(pipeline["folder"] / "cache").manifest
     settings = json.loads((pipeline["folder"] / "out" / "config.json").read_text())
     assert manifest["merge"] == settings["merge"] == MERGE
     assert manifest["base_model"] == str(base)
@@ -172,7 +173,7 @@ def test_cache_takes_the_settings_of_the_adapter(pipeline, base):
 def test_eval_writes_the_metrics_of_the_cache(pipeline, base):
     folder = pipeline["folder"]
     result = json.loads((folder / "metrics.json").read_text())
-    cache = Cache(folder / "cache")
+    cache = Index(folder / "cache")
     about = {key: result.pop(key) for key in ("split", "images", "queries", "vectors_per_image", "bytes_per_image")}
     assert about == {"split": "test", "images": 8, "queries": 40, "vectors_per_image": 6, "bytes_per_image": 390.0}
     source = result.pop("cache")
@@ -206,8 +207,8 @@ def test_the_trained_projector_is_what_the_index_holds(pipeline, world, base):
     retriever = Retriever.load(str(base))
     retriever.use_projector(load_projector(pipeline["folder"] / "out", retriever))
     records = flickr.load_split(world, "test", boxes=False)
-    visual = retriever.encode_images(retriever.image_inputs([flickr.load_image(r.image_path) for r in records]))
-    ((_, tokens, _),) = Cache(pipeline["folder"] / "cache").images("test")
+    visual = retriever.encode_images(retriever.image_inputs([pictures.load_image(r.image_path) for r in records]))
+    ((_, tokens, _),) = Index(pipeline["folder"] / "cache").images("test")
     assert torch.equal(tokens, merge_tokens(visual.tokens, visual.coords, MergeConfig(**MERGE)).tokens)
 
 
@@ -219,7 +220,7 @@ def cache_words(pipeline, world, folder, *rest):
 
 
 def merge_of(folder):
-    return Cache(folder).manifest["merge"]
+    return Index(folder).manifest["merge"]
 
 
 def test_overrides_win_over_the_adapter(script, pipeline, world, tmp_path):
@@ -236,13 +237,13 @@ def test_a_config_file_wins_over_the_adapter(script, pipeline, world, base, tmp_
     defaults = {"spatial_weight": 0.1, "assignment_temperature": 0.07, "object_penalty": 1.0, "center_init": "raster"}
     defaults["compressor"] = "samer"
     assert merge_of(tmp_path / "c") == {"num_regions": 5, "cluster_iters": 1, **defaults}
-    assert Cache(tmp_path / "c").manifest["projector"] != Cache(tmp_path / "c").manifest["base_projector"]
+    assert Index(tmp_path / "c").manifest["projector"] != Index(tmp_path / "c").manifest["base_projector"]
 
 
 def test_without_an_adapter_the_projection_is_untouched(script, pipeline, world, base, tmp_path, capsys):
     rest = ("--limit-images", 2, "--batch-size", 1, f"model.name={base}", "merge.num_regions=7")
     (summary,) = script("cache").main(cache_words(pipeline, world, tmp_path / "c", *rest))
-    manifest = Cache(tmp_path / "c").manifest
+    manifest = Index(tmp_path / "c").manifest
     assert manifest["projector"] == manifest["base_projector"]
     assert manifest["dtype"] == "bfloat16"
     assert (summary.images, summary.queries, summary.regions) == (2, 10, 7)
@@ -256,7 +257,7 @@ def test_a_base_folder_may_bear_any_name(script, pipeline, world, base, tmp_path
     settings = json.loads((adapter / "config.json").read_text())
     (adapter / "config.json").write_text(json.dumps({**settings, "base_model": str(odd)}))
     script("cache").main(cache_words(pipeline, world, tmp_path / "c", "--adapter-path", adapter))
-    assert Cache(tmp_path / "c").manifest["base_model"] == str(odd)
+    assert Index(tmp_path / "c").manifest["base_model"] == str(odd)
 
 
 def test_overrides_may_follow_the_splits(script, pipeline, world, base, tmp_path, capsys):

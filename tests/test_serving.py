@@ -18,12 +18,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from samer import cache_io, serving
-from samer.cache_io import Cache, add_images, build_cache, delete_images
-from samer.colpali import Projector, Retriever
 from samer.config import InputError, MergeConfig
+from samer.index import pictures as index_pictures
+from samer.index.pictures import add_images, delete_images
+from samer.index.read import Index
+from samer.index.write import build_index
+from samer.retrievers.base import Projector
+from samer.retrievers.colpali import Retriever
 from samer.scoring import pack_signs
-from samer.serving import HEADERS, Models, SearchIndex, loopback_names, make_app, query_words
+from samer.search import open_index as search_open_index
+from samer.search.open_index import Models, SearchIndex, query_words
+from samer.search.page import HEADERS, loopback_names, make_app
 
 pytest.importorskip("starlette", reason="needs starlette (requirements-serve.txt)")
 pytest.importorskip("httpx", reason="starlette's test client needs httpx")
@@ -50,7 +55,7 @@ def caches(world, base, tmp_path_factory):
     for name, (compressor, dtype, kept) in INDEXES.items():
         retriever.use_projector(Projector(layer.weight + 0.05 * step * (name == "hpool"), layer.bias))
         merge = MergeConfig(num_regions=6, compressor=compressor)
-        build_cache(folder / name, world, ["test"], retriever, merge, dtype=dtype, assignments=kept)
+        build_index(folder / name, world, ["test"], retriever, merge, dtype=dtype, assignments=kept)
     return folder
 
 
@@ -89,7 +94,7 @@ def asked(client, name="samer", text=QUERY, top=8):
 
 def encoded(caches, base, name, text):
     retriever = Retriever.load(str(base))
-    retriever.use_projector(Cache(caches / name).projector())
+    retriever.use_projector(Index(caches / name).projector())
     return retriever.encode_queries(retriever.query_inputs([text]))
 
 
@@ -111,14 +116,14 @@ def stored(folder):
 @pytest.mark.parametrize("name", INDEXES)
 def test_results_are_those_of_the_index(client, caches, base, name):
     answer = asked(client, name, top=5)
-    expected = Cache(caches / name).search(encoded(caches, base, name, QUERY), "test", 5)[0]
+    expected = Index(caches / name).search(encoded(caches, base, name, QUERY), "test", 5)[0]
     assert [(row["id"], row["score"]) for row in answer["results"]] == expected
-    ids = [each for ids, *_ in Cache(caches / name).images("test") for each in ids]
+    ids = [each for ids, *_ in Index(caches / name).images("test") for each in ids]
     assert [ids[row["number"]] for row in answer["results"]] == [row["id"] for row in answer["results"]]
     assert answer["encode_ms"] > 0
     assert answer["search_ms"] > 0
     facts = answer["index"]
-    images, _, regions, size = Cache(caches / name).size("test")
+    images, _, regions, size = Index(caches / name).size("test")
     assert (facts["images"], facts["regions"], facts["bytes_per_image"]) == (images, regions, size)
     assert facts["total_bytes"] == images * size
     assert client.get("/api/indexes").json()["indexes"][PLACES[name]] == facts
@@ -197,7 +202,7 @@ def test_box_mass_is_what_counting_fine_pixels_gives(client, world, name):
 
 
 def test_a_place_without_a_vector_is_no_winner(indexes, monkeypatch):
-    index, vectors = indexes[0], Cache.vectors
+    index, vectors = indexes[0], Index.vectors
     found = index.search(QUERY, 1)
     (before,) = {told["vectors"][0] for told in index.explain(QUERY, found)[1][0]["words"][:1]}
 
@@ -205,7 +210,7 @@ def test_a_place_without_a_vector_is_no_winner(indexes, monkeypatch):
         tokens, mask, regions = vectors(self, split, number)
         return tokens, mask & (torch.arange(len(mask)) != before), regions
 
-    monkeypatch.setattr(Cache, "vectors", without)
+    monkeypatch.setattr(Index, "vectors", without)
     assert before not in [vector for told in index.explain(QUERY, found)[1][0]["words"] for vector in told["vectors"]]
 
 
@@ -230,8 +235,8 @@ def test_words_and_their_tokens():
 
 def test_a_model_is_loaded_once_and_reads_a_text_once(caches, world, monkeypatch):
     loaded, read = [], []
-    load, states = serving.open_encoder, Retriever.hidden_states
-    monkeypatch.setattr(serving, "open_encoder", lambda *words: loaded.append(words) or load(*words))
+    load, states = search_open_index.open_encoder, Retriever.hidden_states
+    monkeypatch.setattr(search_open_index, "open_encoder", lambda *words: loaded.append(words) or load(*words))
     monkeypatch.setattr(Retriever, "hidden_states", lambda self, inputs: read.append(1) or states(self, inputs))
     models = Models("cpu")
     indexes = [SearchIndex(caches / name, models) for name in ("samer", "hpool")]
@@ -245,13 +250,13 @@ def test_a_model_is_loaded_once_and_reads_a_text_once(caches, world, monkeypatch
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "binary"])
 def test_an_image_is_found_by_its_number(world, base, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(cache_io, "PICTURES_PER_SHARD", 3)
+    monkeypatch.setattr(index_pictures, "PICTURES_PER_SHARD", 3)
     root = world / "images" / "Images"
     names = sorted(path.name for path in root.iterdir())[:8]
     merge = MergeConfig(num_regions=6)
     add_images(tmp_path / "c", root, names, Retriever.load(str(base)), merge, dtype=dtype, assignments=True)
     delete_images(tmp_path / "c", "images", [names[1], names[3]])
-    cache = Cache(tmp_path / "c")
+    cache = Index(tmp_path / "c")
     assert cache.numbers("images") == {name: k for k, name in enumerate(names) if k not in (1, 3)}
     assert [cache.image_id("images", k) for k in range(-1, 9)] == [
         None,
@@ -316,7 +321,7 @@ def test_a_wrong_request_is_refused_in_words(client, query, words):
 
 def test_a_lone_surrogate_is_no_query():
     with pytest.raises(InputError, match="no text"):
-        serving.check_query("a\ud800b")
+        search_open_index.check_query("a\ud800b")
 
 
 @pytest.mark.parametrize(

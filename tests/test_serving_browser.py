@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from browser import SIZES, fits_sideways, opened, pixels, until
 
-from samer.cache_io import build_cache
-from samer.colpali import Retriever
 from samer.config import MergeConfig
+from samer.index.write import build_index
+from samer.retrievers.colpali import Retriever
 
 pytest.importorskip("starlette", reason="needs starlette (requirements-serve.txt)")
 pytest.importorskip("uvicorn", reason="needs uvicorn (requirements-serve.txt)")
@@ -30,7 +30,7 @@ def server(world, base, tmp_path_factory):
     folder, retriever = tmp_path_factory.mktemp("served"), Retriever.load(str(base))
     for name, regions, kept in (("small", 4, True), ("large", 12, True), ("bare", 20, False)):
         merge = MergeConfig(num_regions=regions)
-        build_cache(folder / name, world, ["test"], retriever, merge, assignments=kept)
+        build_index(folder / name, world, ["test"], retriever, merge, assignments=kept)
     words = ["--cache-dir", *(folder / name for name in ("large", "small", "bare")), "--data-root", world]
     process = subprocess.Popen(
         [sys.executable, "scripts/serve.py", *map(str, words), "--port", "0", "--threads", "1"],

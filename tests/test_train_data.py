@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from samer import flickr
 from samer.config import InputError, ObjectsConfig
-from samer.flickr import Caption, ImageRecord, Phrase
-from samer.train_data import CaptionDataset, Collator, Row, batched, caption_boxes
+from samer.data import flickr, pictures
+from samer.data.records import Caption, ImageRecord, Phrase
+from samer.runtime.progress import batched
+from samer.training.batches import CaptionDataset, Collator, Row, caption_boxes
 
 LEFT, RIGHT, WHOLE = (0.0, 0.0, 0.45, 1.0), (0.55, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 1.0)
 CORNER, SPECK = (0.0, 0.0, 0.2, 0.2), (0.1, 0.1, 0.15, 0.15)
@@ -17,7 +18,7 @@ CORNER, SPECK = (0.0, 0.0, 0.2, 0.2), (0.1, 0.1, 0.15, 0.15)
 
 @pytest.fixture(scope="module")
 def collator(base):
-    from samer.colpali import Retriever
+    from samer.retrievers.colpali import Retriever
 
     return Collator(Retriever.load(str(base)), ObjectsConfig())
 
@@ -115,8 +116,8 @@ def test_a_chain_named_twice_counts_once():
 
 def test_an_image_is_prepared_once_however_many_captions_it_has(collator, records, monkeypatch):
     opened = []
-    load = flickr.load_image
-    monkeypatch.setattr(flickr, "load_image", lambda path: opened.append(path) or load(path))
+    load = pictures.load_image
+    monkeypatch.setattr(pictures, "load_image", lambda path: opened.append(path) or load(path))
     pick = [(3, 0), (1, 2), (3, 4), (0, 1), (1, 0), (3, 1)]
     rows = [Row(image, records[image], records[image].captions[caption]) for image, caption in pick]
     batch = collator(rows)

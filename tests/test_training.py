@@ -10,12 +10,17 @@ import pytest
 import torch
 from oracle import naive_merge
 
-from samer import evaluation, flickr, training
-from samer.colpali import Retriever, load_projector
+from samer import evaluation
 from samer.config import InputError, MergeConfig, ObjectsConfig, dump_config, load_config
-from samer.train_data import CaptionDataset, Collator
-from samer.training import ProjectorModel, train
-from samer.verification import verify
+from samer.data import flickr
+from samer.index.verify import verify
+from samer.retrievers.colpali import Retriever
+from samer.retrievers.projectors import load_projector
+from samer.training import loop as training_loop
+from samer.training import model as training_model
+from samer.training.batches import CaptionDataset, Collator
+from samer.training.loop import train
+from samer.training.model import ProjectorModel
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +59,7 @@ def settings(base, world):
 def captured(monkeypatch):
     """What one call of `train` works with: the retriever, the module, every batch, a hash of the frozen weights."""
     seen = SimpleNamespace(batches=[], retriever=None, model=None, before=None)
-    load = training.open_encoder
+    load = training_loop.open_encoder
 
     def loading(*words, **more):
         seen.retriever = load(*words, **more)
@@ -71,9 +76,9 @@ def captured(monkeypatch):
             seen.batches.append(super().__call__(rows))
             return seen.batches[-1]
 
-    monkeypatch.setattr(training, "open_encoder", loading)
-    monkeypatch.setattr(training, "ProjectorModel", Model)
-    monkeypatch.setattr(training, "Collator", Recorder)
+    monkeypatch.setattr(training_loop, "open_encoder", loading)
+    monkeypatch.setattr(training_loop, "ProjectorModel", Model)
+    monkeypatch.setattr(training_loop, "Collator", Recorder)
     return seen
 
 
@@ -99,12 +104,12 @@ def history(output, name="loss"):
 def stop_before(step, monkeypatch):
     """Makes the next run end as if the user had interrupted it when `step` begins."""
 
-    class Stopping(training.LineLogger):
+    class Stopping(training_loop.LineLogger):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step + 1 == step:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "LineLogger", Stopping)
+    monkeypatch.setattr(training_loop, "LineLogger", Stopping)
 
 
 # --- the loss -------------------------------------------------------------------------------------------------------
@@ -154,7 +159,7 @@ def test_loss_and_gradient_equal_plain_loops(retriever, world, merge):
     model = ProjectorModel(retriever, merge, 0.07, True)
     loss = model(**batch)["loss"]
     loss.backward()
-    layer = model.embedding_proj_layer
+    layer = model.projection
     weight, bias = (t.detach().clone().requires_grad_() for t in (layer.weight, layer.bias))
     expected = naive_loss(retriever, batch, weight, bias, merge, 0.07)
     expected.backward()
@@ -186,18 +191,18 @@ def test_only_the_projector_trains_and_the_loss_falls(settings, captured, tmp_pa
     model, retriever = captured.model, captured.retriever
     assert fingerprint(retriever) == captured.before
     assert {name for name, _ in model.named_parameters()} == {
-        "embedding_proj_layer.weight",
-        "embedding_proj_layer.bias",
+        "projection.weight",
+        "projection.bias",
     }
     assert sum(p.numel() for p in model.parameters()) == 16 * 32 + 16
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     assert not any(p.requires_grad or p.grad is not None for p in retriever.model.parameters())
-    assert not any(p.requires_grad or p.grad is not None for p in retriever.projector.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in retriever.projection.parameters())
     assert torch.equal(retriever.current_projector().weight, retriever.base_projector.weight)
 
     saved = load_projector(tmp_path / "run", retriever)
-    assert torch.equal(saved.weight, model.embedding_proj_layer.weight)
-    assert torch.equal(saved.bias, model.embedding_proj_layer.bias)
+    assert torch.equal(saved.weight, model.projection.weight)
+    assert torch.equal(saved.bias, model.projection.bias)
     records = flickr.load_split(world, "train", boxes=True)
     batch = Collator(retriever, ObjectsConfig())(CaptionDataset(records).rows)  # the whole training set
     fresh = ProjectorModel(retriever, MergeConfig(num_regions=12), 0.07, True)
@@ -222,7 +227,7 @@ def test_a_run_equals_a_plain_loop_of_the_recipe(settings, captured, tmp_path, a
     assert [len(batch["image_of"]) for batch in batches] == [4] * 10
     steps = 10 // accumulate
     model = ProjectorModel(captured.retriever, config.merge, 0.07, True)
-    layer = model.embedding_proj_layer
+    layer = model.projection
     optimizer = torch.optim.AdamW(
         [{"params": [layer.weight], "weight_decay": 0.3}, {"params": [layer.bias], "weight_decay": 0.0}], lr=5e-3
     )
@@ -269,7 +274,7 @@ def test_every_caption_is_seen_once_an_epoch(settings, captured, tmp_path):
 def test_bf16_runs_on_the_cpu(settings, captured, tmp_path, base):
     train(settings(tmp_path / "run", train__bf16="true", train__num_train_epochs=0.25))
     assert captured.retriever.model.vlm.dtype == torch.bfloat16
-    assert captured.model.embedding_proj_layer.weight.dtype == torch.float32
+    assert captured.model.projection.weight.dtype == torch.float32
     full = Retriever.load(str(base))  # a projector trained on half-precision features belongs to the same base
     saved = load_projector(tmp_path / "run", full)
     assert torch.isfinite(saved.weight).all()
@@ -476,13 +481,13 @@ def test_resume_false_is_refused_where_a_run_is(settings, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(settings, tmp_path, monkeypatch):
     calls = []
-    loss = training.multi_positive_t2i_loss
+    loss = training_model.multi_positive_t2i_loss
 
     def breaking(*words):
         calls.append(words)
         return loss(*words) * (float("nan") if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(training, "multi_positive_t2i_loss", breaking)
+    monkeypatch.setattr(training_model, "multi_positive_t2i_loss", breaking)
     with pytest.raises(InputError, match="the loss is nan at step 3"):
         train(settings(tmp_path / "run"))
     assert not (tmp_path / "run/projector.safetensors").exists()
@@ -516,4 +521,4 @@ def test_several_gpus_without_torchrun_do_not_split_the_batch(settings, tmp_path
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    assert training._arguments(settings(tmp_path / "run")).n_gpu == 1
+    assert training_loop._arguments(settings(tmp_path / "run")).n_gpu == 1

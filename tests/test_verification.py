@@ -7,12 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from samer.cache_io import add_images, build_cache
-from samer.colpali import Projector, Retriever, save_projector
 from samer.config import InputError, MergeConfig
-from samer.features import write_features
-from samer.shards import write_shard
-from samer.verification import verify
+from samer.features.write import write_features
+from samer.index.pictures import add_images
+from samer.index.verify import verify
+from samer.index.write import build_index
+from samer.retrievers.base import Projector
+from samer.retrievers.colpali import Retriever
+from samer.retrievers.projectors import save_projector
+from samer.runtime.shards import write_shard
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,7 @@ def outputs(base, world, tmp_path_factory):
     folder, retriever = tmp_path_factory.mktemp("outputs"), Retriever.load(str(base))
     write_features(folder / "features", world, ["val"], retriever, dtype="float32")
     merge = MergeConfig(num_regions=4)
-    build_cache(folder / "caches/cache", world, ["val", "test"], retriever, merge, dtype="binary")
+    build_index(folder / "caches/cache", world, ["val", "test"], retriever, merge, dtype="binary")
     pictures = world / "images" / "Images"
     add_images(folder / "caches/index", pictures, sorted(p.name for p in pictures.iterdir())[:5], retriever, merge)
     layer = retriever.base_projector

@@ -35,9 +35,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {  # shards, so that each job makes many; and a comparison's report, which is made anew by each run
-    "samer.features": {"IMAGES_PER_SHARD": 4, "TEXTS_PER_SHARD": 8},
-    "samer.cache_io": {"IMAGES_PER_SHARD": 2, "PICTURES_PER_SHARD": 4, "QUERIES_PER_SHARD": 6},
-    "samer.report": {"PER_RULE": 1, "TOP": 2, "EVIDENCE_SIDE": 40},
+    "samer.features.write": {"IMAGES_PER_SHARD": 4, "TEXTS_PER_SHARD": 8},
+    "samer.index.write": {"IMAGES_PER_SHARD": 2, "QUERIES_PER_SHARD": 6},
+    "samer.index.pictures": {"PICTURES_PER_SHARD": 4},
+    "samer.report.gallery": {"PER_RULE": 1, "TOP": 2},
+    "samer.report.page": {"EVIDENCE_SIDE": 40},
 }
 COMPARED = ("none", "samer", "hpool", "hpc", "sap-mean")  # what a report's gallery shows
 SCRIPTS = ("train", "features", "cache", "index", "compare")
@@ -58,11 +60,13 @@ LAZY = (  # what they import on the way
     "matplotlib.backends.backend_agg",
     "matplotlib.backends.backend_svg",
     "matplotlib.pyplot",
-    "samer.comparison",
-    "samer.report",
-    "samer.serving",
-    "samer.tables",
-    "samer.training",
+    "samer.compare.run",
+    "samer.index.pictures",
+    "samer.index.write",
+    "samer.report.page",
+    "samer.report.tables",
+    "samer.search.open_index",
+    "samer.training.loop",
 )
 SETTINGS = """
 model: {{name: {base}}}
@@ -305,15 +309,17 @@ def work(order: dict) -> None:
     """Runs the entry point; how it ends is how this process ends."""
     import torch
 
-    from samer import runtime
+    from samer.runtime import commands as runtime_commands
 
     torch.set_num_threads(1)
     for module, values in SMALL.items():
         vars(sys.modules[module]).update(values)
-    compared, tables = sys.modules["samer.comparison"], sys.modules["samer.tables"]
+    compared = sys.modules["samer.compare.plan"]
     compared.COMPRESSORS = {name: compared.COMPRESSORS[name] for name in COMPARED}
-    tables.PLOTS = {"grounding": tables.PLOTS["grounding"]}
-    sys.modules["samer.report"].panels = functools.partial(sys.modules["samer.drawing"].panels, height=20)
+    plots = sys.modules["samer.report.plots"]
+    for name in [name for name in plots.PLOTS if name != "grounding"]:
+        del plots.PLOTS[name]
+    sys.modules["samer.report.page"].panels = functools.partial(sys.modules["samer.report.drawing"].panels, height=20)
     count_steps(order["place"])
     watch_files(order)
     if order.get("do") == "tear":
@@ -323,12 +329,12 @@ def work(order: dict) -> None:
     main = sys.modules[f"scripts.{order['script']}"].main
     if not order.get("late"):
         os.write(order["ready"], b"!")
-    runtime.run(lambda: main(order["words"]))
+    runtime_commands.run(lambda: main(order["words"]))
 
 
 def count_steps(place: int) -> None:
     """Notes each training step as it begins."""
-    trainer = sys.modules["samer.training"].SamerTrainer
+    trainer = sys.modules["samer.training.loop"].SamerTrainer
     plain = trainer.training_step
 
     def training_step(self, *words, **more):

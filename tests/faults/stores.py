@@ -9,9 +9,14 @@ import torch
 from harness import read_header
 from safetensors.torch import save_file
 
-from samer import cache_io, flickr
-from samer.colpali import Encoder, Projector, save_projector
 from samer.config import MergeConfig
+from samer.data import flickr
+from samer.index import manifest as index_manifest
+from samer.index import pictures as index_pictures
+from samer.index import read as index_read
+from samer.index import write as index_write
+from samer.retrievers.base import Encoder, Projector
+from samer.retrievers.projectors import save_projector
 from samer.tokens import QueryTokens
 
 DIM, GRID = 16, 4
@@ -25,8 +30,8 @@ class Drawn(Encoder):
     def __init__(self):
         generator = torch.Generator().manual_seed(3)
         weight = torch.eye(DIM) + 0.05 * torch.randn(DIM, DIM, generator=generator)
-        super().__init__("drawn", Projector(weight, torch.zeros(DIM)), GRID, 1, "cpu")
-        self.source = {"computed_in": "float32", "stored_in": "nothing"}
+        super().__init__("drawn", Projector(weight, torch.zeros(DIM)), grid=(GRID, GRID), image_token_id=1)
+        self.origin = {"computed_in": "float32", "stored_in": "nothing"}
 
     def draw(self, words, count):
         seeds = [torch.Generator().manual_seed(sum(word.encode()) + 7 * len(word)) for word in words]
@@ -66,14 +71,14 @@ def small_data(world, folder, count=3):
 
 def make_cache(folder, data, dtype):
     """An index of the test split in shards of 2 images and 6 queries; of a float16 one an image is deleted."""
-    before = cache_io.IMAGES_PER_SHARD, cache_io.QUERIES_PER_SHARD
-    cache_io.IMAGES_PER_SHARD, cache_io.QUERIES_PER_SHARD = 2, 6
+    before = index_write.IMAGES_PER_SHARD, index_write.QUERIES_PER_SHARD
+    index_write.IMAGES_PER_SHARD, index_write.QUERIES_PER_SHARD = 2, 6
     try:
-        cache_io.build_cache(folder, data, ["test"], Drawn(), MERGE, dtype=dtype, assignments=dtype == "float32")
+        index_write.build_index(folder, data, ["test"], Drawn(), MERGE, dtype=dtype, assignments=dtype == "float32")
     finally:
-        cache_io.IMAGES_PER_SHARD, cache_io.QUERIES_PER_SHARD = before
+        index_write.IMAGES_PER_SHARD, index_write.QUERIES_PER_SHARD = before
     if dtype == "float16":
-        cache_io.delete_images(folder, "test", list(cache_io.Cache(folder).numbers("test"))[1:2])
+        index_pictures.delete_images(folder, "test", list(index_read.Index(folder).numbers("test"))[1:2])
     return folder
 
 
@@ -116,7 +121,7 @@ def cache_says(folder, queries, top):
     """What an index holds as its files are now, read by other code; raises where they contradict each other."""
     manifest = json.loads((folder / "manifest.json").read_text())
     split = manifest["splits"]["test"]
-    assert manifest["dtype"] in cache_io.DTYPES
+    assert manifest["dtype"] in index_manifest.DTYPES
     shards, names, values, masks, numbers, regions, deleted = [], [], [], [], {}, [], split.get("deleted", {})
     for entry in split["images"]:
         tensors, own = tensors_of((folder / "test" / entry["file"]).read_bytes())
@@ -180,7 +185,7 @@ def make_projectors(folder):
     adapted.save_pretrained(folder / "lora")
     (folder / "lora" / "README.md").unlink(missing_ok=True)
     shutil.copytree(folder / "lora", folder / "whole")
-    names = {n: f"base_model.model.embedding_proj_layer.{n}" for n in ("weight", "bias")}
+    names = {n: f"base_model.model.projection.{n}" for n in ("weight", "bias")}
     tensors = {names["weight"]: base.weight + 0.02, names["bias"]: base.bias.clone()}
     save_file(tensors, folder / "whole" / "adapter_model.safetensors")
     (folder / "legacy").mkdir()
@@ -196,7 +201,7 @@ def projector_says(folder, kind):
         return None  # no checksum in that format: see the test
     name = "projector.safetensors" if kind == "ours" else "adapter_model.safetensors"
     tensors, _ = tensors_of((folder / kind / name).read_bytes())
-    tensors = {key.removeprefix("base_model.model.embedding_proj_layer."): value for key, value in tensors.items()}
+    tensors = {key.removeprefix("base_model.model.projection."): value for key, value in tensors.items()}
     if kind != "lora":
         return tensors["weight"], tensors["bias"]
     config = json.loads((folder / kind / "adapter_config.json").read_text())

@@ -46,13 +46,18 @@ from stores import (
     tensors_of,
 )
 
-from samer import flickr, runtime
-from samer.cache_io import Cache, delete_images
-from samer.colpali import load_projector
 from samer.config import InputError, load_config
-from samer.features import FeatureStore, fingerprint, write_features
-from samer.flickr import load_image, load_split
-from samer.verification import verify
+from samer.data import flickr
+from samer.data.flickr import load_split
+from samer.data.pictures import load_image
+from samer.features.manifest import fingerprint
+from samer.features.read import FeatureStore
+from samer.features.write import write_features
+from samer.index.pictures import delete_images
+from samer.index.read import Index
+from samer.index.verify import verify
+from samer.retrievers.projectors import load_projector
+from samer.runtime import commands as runtime_commands
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a survey passes over (error, frame, detail; regular expressions), and why.
@@ -107,25 +112,25 @@ def vectors_of(cache):
 
 
 CACHE_READERS = {
-    "projector": lambda folder: Cache(folder).projector().hash,
-    "size": lambda folder: Cache(folder).size("test"),
-    "images": lambda folder: list(Cache(folder).images("test")),
-    "queries": lambda folder: queries_of(Cache(folder)),
-    "scores": lambda folder: Cache(folder).scores("test")[0],
-    "search": lambda folder: Cache(folder).search(questions(), "test", TOP),
-    "numbers": lambda folder: Cache(folder).numbers("test"),
-    "vectors": lambda folder: vectors_of(Cache(folder)),
-    "assignments": lambda folder: list(Cache(folder).assignments("test")),
-    "image_id": lambda folder: {name: n for n in range(4) if (name := Cache(folder).image_id("test", n)) is not None},
+    "projector": lambda folder: Index(folder).projector().hash,
+    "size": lambda folder: Index(folder).size("test"),
+    "images": lambda folder: list(Index(folder).images("test")),
+    "queries": lambda folder: queries_of(Index(folder)),
+    "scores": lambda folder: Index(folder).scores("test")[0],
+    "search": lambda folder: Index(folder).search(questions(), "test", TOP),
+    "numbers": lambda folder: Index(folder).numbers("test"),
+    "vectors": lambda folder: vectors_of(Index(folder)),
+    "assignments": lambda folder: list(Index(folder).assignments("test")),
+    "image_id": lambda folder: {name: n for n in range(4) if (name := Index(folder).image_id("test", n)) is not None},
     "delete": lambda folder: deleted(folder),
 }
 
 
 def deleted(folder):
     """Deletes one image; what is left."""
-    ids = list(Cache(folder).numbers("test"))
+    ids = list(Index(folder).numbers("test"))
     left = delete_images(folder, "test", ids[:1])
-    now = Cache(folder).numbers("test")
+    now = Index(folder).numbers("test")
     return {"left": left == len(now) == len(ids) - 1, "gone": ids[0] not in now}
 
 
@@ -325,11 +330,11 @@ def test_an_index_built_over_a_spoiled_one(caches, data, dtype):
 
 
 def test_features_written_over_spoiled_ones(stores, data, base, monkeypatch):
-    from samer import features
-    from samer.colpali import Retriever
+    from samer.features import write as features_write
+    from samer.retrievers.colpali import Retriever
 
-    monkeypatch.setattr(features, "IMAGES_PER_SHARD", 2)
-    monkeypatch.setattr(features, "TEXTS_PER_SHARD", 8)
+    monkeypatch.setattr(features_write, "IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr(features_write, "TEXTS_PER_SHARD", 8)
     retriever, work = Retriever.load(str(base)), stores["int8"]
     with survey("build over features: bytes", []) as found:
 
@@ -349,7 +354,7 @@ def test_features_written_over_spoiled_ones(stores, data, base, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_a_spoiled_model(base, tmp_path):
     """The model's folder is transformers' to read: what it can't read is refused by name."""
-    from samer.colpali import Retriever
+    from samer.retrievers.colpali import Retriever
 
     work = Spoiled(base, tmp_path / "model")
     with survey("model: bytes", []) as found:
@@ -432,19 +437,19 @@ def test_a_spoiled_projector(projectors, kind):
 
 @pytest.fixture(scope="session")
 def stores(data, base, tmp_path_factory):
-    from samer import features
-    from samer.colpali import Retriever
+    from samer.features import write as features_write
+    from samer.retrievers.colpali import Retriever
 
     retriever, result = Retriever.load(str(base)), {}
-    before = features.IMAGES_PER_SHARD, features.TEXTS_PER_SHARD
-    features.IMAGES_PER_SHARD, features.TEXTS_PER_SHARD = 2, 8
+    before = features_write.IMAGES_PER_SHARD, features_write.TEXTS_PER_SHARD
+    features_write.IMAGES_PER_SHARD, features_write.TEXTS_PER_SHARD = 2, 8
     try:
         for dtype in ("float32", "int8"):
             place = tmp_path_factory.mktemp("features")
             write_features(place / "clean", data, ["test"], retriever, dtype=dtype)
             result[dtype] = Spoiled(place / "clean", place / "work", seal)
     finally:
-        features.IMAGES_PER_SHARD, features.TEXTS_PER_SHARD = before
+        features_write.IMAGES_PER_SHARD, features_write.TEXTS_PER_SHARD = before
     return result
 
 
@@ -925,7 +930,7 @@ OPENERS = {
     "config": load_config,
     "data": lambda path: load_split(path, "val", boxes=False),
     "projector": lambda path: load_projector(path, Drawn()),
-    "index": Cache,
+    "index": Index,
     "features": lambda path: FeatureStore(path, "/no/model"),
 }
 
@@ -1058,7 +1063,7 @@ def test_a_manifest_that_cannot_be_true(caches, name):
         manifest = json.loads(work.clean["manifest.json"])
         change(manifest)
         work.write("manifest.json", resealed(manifest))
-        reader = CACHE_READERS.get(reader, lambda folder: Cache(folder).numbers("test"))
+        reader = CACHE_READERS.get(reader, lambda folder: Index(folder).numbers("test"))
         message = refusal(lambda folder: reader(folder), work.folder)
         assert "remove it" not in message or "/etc/passwd:" not in message
     finally:
@@ -1173,7 +1178,7 @@ def test_eval_exits_with_2(caches, script, capsys, tmp_path, fault, words):
         work.spoil(fault)
         arguments = ["--cache-dir", str(work.folder), "--split", "test", "--output-json", str(tmp_path / "m.json")]
         with pytest.raises(SystemExit) as stopped:
-            runtime.run(lambda: script("eval").main(arguments))
+            runtime_commands.run(lambda: script("eval").main(arguments))
         assert stopped.value.code == 2
         assert words in capsys.readouterr().err
         assert not (tmp_path / "m.json").exists()

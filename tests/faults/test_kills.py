@@ -25,10 +25,10 @@ import pytest
 from jobs import Job, Server, make_jobs, stat_of
 from safetensors import safe_open
 
-from samer.cache_io import Cache
-from samer.features import FeatureStore
+from samer.features.read import FeatureStore
+from samer.index.read import Index
+from samer.index.verify import verify
 from samer.tokens import QueryTokens
-from samer.verification import verify
 
 LONG = os.environ.get("SAMER_FAULT_LONG") == "1"
 NAMES = ("train", "features", "cache", "index append", "compare")
@@ -116,12 +116,12 @@ class Reader:
         self.seen = 0
         self.looks = {"features": self.features, "cache": self.cache, "index": self.index, "compare": self.compare}
         if job.script == "index":
-            self.final = Cache(job.out)
+            self.final = Index(job.out)
             self.rows = self.held(self.final)
             self.query = QueryTokens(*(t[None] for t in self.final.vectors("images", 5)[:2]))
             self.right = self.final.search(self.query, "images", len(self.rows))[0]
 
-    def held(self, cache: Cache) -> dict[str, bytes]:
+    def held(self, cache: Index) -> dict[str, bytes]:
         return {
             name: row.numpy().tobytes() + mask.numpy().tobytes()
             for ids, tokens, masks in cache.images("images")
@@ -148,7 +148,7 @@ class Reader:
         """A split is in the manifest when it is complete, not before."""
         if not (self.job.out / "manifest.json").is_file():
             return
-        cache = Cache(self.job.out)
+        cache = Index(self.job.out)
         final = json.loads(self.expected["manifest.json"])["splits"]
         for split, entry in cache.manifest["splits"].items():
             assert final[split] == entry, f"half of {split}"
@@ -157,7 +157,7 @@ class Reader:
 
     def index(self) -> None:
         """Ids are the first of the final ones, never fewer than before; rows and answers are theirs."""
-        cache = Cache(self.job.out)
+        cache = Index(self.job.out)
         rows = self.held(cache)
         ids = list(self.rows)[: len(rows)]
         assert list(rows) == ids, "ids are no prefix of the final ones"

@@ -23,12 +23,14 @@ from safetensors.torch import save_file
 from stores import MERGE, Drawn, make_cache, make_projectors, questions, small_data
 from transformers.utils import logging as transformers_logging
 
-from samer.cache_io import Cache
-from samer.colpali import Retriever, load_projector, save_projector
 from samer.config import InputError, load_config
-from samer.features import FeatureStore
-from samer.flickr import load_image, load_split
-from samer.runtime import adapter_config
+from samer.data.flickr import load_split
+from samer.data.pictures import load_image
+from samer.features.read import FeatureStore
+from samer.index.read import Index
+from samer.retrievers.colpali import Retriever
+from samer.retrievers.projectors import load_projector, save_projector
+from samer.runtime.commands import adapter_config
 
 ROOT = Path(__file__).resolve().parents[2]
 HEARD: list[tuple] = []
@@ -170,7 +172,7 @@ def test_a_pickle_in_the_place_of_any_file_runs_nothing(places, canary, tmp_path
             return [load_image(record.image_path) for record in records]
         if name == "projectors":
             return [load_projector(path, Drawn()) for path in sorted(folder.iterdir())]
-        cache = Cache(folder)
+        cache = Index(folder)
         cache.projector()
         list(cache.queries("test"))
         cache.scores("test")

@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from samer import cache_io, flickr
-from samer.cache_io import FOLDER_SPLIT, Cache, add_images, compact_images, delete_images
-from samer.colpali import Retriever
 from samer.config import MergeConfig
-from samer.scenes import write_world
+from samer.data import flickr
+from samer.index import pictures as index_pictures
+from samer.index.pictures import FOLDER_SPLIT, add_images, compact_images, delete_images
+from samer.index.read import Index
+from samer.retrievers.colpali import Retriever
+from samer.world.write import write_world
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = float(os.environ.get("SAMER_FAULT_MINUTES", "0.125"))
@@ -72,7 +74,7 @@ class Soak:
         if self.done["rounds"] % COMPACTED_EVERY == 0:
             compact_images(self.folder, FOLDER_SPLIT)
             self.done["compactions"] += 1
-        cache, queries = Cache(self.folder), self.queries(self.rng.sample(self.texts, QUERIES))
+        cache, queries = Index(self.folder), self.queries(self.rng.sample(self.texts, QUERIES))
         found = cache.search(queries, FOLDER_SPLIT, len(self.live) + 5)
         wrong = sum(sorted(name for name, _ in hits) != sorted(self.live) for hits in found)
         self.done.update(searches=len(found), wrong=wrong)
@@ -91,7 +93,7 @@ class Soak:
             self.add(fresh, self.live)
             delete_images(fresh, FOLDER_SPLIT, [name for name in first if name not in set(self.live)])
             queries = self.queries(self.texts)
-            ours, theirs = (Cache(f).search(queries, FOLDER_SPLIT, len(self.names)) for f in (self.folder, fresh))
+            ours, theirs = (Index(f).search(queries, FOLDER_SPLIT, len(self.names)) for f in (self.folder, fresh))
         self.done.update(compared=len(ours), different=sum(a != b for a, b in zip(ours, theirs)))
 
     def run(self, seconds):
@@ -116,7 +118,7 @@ class Soak:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int8"])
 def test_an_index_in_use_stays_as_it_is(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(cache_io, "PICTURES_PER_SHARD", 64)
+    monkeypatch.setattr(index_pictures, "PICTURES_PER_SHARD", 64)
     found = Soak(tmp_path, 200, dtype).run(60 * MINUTES)
     if log := os.environ.get("SAMER_FAULT_LOG"):
         with open(log, "a", encoding="utf-8") as lines:

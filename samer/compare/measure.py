@@ -1,0 +1,135 @@
+"""Retrieval, grounding, size and cost of compressions of one split.
+
+Shape letters: Q queries (captions), I images, P phrases, N tokens, K budget, D embedding."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from samer.compare.plan import budgets
+from samer.compressors import make_compressor
+from samer.config import MergeConfig
+from samer.data.records import ImageRecord
+from samer.evaluation import encode_texts, fitted_compressor, join_queries
+from samer.grounding import PhraseIndex, ground
+from samer.metrics import query_metrics
+from samer.objects import instance_labels, object_diagnostics
+from samer.retrievers.base import Encoder
+from samer.runtime.progress import Progress, batched
+from samer.scoring import maxsim
+
+MEASURED = ("box_mass", "iou", "mixed_clusters", "purity", "vectors")  # per phrase or image
+METRICS = ("r@1", "r@5", "r@10", "ndcg@10")
+
+
+@torch.no_grad()
+def measure(
+    encoder: Encoder, records: Sequence[ImageRecord], merges: dict[str, MergeConfig], batch_size: int
+) -> dict[str, dict[str, Tensor]]:
+    """Retrieval, grounding and size of several compressions of one split with the encoder's projector.
+
+    Args:
+        encoder: images are encoded once, whatever the number of compressions.
+        records: of the split, with boxes; compression does not see them.
+        merges: key -> settings.
+        batch_size: images, and captions, at a time.
+
+    Returns:
+        Per key: `r@1 r@5 r@10 ndcg@10` (Q,) text to image and `back:r@1` (I,) image to text, in percent; `box_mass`,
+        `iou` (P,); `osr` (Q,); `vectors` (I,); `mixed_clusters`, `purity` (I,), NaN where an image has no box.
+    """
+    texts = [caption.text for record in records for caption in record.captions]
+    owner = torch.tensor([k for k, record in enumerate(records) for _ in record.captions])
+    queries = list(encode_texts(encoder, texts, batch_size))
+    joined = join_queries(queries)
+    flat = [tokens[mask] for query in queries for tokens, mask in zip(query.tokens, query.mask)]
+    index = PhraseIndex(records, queries)
+    compressors = {key: fitted_compressor(encoder, records, merge, batch_size) for key, merge in merges.items()}
+    everything = make_compressor(MergeConfig(compressor="none"))
+    needs = sorted({name for compressor in compressors.values() for name in compressor.needs})
+    scores = {key: torch.empty(len(texts), len(records)) for key in merges}
+    kept: dict[str, dict[str, list[Tensor]]] = {key: {} for key in merges}
+    whole: list[Tensor] = []
+    for images in Progress(list(batched(range(len(records)), batch_size)), "measure", unit="batches", leave=False):
+        batch = records[images.start : images.stop]
+        visual = encoder.encode_images(encoder.record_inputs(batch), needs)
+        own = index.own_tokens(images, flat)
+        labels = _image_labels(batch, visual.coords)
+        boxed = (labels > 0).any(1)
+        whole.append(ground(everything(visual), own, index, visual)["match"].cpu())
+        for key, compressor in compressors.items():
+            merged = compressor(visual)
+            found_scores = maxsim(joined.tokens, merged.tokens, joined.mask, merged.mask)
+            scores[key][:, images.start : images.stop] = found_scores.cpu()
+            found = ground(merged, own, index, visual)
+            mixing = object_diagnostics(merged, labels.to(merged.assignments.device))
+            for name in ("mixed_clusters", "purity"):
+                found[name] = mixing[name].cpu().masked_fill(~boxed, float("nan"))
+            found["vectors"] = merged.mask.sum(1)
+            for name in (*MEASURED, "match"):
+                kept[key].setdefault(name, []).append(found[name].cpu())
+    result = {}
+    positives = owner[:, None] == torch.arange(len(records))
+    for key, parts in kept.items():
+        values = {name: torch.cat(part) for name, part in parts.items() if name in MEASURED}
+        forward, backward = query_metrics(scores[key], positives), query_metrics(scores[key].T, positives.T)
+        values |= {name: torch.from_numpy(forward[name]) for name in METRICS}
+        values["back:r@1"] = torch.from_numpy(backward["r@1"])
+        values["osr"] = torch.cat(parts["match"]) / torch.cat(whole)
+        result[key] = {name: value.float() for name, value in values.items()}
+    return result
+
+
+def _image_labels(records: Sequence[ImageRecord], coords: Tensor) -> Tensor:
+    """Instance labels (B, N) from all boxes that any caption of an image names, each chain once."""
+    boxes = []
+    for record in records:
+        chains = {
+            phrase.chain_id: phrase.boxes for caption in record.captions for phrase in caption.phrases if phrase.boxes
+        }
+        boxes.append(torch.tensor([box for chain in chains.values() for box in chain]).reshape(-1, 4))
+    return instance_labels(coords.cpu(), boxes, min_area=0.0, max_phrases=10_000)
+
+
+@torch.no_grad()
+def cost(
+    store: Encoder, records: Sequence[ImageRecord], merge: MergeConfig, tokens_per_image: int, batch_size: int
+) -> dict:
+    """Storage, MaxSim operations and measured queries per second, of all tokens and of each budget.
+
+    Operations are 2 * D * sum(M) * sum(vectors), as published. Speed: every image of the split against 256 queries,
+    float32, on this machine's device; median of 5 passes.
+    """
+    store.use_projector(store.base_projector)
+    texts = [caption.text for record in records for caption in record.captions]
+    queries = list(encode_texts(store, texts, batch_size))
+    query_tokens = sum(int(query.mask.sum()) for query in queries)
+    visual = [store.encode_images(store.record_inputs(batch)) for batch in batched(records, batch_size)]
+    some = next(encode_texts(store, texts[:256], 256))
+    all_budgets = [tokens_per_image, *budgets(tokens_per_image)]
+    images, times = [], [[] for _ in all_budgets]
+    for budget in all_budgets:
+        compressor = make_compressor(replace(merge, compressor="samer", num_regions=budget))
+        kept = [(merged.tokens, merged.mask) for merged in map(compressor, visual)]  # not the weights, N x K each
+        images.append(tuple(map(torch.cat, zip(*kept))))
+    for _ in range(6):  # in turn, so that a noisy moment hits all of them; the first round warms up
+        for (tokens, mask), seconds in zip(images, times):
+            started = time.perf_counter()
+            maxsim(some.tokens, tokens, some.mask, mask)[0, 0].item()  # the item waits for a GPU
+            seconds.append(time.perf_counter() - started)
+    rows = [
+        {
+            "budget": budget,
+            "gb_per_million_images": round(int(mask.sum()) / len(records) * store.embedding_dim * 2 / 1e3, 4),
+            "operations": 2 * store.embedding_dim * query_tokens * int(mask.sum()),
+            "queries_per_second": round(len(some.tokens) / statistics.median(seconds[1:]), 1),
+        }
+        for budget, (_, mask), seconds in zip(all_budgets, images, times)
+    ]
+    return {"images": len(records), "queries": len(texts), "rows": rows}

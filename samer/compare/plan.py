@@ -1,0 +1,128 @@
+"""The rows of a comparison: what is compressed how, with a projector trained through what."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from samer.compressors import COMPRESSORS
+from samer.config import InputError, MergeConfig
+from samer.report.gallery import Shown
+from samer.retrievers.base import Encoder
+from samer.retrievers.projectors import load_projector
+
+SHARES = (2, 4, 8, 16, 32)  # budgets are N / share
+SECTIONS = ("untouched", "adapted", "budgets", "components", "crossed", "cost")
+HARD = 1e-4  # a temperature at which the soft assignment is all but hard
+CENTRES = ("raster", "farthest")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison: a compression, and what the projector was trained through (None: untouched)."""
+
+    section: str
+    name: str
+    merge: MergeConfig
+    trained: MergeConfig | None = None
+    projector: str = ""  # its name among the measurements; empty: that of `trained`
+
+    @property
+    def measured_with(self) -> str:
+        return self.projector or slug(self.trained)
+
+
+def budgets(tokens_per_image: int) -> list[int]:
+    """N / 2 to N / 32, each once, largest first."""
+    return list(dict.fromkeys(max(1, tokens_per_image // share) for share in SHARES))
+
+
+def variants(base: MergeConfig) -> dict[str, MergeConfig]:
+    """Every registered compressor at `base`'s budget; SaMer with both kinds of centres."""
+    every = {}
+    for name in COMPRESSORS:
+        if name == "samer":
+            every |= {f"samer, {init}": replace(base, compressor=name, center_init=init) for init in CENTRES}
+        else:
+            every[name] = replace(base, compressor=name)
+    return every
+
+
+def plan(base: MergeConfig, tokens_per_image: int) -> list[Row]:
+    """The rows of the published tables and figures, and the crossings that take the gain apart.
+
+    Args:
+        base: the budget K of the tables, and SaMer's settings.
+        tokens_per_image: N, of which the budgets are shares.
+    """
+    every = variants(base)
+    samer = {init: every[f"samer, {init}"] for init in CENTRES}
+    rows = [Row("untouched", name, merge) for name, merge in every.items()]
+    rows += [Row("adapted", name, merge, merge) for name, merge in every.items()]
+    for budget in budgets(tokens_per_image):
+        at = {name: replace(merge, num_regions=budget) for name, merge in every.items() if name != "none"}
+        rows += [Row("budgets", f"{name} @ {budget}", merge) for name, merge in at.items()]
+        trained = [at[f"samer, {init}"] for init in CENTRES]
+        rows += [Row("budgets", f"samer, {m.center_init}, trained @ {budget}", m, m) for m in trained]
+    for init, full in samer.items():
+        spatial = replace(full, object_penalty=0.0)
+        feature = replace(spatial, spatial_weight=0.0)
+        parts = (("feature", feature), ("feature + spatial", spatial), ("feature + spatial + object", full))
+        rows += [Row("components", f"{init}: {name}", merge, merge) for name, merge in parts]
+    hard = {init: replace(merge, assignment_temperature=HARD) for init, merge in samer.items()}
+    for init, merge in samer.items():
+        rows.append(Row("crossed", f"untouched, samer, {init}, hard assignment", hard[init]))
+        rows.append(Row("crossed", f"trained with all tokens, samer, {init}", merge, every["none"]))
+        through = f"trained through samer, {init}"
+        rows.append(Row("crossed", f"{through}, all tokens", every["none"], merge))
+        rows.append(Row("crossed", f"{through}, hpool", every["hpool"], merge))
+        rows.append(Row("crossed", f"{through}, hard assignment", hard[init], merge))
+    rows.append(Row("crossed", "trained with all tokens, hpool", every["hpool"], every["none"]))
+    return rows
+
+
+def shown_methods(
+    base: MergeConfig, folder: str | Path, store: Encoder, sections: Sequence[str], seed: int
+) -> tuple[list[Shown], list[Shown]]:
+    """What a comparison's report shows: the methods of its gallery, the baseline first, and those with regions.
+
+    Args:
+        base, folder, sections: as in `compare`.
+        store: gives the untouched projector.
+        seed: whose trained projectors are taken.
+    """
+    every = variants(base)
+    plain = store.base_projector
+    named = {"all tokens": "none", "H-Pool": "hpool", "SAP-mean": "sap-mean", "HPC": "hpc"}
+    methods = [Shown(name, every[key], plain) for name, key in named.items()]
+    methods.append(Shown("SaMer, farthest", every["samer, farthest"], plain))
+    regions = []
+    for init in CENTRES:
+        merge = every[f"samer, {init}"]
+        regions.append(Shown(f"{init}, untouched", merge, plain))
+        if "adapted" in sections:
+            projector = load_projector(Path(folder) / "projectors" / f"{slug(merge)}-seed{seed}", store)
+            methods.append(Shown(f"SaMer, {init}, trained", merge, projector))
+            regions.append(Shown(f"{init}, trained", merge, projector))
+    return methods, regions
+
+
+def slug(merge: MergeConfig | None) -> str:
+    """A folder name for what a projector was trained through."""
+    if merge is None:
+        return "untouched"
+    digest = hashlib.sha256(json.dumps(asdict(merge), sort_keys=True).encode()).hexdigest()[:8]
+    centres = f"-{merge.center_init}" if merge.compressor == "samer" else ""
+    return f"{merge.compressor}{centres}-{merge.num_regions}-{digest}"
+
+
+def check_request(sections: Sequence[str], seeds: Sequence[int]) -> None:
+    """Refuses an unknown section, none at all, no seed or one given twice; before anything long is done."""
+    unknown = [name for name in sections if name not in SECTIONS]
+    if unknown or not sections:
+        raise InputError(f"sections {', '.join(unknown) or '(none given)'}: use some of {', '.join(SECTIONS)}")
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise InputError(f"seeds {list(seeds)}: give at least one, each once, none below 0")

@@ -1,0 +1,147 @@
+"""Means, spreads, intervals over images and paired differences, from per-query values.
+
+Shape letters: Q queries (captions), I images."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from samer.compare.measure import METRICS
+from samer.compare.plan import CENTRES, Row, slug
+from samer.compressors import COMPRESSORS
+from samer.data.records import ImageRecord
+from samer.grounding import HIT_IOU, size_thirds
+from samer.metrics import bootstrap_intervals
+
+
+def summarise(
+    rows: Sequence[Row],
+    measured: dict[tuple[str, int], dict[str, dict[str, np.ndarray]]],
+    records: Sequence[ImageRecord],
+    seeds: Sequence[int],
+) -> dict:
+    """Means, spreads over seeds, intervals over images, and paired differences, from per-query values."""
+    owner = np.array([k for k, record in enumerate(records) for _ in record.captions])
+    smallest, count = _named_objects(records)
+    edges, part = size_thirds(smallest)
+    table, per_query = [], {}
+    for row in rows:
+        runs = [measured[row.measured_with, seed][slug(row.merge)] for seed in (seeds if row.trained else [0])]
+        per_query[row.section, row.name] = np.stack([run["r@1"] for run in runs])  # (seeds, Q)
+        r1 = per_query[row.section, row.name].mean(0)
+        by_seed = [float(run["r@1"].mean()) for run in runs]
+        entry = {
+            "section": row.section,
+            "name": row.name,
+            "compressor": row.merge.compressor,
+            "merge": asdict(row.merge),
+            "trained_through": asdict(row.trained) if row.trained else None,
+            "vectors": _mean([run["vectors"].mean() for run in runs]),
+            "stored_bytes_per_vector": COMPRESSORS[row.merge.compressor].stored_bytes,
+            "r@1": _mean([run["r@1"].mean() for run in runs]),
+            "interval": None,  # all rows' at once, below
+            "seeds": [round(value, 4) for value in by_seed],
+            "spread": round(statistics.stdev(by_seed), 4) if len(by_seed) > 1 else None,
+        }
+        for name in (*METRICS[1:], "back:r@1"):
+            entry[name] = _mean([run[name].mean() for run in runs])
+        for name in ("box_mass", "iou", "osr", "mixed_clusters", "purity"):
+            entry[name] = _mean([100 * np.nanmean(run[name]) for run in runs])
+        entry["region_hit"] = _mean([100 * (run["iou"] >= HIT_IOU).mean() for run in runs])
+        entry["r@1_by_size"] = [_mean([r1[part == k].mean()]) if (part == k).any() else None for k in range(3)]
+        table.append(entry)
+    intervals = _intervals({key: runs.mean(0) for key, runs in per_query.items()}, owner)
+    for entry in table:
+        entry["interval"] = intervals[entry["section"], entry["name"]]
+    differences = _differences(per_query, owner, part, count)
+    sizes = {"edges": [round(edge, 6) for edge in edges], "captions": [int((part == k).sum()) for k in range(3)]}
+    return {"sizes": sizes, "rows": table, "differences": differences}
+
+
+def _named_objects(records: Sequence[ImageRecord]) -> tuple[np.ndarray, np.ndarray]:
+    """Per caption: area of the smallest box it names (NaN if none), and how many boxed phrases it has."""
+    smallest, count = [], []
+    for caption in (caption for record in records for caption in record.captions):
+        boxes = [box for phrase in caption.phrases for box in phrase.boxes]
+        smallest.append(min(((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes), default=float("nan")))
+        count.append(sum(bool(phrase.boxes) for phrase in caption.phrases))
+    return np.array(smallest), np.array(count)
+
+
+def _pairs(rows: dict[tuple[str, str], np.ndarray]) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """The differences worth asking for, where both rows were run."""
+    asked = []
+    for init in CENTRES:
+        own, control = ("adapted", f"samer, {init}"), ("adapted", "none")
+        through = f"trained through samer, {init}"
+        asked += [
+            (control, ("untouched", "none")),
+            (("untouched", f"samer, {init}"), ("untouched", "none")),
+            (own, ("untouched", f"samer, {init}")),
+            (own, control),
+            (own, ("crossed", f"trained with all tokens, samer, {init}")),
+            (own, ("crossed", f"{through}, all tokens")),
+            (own, ("crossed", f"{through}, hpool")),
+            (own, ("crossed", f"{through}, hard assignment")),
+            (("untouched", f"samer, {init}"), ("crossed", f"untouched, samer, {init}, hard assignment")),
+            (("components", f"{init}: feature + spatial"), ("components", f"{init}: feature")),
+            (("components", f"{init}: feature + spatial + object"), ("components", f"{init}: feature + spatial")),
+        ]
+        for section in ("untouched", "adapted"):
+            others = [key for key in rows if key[0] == section and key[1] not in ("none", f"samer, {init}")]
+            asked += [((section, f"samer, {init}"), key) for key in others]
+    return [pair for pair in dict.fromkeys(asked) if pair[0] in rows and pair[1] in rows]
+
+
+def _intervals(values: dict[tuple, np.ndarray], owner: np.ndarray) -> dict[tuple, list[float]]:
+    """95 % intervals of means, (Q,) each, over images; all of them see the same resamples."""
+    if not values:
+        return {}
+    found = bootstrap_intervals({str(k): value for k, value in enumerate(values.values())}, groups=owner)
+    return {key: [round(edge, 4) for edge in found[str(k)]] for k, key in enumerate(values)}
+
+
+def _differences(
+    rows: dict[tuple[str, str], np.ndarray], owner: np.ndarray, part: np.ndarray, count: np.ndarray
+) -> list[dict]:
+    """Paired differences of R@1, in all and by what the captions name.
+
+    Seeds are averaged, the 95 % interval is over images; `seeds` has the difference seed by seed.
+
+    Args:
+        rows: (seeds or 1, Q) each.
+        owner, part, count: (Q,), each caption's image, size third and number of boxed phrases.
+    """
+    pairs = _pairs(rows)
+    values = {pair: rows[pair[0]].mean(0) - rows[pair[1]].mean(0) for pair in pairs}  # (Q,) each
+
+    def on(chosen: np.ndarray) -> dict[tuple, dict | None]:
+        if not chosen.any() or not pairs:
+            return dict.fromkeys(pairs)
+        some = {pair: value[chosen] for pair, value in values.items()}
+        intervals = _intervals(some, owner[chosen])
+        return {pair: {"r@1": _mean([some[pair].mean()]), "interval": intervals[pair]} for pair in pairs}
+
+    whole = on(np.ones(len(owner), dtype=bool))
+    by_size = [on(part == k) for k in range(3)]
+    by_objects = {name: on(chosen) for name, chosen in (("1", count == 1), ("2", count == 2), ("3+", count > 2))}
+    return [
+        {
+            "of": pair[0],
+            "minus": pair[1],
+            **whole[pair],
+            "seeds": [round(float(value), 4) for value in (rows[pair[0]] - rows[pair[1]]).mean(1)],
+            "by_size": [third[pair] for third in by_size],
+            "by_objects": {name: found[pair] for name, found in by_objects.items()},
+        }
+        for pair in pairs
+    ]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    mean = float(np.mean(values))
+    return round(mean, 4) if np.isfinite(mean) else None

@@ -1,0 +1,304 @@
+"""Flickr30k-Entities on disk -> records: captions with phrases, boxes and image paths (METHOD section 8).
+
+Everything read here comes from outside, so every defect of a file is an `InputError` that names the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+from samer.config import InputError
+from samer.data.pictures import one_line, regular_file
+from samer.data.reader import Reader
+from samer.data.records import Box, Caption, ImageRecord, Phrase
+from samer.runtime.files import lookup
+from samer.runtime.progress import Progress
+
+SPLITS = ("train", "val", "test")
+IMAGE_FOLDERS = ("images/Images", "images", "Images", "flickr30k-images", "flickr30k_images")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+CAPTIONS_PER_IMAGE = 5
+UNRELATED = "UNRELATED_CAPTIONS"
+_OPENING = re.compile(r"\[/EN#([0-9]+)((?:/[^/\[\]]+)+)")  # `[/EN#283585/people/other`
+
+
+@dataclass(frozen=True, slots=True)
+class FlickrLayout:
+    """The folders of one copy of the data set; `annotations` and `unrelated` are None where the copy has none."""
+
+    splits: Path
+    sentences: Path
+    images: Path
+    annotations: Path | None
+    unrelated: Path | None
+
+
+def find_layout(root: str | Path) -> FlickrLayout:
+    """Finds the folders of a Flickr30k-Entities copy under `root` (METHOD section 8).
+
+    Raises InputError if `root` is no folder or a required one (splits, Sentences, images) is nowhere under it.
+    """
+    root = lookup(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: not a folder; point DATA_ROOT at the Flickr30k-Entities copy")
+
+    bases = (root / "annotations", root)
+
+    def first(paths, holds, what: str) -> Path:
+        paths = list(paths)
+        if found := next(filter(holds, paths), None):
+            return found
+        looked = ", ".join(str(path.relative_to(root)) for path in paths)
+        raise InputError(f"{root}: no {what} (looked for: {looked}); point DATA_ROOT at the Flickr30k-Entities copy")
+
+    def holds_images(folder: Path) -> bool:
+        if not folder.is_dir():
+            return False
+        with os.scandir(folder) as entries:  # stops at the first image
+            return any(entry.name.endswith(IMAGE_SUFFIXES) for entry in entries)
+
+    split_file = first((base / f"{s}.txt" for base in bases for s in SPLITS), Path.is_file, "split file")
+    return FlickrLayout(
+        splits=split_file.parent,
+        sentences=first((base / "Sentences" for base in bases), Path.is_dir, "Sentences folder"),
+        images=first((root / name for name in IMAGE_FOLDERS), holds_images, "folder holding images"),
+        annotations=next(filter(Path.is_dir, (base / "Annotations" for base in bases)), None),
+        unrelated=next(filter(Path.is_file, (base / UNRELATED for base in bases)), None),
+    )
+
+
+def parse_sentence(line: str, boxes: Mapping[str, tuple[Box, ...]] | None = None) -> tuple[str, tuple[Phrase, ...]]:
+    """Splits a marked sentence into its plain text and its phrases (METHOD section 8).
+
+    `boxes` maps chain ids to boxes; phrases of chain 0 or type `notvisual` get none. Words are joined by single
+    spaces. Raises InputError for an empty sentence and for malformed markup.
+    """
+    words: list[str] = []
+    phrases: list[Phrase] = []
+    length = 0  # of " ".join(words)
+    opened = None  # chain id, types, index of the first word and its offset, inside a phrase
+    for word in line.split():
+        begin = length + 1 if words else 0
+        if word.startswith("["):
+            match = _OPENING.fullmatch(word)
+            if opened or not match:
+                why = "a phrase opens inside another" if opened else "expected [/EN#<number>/<type> <words>]"
+                raise InputError(f"malformed markup at {word!r}: {why}; repair the sentence")
+            opened = (match[1], tuple(match[2][1:].split("/")), len(words), begin)
+            continue
+        closes = word.endswith("]")
+        plain = word[:-1] if closes else word
+        if "[" in plain or "]" in plain or (closes and not opened):
+            raise InputError(f"malformed markup at {word!r}: unbalanced bracket; repair the sentence")
+        if plain:
+            words.append(plain)
+            length = begin + len(plain)
+        if closes:
+            chain_id, types, index, start = opened
+            if index == len(words):
+                raise InputError(f"malformed markup: phrase {chain_id} holds no words; repair the sentence")
+            found = () if boxes is None or chain_id == "0" or "notvisual" in types else boxes.get(chain_id, ())
+            phrases.append(Phrase(" ".join(words[index:]), chain_id, types, start, length, found))
+            opened = None
+    if opened:
+        raise InputError(f"malformed markup: phrase {opened[0]} never closes (unbalanced bracket); repair the sentence")
+    if not words:
+        raise InputError("empty sentence; write a caption")
+    return " ".join(words), tuple(phrases)
+
+
+class _PlainTree(ET.TreeBuilder):
+    """Refuses a DOCTYPE before its entities are read: annotation files never need one, attacks do."""
+
+    def doctype(self, name, pubid, system) -> None:
+        raise ET.ParseError("a DOCTYPE is not accepted")
+
+
+def parse_annotation(path: str | Path) -> dict[str, tuple[Box, ...]]:
+    """Reads one PASCAL VOC style file: chain id -> its boxes, normalised to [0, 1] (METHOD section 8).
+
+    Pixels are 1-based and inclusive, so x1 = (xmin - 1) / width and x2 = xmax / width; a coordinate one pixel outside
+    is clamped. Raises InputError for a missing or malformed file and for a box outside the image.
+    """
+    try:
+        regular_file(path)
+        tree = ET.XML(Path(path).read_bytes(), ET.XMLParser(target=_PlainTree()))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the annotation ({error.strerror}); restore it") from error
+    except (ET.ParseError, LookupError, ValueError) as error:
+        raise InputError(f"{path}: malformed XML ({one_line(error)}); restore the file") from error
+
+    def number(parent: ET.Element, tag: str, where: str) -> float:
+        text = parent.findtext(tag, "").strip()
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not isfinite(value):
+            raise InputError(f"{path}: {where}: {tag} is {text!r}, not a number; restore the file")
+        return value
+
+    size = tree.find("size")
+    if size is None:
+        raise InputError(f"{path}: no size element; restore the file")
+    width, height = number(size, "width", "size"), number(size, "height", "size")
+    if width < 1 or height < 1:
+        raise InputError(f"{path}: image size is {width:g} x {height:g}; restore the file")
+
+    chains: dict[str, list[Box]] = {}
+    for index, obj in enumerate(tree.iterfind("object"), start=1):
+        names = [(name.text or "").strip() for name in obj.iterfind("name")]
+        where = f"object {index} (chain {'/'.join(map(one_line, names))})"
+        if not names or "" in names:
+            raise InputError(f"{path}: {where} has no name; restore the file")
+        bounds = obj.findall("bndbox")
+        if not bounds and obj.find("scene") is None and obj.find("nobndbox") is None:
+            raise InputError(f"{path}: {where} has neither bndbox nor scene or nobndbox; restore the file")
+        for bound in bounds:
+            box = xmin, ymin, xmax, ymax = [number(bound, tag, where) for tag in ("xmin", "ymin", "xmax", "ymax")]
+            x1, y1, x2, y2 = max(xmin, 1), max(ymin, 1), min(xmax, width), min(ymax, height)
+            outside = min(xmin, ymin) < 0 or xmax > width + 1 or ymax > height + 1
+            if outside or x2 < x1 or y2 < y1:
+                shown = ", ".join(f"{value:g}" for value in box)
+                raise InputError(
+                    f"{path}: {where}: box ({shown}) is {'outside' if outside else 'empty or inverted in'} "
+                    f"the image of {width:g} x {height:g} pixels; correct it"
+                )
+            normalised = ((x1 - 1) / width, (y1 - 1) / height, x2 / width, y2 / height)
+            for name in names:
+                chains.setdefault(name, []).append(normalised)
+    return {name: tuple(boxes) for name, boxes in chains.items()}
+
+
+def load_split(root: str | Path, split: str, *, boxes: bool, limit_images: int | None = None) -> list[ImageRecord]:
+    """Reads the records of a split in the order of its file, the first `limit_images` if given (METHOD section 8).
+
+    With `boxes=False` the Annotations folder is neither opened nor required. Raises InputError for anything missing
+    or malformed, naming the file.
+    """
+    if limit_images is not None and limit_images < 1:
+        raise InputError(f"limit_images is {limit_images}; give at least 1, or leave it out for the whole split")
+    layout = find_layout(root)
+    if boxes and layout.annotations is None:
+        raise InputError(
+            f"{root}: no Annotations folder (looked for: annotations/Annotations, Annotations); restore it"
+        )
+    image_ids = _read_ids(layout.splits, split)[:limit_images]
+    image_paths = _match_images(image_ids, layout.images)
+    unrelated = _read_unrelated(layout.unrelated) if layout.unrelated else frozenset()
+
+    records = []
+    for image_id in Progress(image_ids, f"reading {split}") if len(image_ids) > 2000 else image_ids:
+        chains = parse_annotation(layout.annotations / f"{image_id}.xml") if boxes else None
+        path = layout.sentences / f"{image_id}.txt"
+        lines = _read_lines(path)
+        if len(lines) != CAPTIONS_PER_IMAGE:
+            raise InputError(f"{path}: {len(lines)} captions, expected exactly {CAPTIONS_PER_IMAGE}; restore the file")
+        captions = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                text, phrases = parse_sentence(line, chains)
+            except InputError as error:
+                raise InputError(f"{path}: line {number}: {error}") from error
+            captions.append(Caption(text, phrases, related=(image_id, number) not in unrelated))
+        records.append(ImageRecord(image_id, image_paths[image_id], tuple(captions)))
+    return records
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 text without their ends (LF or CRLF); str.splitlines would also cut at U+2028 and the like."""
+    try:
+        regular_file(path)
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read ({error.strerror}); restore the file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({one_line(error)}); save it as UTF-8") from error
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if not lines[-1] else lines
+
+
+def _read_ids(folder: Path, split: str) -> list[str]:
+    splits = {path.stem for path in folder.glob("*.txt")}
+    if split not in splits:
+        raise InputError(f"{folder}: no split {split!r}; use one of {', '.join(sorted(splits))}")
+    path = folder / f"{split}.txt"
+    seen: dict[str, int] = {}
+    for number, line in enumerate(_read_lines(path), start=1):
+        image_id = line.strip()
+        if not image_id:
+            continue
+        if image_id.startswith(".") or ".." in image_id or "/" in image_id or "\\" in image_id:
+            raise InputError(f"{path}: line {number}: {image_id!r} is not an image id; write one bare id per line")
+        if image_id in seen:
+            raise InputError(f"{path}: line {number}: {image_id!r} is also on line {seen[image_id]}; remove one")
+        seen[image_id] = number
+    if not seen:
+        raise InputError(f"{path}: zero images; write one id per line")
+    return list(seen)
+
+
+def _match_images(image_ids: list[str], folder: Path) -> dict[str, Path]:
+    names = set(os.listdir(folder))  # listed once: 30,000 stats are slow on a network disk
+    paths: dict[str, Path] = {}
+    for image_id in image_ids:
+        if found := [image_id + suffix for suffix in IMAGE_SUFFIXES if image_id + suffix in names]:
+            paths[image_id] = folder / found[0]
+    if absent := [image_id for image_id in image_ids if image_id not in paths]:
+        raise InputError(
+            f"{folder}: {len(absent)} of {len(image_ids)} images are absent, the first is {absent[0]}.jpg; "
+            "restore them or take the ids out of the split"
+        )
+    return paths
+
+
+def _read_unrelated(path: Path) -> frozenset[tuple[str, int]]:
+    """Pairs (image id, sentence number from 1); a file that holds a 0 counts from 0."""
+    pairs: list[tuple[str, int]] = []
+    for number, line in enumerate(_read_lines(path), start=1):
+        fields = line.split()
+        if not fields or (number == 1 and not fields[-1].isdecimal()):  # blank, or a heading
+            continue
+        if len(fields) != 2 or not re.fullmatch("[0-5]", fields[1]):
+            raise InputError(f"{path}: line {number}: expected <id> <sentence number>, not {line!r}; correct it")
+        pairs.append((fields[0], int(fields[1])))
+    numbers = {sentence for _, sentence in pairs}
+    if {0, 5} <= numbers:
+        raise InputError(f"{path}: sentence numbers run from 0 to 5 for five captions; count from 0 or from 1")
+    shift = 1 if 0 in numbers else 0
+    return frozenset((image_id, sentence + shift) for image_id, sentence in pairs)
+
+
+class Flickr(Reader):
+    """Flickr30k-Entities (METHOD section 8)."""
+
+    def load_split(
+        self, root: str | Path, split: str, *, boxes: bool, limit_images: int | None = None
+    ) -> list[ImageRecord]:
+        return load_split(root, split, boxes=boxes, limit_images=limit_images)
+
+    def check(self, root: str | Path) -> bool:
+        return find_layout(root).annotations is not None
+
+    def find(self, root: str | Path, split: str, image_id: str) -> ImageRecord | None:
+        """As `Reader.find`, from the image's own files; where one is missing, what it would say is left out."""
+        layout = find_layout(root)
+        path = next(filter(Path.is_file, (layout.images / f"{image_id}{suffix}" for suffix in IMAGE_SUFFIXES)), None)
+        if path is None:
+            return None
+        annotation = layout.annotations / f"{image_id}.xml" if layout.annotations else None
+        chains = parse_annotation(annotation) if annotation and annotation.is_file() else None
+        captions = []
+        sentences = layout.sentences / f"{image_id}.txt"
+        for number, line in enumerate(_read_lines(sentences) if sentences.is_file() else [], start=1):
+            try:
+                captions.append(Caption(*parse_sentence(line, chains), related=True))
+            except InputError as error:
+                raise InputError(f"{sentences}: line {number}: {error}") from error
+        return ImageRecord(image_id, path, tuple(captions))

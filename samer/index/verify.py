@@ -1,0 +1,139 @@
+"""Reads everything that has a checksum and says what is damaged: indexes, feature stores, training runs, measurements.
+
+Opening a store checks its manifest, its projection and every shard's header; the shards' contents are checked as they
+are read, or by this, all at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from samer.config import InputError
+from samer.features import manifest as store_manifest
+from samer.index import manifest as index_manifest
+from samer.retrievers.projectors import read_projector
+from samer.runtime.files import lookup, read_json
+from samer.runtime.progress import Progress
+from samer.runtime.shards import (
+    bare_name,
+    load_header,
+    load_shard,
+    parts_of,
+    read_manifest,
+    tensors_checksum,
+    verify_shard,
+)
+from samer.training.loop import CHECKSUMS
+
+STORES = {each.FORMAT: each.FORMAT_VERSION for each in (index_manifest, store_manifest)}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What came of verifying a path: how many files and bytes were read, and a line per damaged or missing file."""
+
+    files: int
+    bytes: int
+    damages: list[str]
+
+
+def verify(path: str | Path) -> Verified:
+    """Reads every file under `path` that something vouches for, and compares its checksum.
+
+    A store's files are vouched for by its manifest, a training checkpoint's by its checksums.json, a projector by the
+    config.json beside it, any other shard (of an unfinished store, or a measurement) by its own header. All damages are
+    listed, not only the first.
+
+    Args:
+        path: a folder, or one file.
+
+    Raises:
+        InputError: no such path, or nothing there has a checksum.
+    """
+    path = lookup(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    shards = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.suffix == ".safetensors" else []
+    found = dict.fromkeys(shards)  # in order
+    checks: dict[Path, tuple[str, str]] = {}  # file -> how it is vouched for, checksum
+    damages, vouchers = [], 0
+    for manifest in sorted(path.rglob("manifest.json")):
+        try:
+            content = read_json(manifest)
+            kind = str(content.get("format"))
+            if kind not in STORES and not content.keys() & {"format_version", "splits", "checksum"}:
+                continue  # of something else
+            vouchers += 1
+            if kind not in STORES:
+                raise InputError(f"{manifest}: format {kind[:40]!r} is none of {', '.join(STORES)}")
+            for file, *how in _listed(manifest.parent, read_manifest(manifest, kind, STORES[kind])):
+                checks[file] = tuple(how)
+                found.setdefault(file)
+        except InputError as error:
+            damages.append(str(error))
+    for sums in path.rglob(CHECKSUMS):
+        try:
+            for name, checksum in read_json(sums).items():
+                if not bare_name(name):
+                    raise InputError(f"{sums}: names {name[:40]!r}, which is no file beside it")
+                checks[sums.parent / name] = "bytes", str(checksum)
+                found.setdefault(sums.parent / name)
+        except InputError as error:
+            damages.append(str(error))
+    total = read = 0
+    for file in Progress(found, f"verify {path}", unit="files", leave=False):
+        try:
+            how, checksum = checks.get(file) or _own_voucher(file)
+            if how == "nothing":
+                continue
+            total += _check(file, how, checksum)
+            read += 1
+        except InputError as error:
+            damages.append(str(error))
+    if not (read or damages or vouchers):
+        raise InputError(f"{path}: nothing here has a checksum; name an index, a feature store or a projector")
+    return Verified(read + vouchers, total, damages)
+
+
+def _listed(folder: Path, manifest: dict) -> Iterator[tuple[Path, str, str]]:
+    """Every file that a store's manifest vouches for: path, "bytes" or "projector", checksum."""
+    if manifest["format"] == store_manifest.FORMAT:
+        store_manifest.check_manifest(folder / "manifest.json", manifest)
+        yield folder / "base.safetensors", "projector", manifest["base_projector"]
+    else:
+        index_manifest.check_manifest(folder / "manifest.json", manifest)
+        yield folder / "projector.safetensors", "projector", manifest["projector"]
+    for split, entry in manifest["splits"].items():
+        for shards in (entry[kind] for kind in ("images", "queries", "texts") if kind in entry):
+            for shard in shards:
+                yield from ((folder / split / part["file"], "bytes", part["sha256"]) for part in parts_of(shard))
+
+
+def _own_voucher(file: Path) -> tuple[str, str]:
+    """How a file that is in no manifest is vouched for: by its header, by config.json, or by nothing."""
+    try:
+        header = load_header(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"{file}: not readable ({str(error)[:120]})") from None
+    if header:
+        return "header", str(header.get("checksum"))
+    if file.name == "projector.safetensors" and (file.parent / "config.json").is_file():
+        return "projector", str(read_json(file.parent / "config.json").get("projector"))
+    return "nothing", ""
+
+
+def _check(file: Path, how: str, checksum: str) -> int:
+    """Bytes of a file whose checksum holds."""
+    if how == "bytes":
+        return verify_shard(file, checksum)
+    if how == "projector":
+        found = read_projector(file).hash
+    else:
+        found = tensors_checksum(load_shard(file)[0])
+    if found != checksum:
+        raise InputError(f"{file}: contents differ from their checksum")
+    return file.stat().st_size

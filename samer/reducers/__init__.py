@@ -1,0 +1,1 @@
+"""Fewer tokens inside a vision tower: a room that is still empty."""

@@ -1,0 +1,210 @@
+"""The report's pictures: cases chosen by rule, and what every method's winning vectors stand on.
+
+Shape letters: Q queries (captions), I images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samer.config import InputError, MergeConfig
+from samer.data.records import Box, Caption, ImageRecord, Phrase
+from samer.evaluation import fitted_compressor, score_records
+from samer.grounding import PhraseIndex, ground
+from samer.index.read import Index
+from samer.metrics import query_metrics
+from samer.retrievers.base import Encoder, Projector
+from samer.runtime.progress import Progress
+
+PER_RULE = 3  # cases that each rule chooses
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A method in the gallery: how images are compressed, the projector, and its scores (Q, I) if they are at hand."""
+
+    name: str
+    merge: MergeConfig
+    projector: Projector
+    scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A caption in the gallery.
+
+    Attributes:
+        rule: why it was chosen.
+        image: number of the image it describes.
+        caption: its text.
+        phrase: the phrase whose evidence is shown, of all with boxes the one with the smallest.
+        ranks: of its image, per method.
+        top: per method, the best images' numbers.
+        evidence: per method, (rows, columns) float: what the winning vectors of the phrase's tokens stand on.
+        box_mass: per method, the share of it inside the phrase's boxes, in [0, 1].
+    """
+
+    rule: str
+    image: int
+    caption: Caption
+    phrase: Phrase
+    ranks: list[int]
+    top: list[list[int]]
+    evidence: list[np.ndarray]
+    box_mass: list[float]
+
+
+@dataclass(frozen=True)
+class Regions:
+    """An image's regions: (name, assignments (N,) long) per method."""
+
+    image: int
+    assignments: list[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Cases and regions of a split, with what is needed to draw them."""
+
+    records: Sequence[ImageRecord]
+    grid: int
+    names: list[str]
+    cases: list[Case]
+    regions: list[Regions]
+
+
+def check_images(cache: Index, split: str, records: Sequence[ImageRecord], root: str | Path) -> None:
+    """Refuses an index whose split holds other images than the records, in number or order."""
+    if [image for ids, *_ in cache.images(split) for image in ids] != [record.image_id for record in records]:
+        raise InputError(f"{cache.folder}: its images are not those of {split} in {root}")
+
+
+def smallest_phrase(caption: Caption) -> Phrase | None:
+    """The phrase with boxes whose smallest box is the smallest; None if no phrase has boxes."""
+    return min((phrase for phrase in caption.phrases if phrase.boxes), key=_smallest_area, default=None)
+
+
+def _smallest_area(phrase: Phrase) -> float:
+    """Of the phrase's smallest box, as a share of the image."""
+    return min((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in phrase.boxes)
+
+
+def choose_cases(
+    records: Sequence[ImageRecord], ranks: Sequence[np.ndarray], names: Sequence[str], *, seed: int = 0
+) -> list[tuple[str, int]]:
+    """Captions for the gallery, by rule, never by hand: an image at most once, ties in an order drawn from `seed`.
+
+    Args:
+        records: of the split, with boxes; a caption without boxes is never chosen.
+        ranks: (Q,) of each caption's image, per method: the first is the baseline, the last the method in question.
+        names: of the methods.
+        seed: of ties and of the random captions.
+
+    Returns:
+        Pairs (rule, caption number): largest gains and losses in 1 / rank, the smallest objects, and some at random.
+    """
+    captions = [(image, caption) for image, record in enumerate(records) for caption in record.captions]
+    phrases = [smallest_phrase(caption) for _, caption in captions]
+    order = [k for k in np.random.default_rng(seed).permutation(len(captions)).tolist() if phrases[k]]
+    gain = 1 / ranks[-1] - 1 / ranks[0]
+    rules = [
+        ("Smallest object named", sorted(order, key=lambda k: _smallest_area(phrases[k]))),
+        ("Chosen at random", order),
+    ]
+    if len(ranks) > 1:
+        losses = sorted((k for k in order if gain[k] < 0), key=lambda k: gain[k])
+        gains = sorted((k for k in order if gain[k] > 0), key=lambda k: -gain[k])
+        changes = f"{names[-1]} against {names[0]}"
+        rules = [(f"Largest gain, {changes}", gains), (f"Largest loss, {changes}", losses), *rules]
+    else:
+        worst = sorted((k for k in order if ranks[0][k] > 1), key=lambda k: -ranks[0][k])
+        rules = [("Ranked worst", worst), *rules]
+    chosen, seen = [], set()
+    for rule, candidates in rules:
+        found = 0
+        for k in candidates:
+            if found < PER_RULE and captions[k][0] not in seen:
+                seen.add(captions[k][0])
+                chosen.append((rule, k))
+                found += 1
+    return chosen
+
+
+@torch.no_grad()
+def make_gallery(
+    encoder: Encoder,
+    records: Sequence[ImageRecord],
+    shown: Sequence[Shown],
+    regions: Sequence[Shown] = (),
+    *,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> Gallery:
+    """Chooses cases and finds what every method's winning vectors stand on; nothing is compressed with boxes.
+
+    Args:
+        encoder: a retriever or a feature store; its projector is replaced.
+        records: of the split, with boxes, in the order of the scores.
+        shown: the methods, the baseline first, the one in question last.
+        regions: whose regions are drawn, for the first case of each rule.
+        batch_size: images and captions per forward pass.
+        seed: of `choose_cases`.
+    """
+    captions = [(image, caption) for image, record in enumerate(records) for caption in record.captions]
+    positives = torch.tensor([image for image, _ in captions])[:, None] == torch.arange(len(records))
+    ranks, tops, compressors = [], [], []
+    for method in shown:
+        encoder.use_projector(method.projector)
+        compressors.append(fitted_compressor(encoder, records, method.merge, batch_size))
+        scores = method.scores
+        if scores is None:
+            scores = score_records(encoder, records, compressors[-1], batch_size=batch_size)
+        ranks.append(query_metrics(scores, positives)["median_rank"])
+        tops.append(scores.topk(min(TOP, len(records)), dim=1).indices)
+    chosen = choose_cases(records, ranks, [method.name for method in shown], seed=seed)
+    cases = []
+    for rule, number in Progress(chosen, "gallery", unit="captions"):
+        image, caption = captions[number]
+        phrase = smallest_phrase(caption)
+        alone = [replace(records[image], captions=(replace(caption, phrases=(phrase,)),))]
+        inputs = encoder.record_inputs(alone)
+        evidence, mass = [], []
+        for method, compressor in zip(shown, compressors):
+            encoder.use_projector(method.projector)
+            query = encoder.encode_queries(encoder.query_inputs([caption.text]))
+            index = PhraseIndex(alone, [query], encoder.grid)
+            visual = encoder.encode_images(inputs, compressor.needs)
+            found = ground(
+                compressor(visual), index.own_tokens([0], [query.tokens[0][query.mask[0]]]), index, visual.patches
+            )
+            if not len(found["phrases"]):  # a tokenizer that drops every character of it
+                break
+            on_patch = found["evidence"][0][visual.patches[0]].reshape(encoder.grid, encoder.grid)
+            evidence.append(on_patch.float().cpu().numpy())
+            mass.append(float(found["box_mass"][0]))
+        else:
+            top = [rows[number].tolist() for rows in tops]
+            places = [int(values[number]) for values in ranks]
+            cases.append(Case(rule, image, caption, phrase, places, top, evidence, mass))
+    firsts = {case.rule: case.image for case in reversed(cases)}
+    images = list(dict.fromkeys(reversed(firsts.values()))) if regions else []
+    drawn = [Regions(image, []) for image in images]
+    for method in regions:
+        encoder.use_projector(method.projector)
+        compressor = fitted_compressor(encoder, records, method.merge, batch_size)
+        for item in drawn:
+            visual = encoder.encode_images(encoder.record_inputs([records[item.image]]), compressor.needs)
+            item.assignments.append((method.name, compressor(visual).assignments[0][visual.patches[0]].cpu()))
+    return Gallery(records, encoder.grid, [method.name for method in shown], cases, drawn)
+
+
+def image_boxes(record: ImageRecord) -> list[Box]:
+    """All boxes that any caption of the image names, each once."""
+    phrases = (phrase for caption in record.captions for phrase in caption.phrases)
+    return list(dict.fromkeys(box for phrase in phrases for box in phrase.boxes))

@@ -1,0 +1,223 @@
+"""The report: one HTML file that shows what a run did, its figures, and what its winning vectors stand on.
+
+The file holds everything it shows; no request leaves it. Beside it, `<name>_figures/` has the same pictures for papers.
+
+Shape letters: Q queries (captions), I images.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from PIL import Image
+
+from samer.data.pictures import load_image
+from samer.report.drawing import draw_boxes, panels, regions_over, spotlight, thumbnail
+from samer.report.gallery import Case, Gallery, _smallest_area, image_boxes
+from samer.report.plots import plots
+from samer.report.tables import plain_tables
+from samer.runtime.files import atomic_path
+
+EVIDENCE_SIDE, THUMBNAIL_SIDE = 320, 150  # pixels
+PLOT_TITLES = {
+    "recall_budget": "Recall against budget",
+    "recall_bytes": "Recall against bytes per image",
+    "grounding": "What winning vectors stand on",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report; cells are text."""
+
+    title: str
+    note: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def metrics_table(rows: Sequence[dict]) -> Table:
+    """Recall both ways with intervals, from what scripts/eval.py writes (`both_directions`), a name added to each."""
+    with_interval = lambda metric: "{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]".format(**metric)
+    body = []
+    for row in rows:
+        text, image = row["text_to_image"], row["image_to_text"]
+        plain = [f"{text[name]['value']:.1f}" for name in ("r@5", "r@10", "ndcg@10")]
+        size = [f"{row['vectors_per_image']:,}", f"{row['bytes_per_image']:,.0f}"]
+        body.append([row["name"], with_interval(text["r@1"]), *plain, with_interval(image["r@1"]), *size])
+    note = (
+        "In percent, text to image unless said otherwise; 95 % bootstrap intervals, captions of one image together. "
+        "Bytes as these indexes store them."
+    )
+    head = ["", "R@1", "R@5", "R@10", "nDCG@10", "R@1, image to text", "vectors", "bytes per image"]
+    return Table("Retrieval", note, head, body)
+
+
+def headline(base: dict, own: dict, controls: Sequence[dict] = ()) -> list[tuple[str, str]]:
+    """The rows of `metrics_table` that matter most, as large figures: baseline, the one in question, controls."""
+    recall = lambda row: f"{row['text_to_image']['r@1']['value']:.1f} %"
+    if base is own:
+        tiles = [(recall(own), "R@1, text to image")]
+        return [*tiles, (f"{own['bytes_per_image']:,.0f}", f"bytes per image, {own['vectors_per_image']:,} vectors")]
+    share = base["bytes_per_image"] / own["bytes_per_image"]
+    return [
+        *(
+            (recall(row), f"R@1, {row['name']} ({row['vectors_per_image']:,} vectors per image)")
+            for row in (base, own, *controls)
+        ),
+        (
+            f"{share:.1f} x",
+            f"smaller: {own['bytes_per_image']:,.0f} bytes per image, not {base['bytes_per_image']:,.0f}",
+        ),
+    ]
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    about: Sequence[tuple[str, str]],
+    tiles: Sequence[tuple[str, str]],
+    tables: Sequence[Table],
+    results: dict | None = None,
+    gallery: Gallery | None = None,
+    note: str = "",
+) -> list[Path]:
+    """Writes the HTML file and, beside it, the same pictures as files.
+
+    Args:
+        path: of the HTML file.
+        title: what was run.
+        about: (term, description), what it was run on and how.
+        tiles: (figure, what it is), the run in a few numbers.
+        tables: shown below them, in order.
+        results: as `comparison.compare` returns them; its rows are plotted.
+        gallery: None: no pictures, the note says why.
+        note: a sentence above the gallery.
+
+    Returns:
+        The files written, the HTML first.
+    """
+    path = Path(path)
+    folder = path.with_name(f"{path.stem}_figures")
+    written = []
+    drawn = []
+    for pattern in ("case-*.png", "regions-*.png", "qualitative.png", "*.svg"):  # of an earlier report
+        for old in folder.glob(pattern):
+            old.unlink()
+    if gallery and not gallery.cases:
+        note = note or "No caption names anything that has a box, so there is nothing to show."
+    for name, (light, dark) in (plots(results) if results else {}).items():
+        written.append(folder / f"{name}.svg")
+        with atomic_path(written[-1]) as temporary:
+            temporary.write_bytes(light)
+        drawn.append({"title": PLOT_TITLES[name], "light": _data(light, "svg+xml"), "dark": _data(dark, "svg+xml")})
+    cases, regions, firsts = [], [], []
+    if gallery:
+        pictures: dict[int, Image.Image] = {}
+
+        def picture(number: int) -> Image.Image:
+            if number not in pictures:
+                pictures[number] = thumbnail(load_image(gallery.records[number].image_path), 2 * EVIDENCE_SIDE)
+            return pictures[number]
+
+        for number, case in enumerate(gallery.cases, 1):
+            lit = [spotlight(picture(case.image), evidence, case.phrase.boxes) for evidence in case.evidence]
+            cases.append(_case_words(case, gallery, lit, picture))
+            row = [("the image, boxed", draw_boxes(picture(case.image), case.phrase.boxes))]
+            for name, image, mass, rank in zip(gallery.names, lit, case.box_mass, case.ranks):
+                row.append((f"{name}\nBoxMass {100 * mass:.0f} %, rank {rank}", image))
+            head = f"{case.caption.text}   [{case.phrase.text}]"
+            written.append(
+                _save(
+                    panels([row[:4], row[4:]] if row[4:] else [row], [head, ""] if row[4:] else [head]),
+                    folder / f"case-{number:02d}.png",
+                )
+            )
+            if case.rule not in [other.rule for other in gallery.cases[: number - 1]]:
+                firsts.append((f"{case.rule}: {head}", row))
+        if firsts:
+            heads, rows = zip(*firsts)
+            written.append(_save(panels(rows, heads, height=190), folder / "qualitative.png"))
+        for number, item in enumerate(gallery.regions, 1):
+            boxes = image_boxes(gallery.records[item.image])
+            image = picture(item.image)
+            row = [("image, with all its boxes", draw_boxes(image, boxes))]
+            row += [(name, regions_over(image, labels, gallery.grid, boxes)) for name, labels in item.assignments]
+            regions.append([{"name": name, "source": _jpeg(drawing, EVIDENCE_SIDE)} for name, drawing in row])
+            written.append(_save(panels([row], [""]), folder / f"regions-{number:02d}.png"))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    text = environment.get_template("report.html").render(
+        title=title,
+        about=about,
+        tiles=tiles,
+        tables=[*tables, *(Table(*words) for words in (plain_tables(results) if results else []))],
+        plots=drawn,
+        cases=cases,
+        regions=regions,
+        note=note,
+        folder=folder.name,
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return [path, *written]
+
+
+def _case_words(case: Case, gallery: Gallery, lit: Sequence[Image.Image], picture) -> dict:
+    """What the page needs of a case."""
+    text, phrase = case.caption.text, case.phrase
+    methods = [
+        {
+            "name": name,
+            "rank": rank,
+            "box_mass": f"{100 * mass:.0f} %",
+            "evidence": _jpeg(image, EVIDENCE_SIDE),
+        }
+        for name, rank, mass, image in zip(gallery.names, case.ranks, case.box_mass, lit)
+    ]
+    shown = [0, len(gallery.names) - 1] if len(gallery.names) > 1 else [0]
+    tops = [
+        {
+            "name": gallery.names[k],
+            "rank": case.ranks[k],
+            "images": [
+                {"source": _jpeg(picture(image), THUMBNAIL_SIDE), "true": image == case.image, "place": place}
+                for place, image in enumerate(case.top[k], 1)
+            ],
+        }
+        for k in shown
+    ]
+    return {
+        "rule": case.rule,
+        "boxed": _jpeg(draw_boxes(picture(case.image), phrase.boxes), EVIDENCE_SIDE),
+        "before": text[: phrase.start],
+        "phrase": text[phrase.start : phrase.end],
+        "after": text[phrase.end :],
+        "area": f"{100 * _smallest_area(phrase):.1f} %",
+        "methods": methods,
+        "tops": tops,
+        "image": gallery.records[case.image].image_id,
+    }
+
+
+def _data(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _jpeg(image: Image.Image, side: int) -> str:
+    content = io.BytesIO()
+    thumbnail(image, side).save(content, "JPEG", quality=82, optimize=True)
+    return _data(content.getvalue(), "jpeg")
+
+
+def _save(image: Image.Image, path: Path) -> Path:
+    with atomic_path(path) as temporary:
+        image.save(temporary, "PNG", optimize=True)
+    return path

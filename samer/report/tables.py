@@ -1,0 +1,266 @@
+"""A comparison's results as markdown tables; published and measured figures never share a column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+# METHOD section 5: ColPali, K = 64 of 1,030, Flickr30K 1K; by (section, compressor) where the rows are the paper's
+PUBLISHED_UNTOUCHED = {
+    "none": (77.0, 92.9, 86.9),
+    "hpc": (54.0, 77.8, 69.0),
+    "hpool": (73.7, 91.4, 84.7),
+    "sap-mean": (68.3, 88.6, 80.8),
+    "samer, raster": (73.5, 91.1, 84.5),
+}
+PUBLISHED_ADAPTED = {"hpool": 79.2, "hpc": 67.7, "sap-mean": 80.2, "samer, raster": 82.4}
+PUBLISHED_BUDGETS = (83.7, 83.5, 83.1, 82.4, 81.3)  # K = 512, 256, 128, 64, 32
+PUBLISHED_COMPONENTS = {  # R@1, BoxMass, CoverageIoU
+    "raster: feature": (80.7, 47.6, 13.0),
+    "raster: feature + spatial": (80.4, 47.8, 13.1),
+    "raster: feature + spatial + object": (82.4, 54.2, 16.4),
+}
+PUBLISHED_GROUNDING = {  # BoxMass, RegionHit, CoverageIoU
+    ("untouched", "none"): (51.8, 10.5, 2.1),
+    ("untouched", "hpc"): (30.3, 2.7, 0.7),
+    ("untouched", "sap-mean"): (39.9, 7.4, 1.5),
+    ("untouched", "hpool"): (41.4, 62.5, 11.7),
+    ("untouched", "samer, raster"): (41.3, 62.8, 11.7),
+    ("adapted", "samer, raster"): (54.2, 68.3, 16.4),
+}
+
+
+def markdown(results: dict) -> str:
+    """All tables of a comparison, each with what it shows."""
+    about = results["about"]
+    seeds = len(about["seeds"])
+    recipe = ", ".join(f"{name} {value:g}" for name, value in about["train"].items())
+    budget = about["merge"]["num_regions"]
+    lines = [
+        f"# Compressors compared on {about['data']}",
+        "",
+        f"{about['images']:,} images and {about['captions']:,} captions of `{about['split']}`, retriever "
+        f"`{about['model']}`, {about['tokens_per_image']} tokens per image compressed to K = {budget} "
+        f"(the paper: 1,030 to 64). Trained rows: mean of {seeds} seed{'s' * (seeds != 1)} "
+        f"({', '.join(map(str, about['seeds']))}), projection only, through the compressor named; {recipe}. "
+        "Recall is in percent, text to image unless said otherwise, with 95 % bootstrap intervals over images; "
+        "± is the standard deviation over seeds. Columns marked *published* are the paper's, on Flickr30K 1K with "
+        "ColPali; the others were measured here and are not comparable with them.",
+    ]
+    rows = {section: [row for row in results["rows"] if row["section"] == section] for section in SECTION_TITLES}
+    for section, (title, words, table) in SECTION_TITLES.items():
+        if rows[section]:
+            lines += ["", f"## {title}", "", words, "", *table(rows[section], results)]
+    both = rows["untouched"] + rows["adapted"]
+    if both:
+        words = (
+            "The winning vector of each token of a phrase, and what it stands on: share of its evidence inside the "
+            "phrase's boxes (BoxMass), phrases whose regions reach IoU 0.1 with the boxes (RegionHit), that IoU "
+            "(CovIoU). OSR: the query tokens' best similarities after compression over before (never rank merging "
+            "against pruning by it). Mixed: share of clusters that hold two or more annotated objects."
+        )
+        lines += ["", "## Grounding", "", words, "", *_grounding_table(both, results)]
+        low, high = (f"{100 * edge:.2f} %" for edge in results["sizes"]["edges"])
+        counts = ", ".join(f"{count:,}" for count in results["sizes"]["captions"])
+        words = (
+            f"R@1 of captions whose smallest named object covers at most {low} of the image, up to {high}, and more "
+            f"({counts} captions): the object-evidence question, asked directly."
+        )
+        lines += ["", "## By the smallest object named", "", words, "", *_size_table(both, results)]
+    if results["differences"]:
+        words = (
+            "R@1 of the first row minus that of the second, on the same captions, seeds averaged; 95 % interval over "
+            "images, then seed by seed. An interval that holds 0 is no evidence for a difference."
+        )
+        lines += ["", "## Paired differences", "", words, "", *_difference_table(results)]
+    if "cost" in results:
+        lines += ["", "## Cost", "", *_cost_table(results)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _recall(row: dict) -> str:
+    spread = f" ± {row['spread']:.1f}" if row["spread"] is not None else ""
+    return f"{row['r@1']:.1f}{spread} [{row['interval'][0]:.1f}, {row['interval'][1]:.1f}]"
+
+
+def stored_bytes(row: dict, results: dict) -> float:
+    """Bytes per image of an index: 2 per component, or what the compressor stores per vector."""
+    return row["vectors"] * (row["stored_bytes_per_vector"] or 2 * results["about"]["embedding_dim"])
+
+
+def _recall_cells(row: dict, results: dict) -> list[str]:
+    rest = [_number(row[name]) for name in ("r@5", "ndcg@10", "back:r@1")]
+    return [_recall(row), *rest, _number(row["vectors"]), f"{stored_bytes(row, results):,.0f}"]
+
+
+GROUNDING = {"box_mass": "BoxMass", "region_hit": "RegionHit", "iou": "CovIoU", "osr": "OSR", "mixed_clusters": "mixed"}
+MEASURED = ("R@1", "R@5", "nDCG@10", "R@1 image to text", "vectors", "bytes per image")
+
+
+def _untouched_table(rows: Sequence[dict], results: dict) -> list[str]:
+    head = ["compressor", "R@1 / R@5 / nDCG@10, published", *MEASURED]
+    published = lambda row: " / ".join(map(str, PUBLISHED_UNTOUCHED.get(row["name"], ())))
+    return _table(head, [[row["name"], published(row), *_recall_cells(row, results)] for row in rows])
+
+
+def _adapted_table(rows: Sequence[dict], results: dict) -> list[str]:
+    head = ["compressor", "R@1, published", *MEASURED]
+    published = lambda row: _number(PUBLISHED_ADAPTED.get(row["name"]))
+    return _table(head, [[row["name"], published(row), *_recall_cells(row, results)] for row in rows])
+
+
+def _budget_cells(results: dict) -> tuple[list[int], list[list[str]]]:
+    """Budgets, largest first, and a row per line of the plot: its name, and recall at each of them."""
+    lines = budget_lines(results)
+    budgets = sorted({row["merge"]["num_regions"] for rows in lines.values() for row in rows}, reverse=True)
+    body = []
+    for name, rows in lines.items():
+        at = {row["merge"]["num_regions"]: row for row in rows}
+        body.append([name, *(_recall(at[k]) if k in at else "" for k in budgets)])
+    return budgets, body
+
+
+def _budget_table(rows: Sequence[dict], results: dict) -> list[str]:
+    budgets, own = _budget_cells(results)
+    published = dict(zip(budgets, PUBLISHED_BUDGETS)) if len(budgets) == len(PUBLISHED_BUDGETS) else {}
+    head = ["", *(f"K = {budget}" for budget in budgets)]
+    lines = [["*SaMer, published, at the same shares N/2 to N/32*", *(_number(published.get(k)) for k in budgets)]]
+    return [*(_table(head, lines) if published else []), "", *_table(head, own)]
+
+
+def _component_table(rows: Sequence[dict], results: dict) -> list[str]:
+    head = ["components", "R@1 / BoxMass / CovIoU, published", "R@1", "BoxMass", "CovIoU", "mixed clusters"]
+    body = []
+    for row in rows:
+        published = " / ".join(map(str, PUBLISHED_COMPONENTS.get(row["name"], ())))
+        cells = [_number(row[name]) for name in ("box_mass", "iou", "mixed_clusters")]
+        body.append([row["name"], published, _recall(row), *cells])
+    return _table(head, body)
+
+
+def _crossed_table(rows: Sequence[dict], results: dict) -> list[str]:
+    return _table(["projector, and compression", *MEASURED], [[r["name"], *_recall_cells(r, results)] for r in rows])
+
+
+def plain_tables(results: dict) -> list[tuple[str, str, list[str], list[list[str]]]]:
+    """What the report shows of a comparison: (title, note, head, rows) of grounding and of budgets, where measured."""
+    found = []
+    both = [row for row in results["rows"] if row["section"] in ("untouched", "adapted")]
+    if both:
+        note = (
+            "In percent. The winning vector of each word of a phrase: share of its evidence inside the phrase's boxes "
+            "(BoxMass), phrases whose regions reach IoU 0.1 with the boxes (RegionHit), that IoU (CovIoU); OSR: best "
+            "similarities after compression over before; mixed: clusters with two or more annotated objects."
+        )
+        body = [[label(row), *(_number(row[name]) for name in GROUNDING)] for row in both]
+        found.append(("Grounding", note, ["", *GROUNDING.values()], body))
+    budgets, body = _budget_cells(results)
+    if body:
+        note = "R@1, text to image, K vectors per image at most, from float32 vectors."
+        found.append(("Budgets", note, ["", *(f"K = {k}" for k in budgets)], body))
+    return found
+
+
+def recall_table(results: dict) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of a comparison's untouched and trained compressors."""
+    both = [row for row in results["rows"] if row["section"] in ("untouched", "adapted")]
+    return ["", *MEASURED], [[label(row), *_recall_cells(row, results)] for row in both]
+
+
+def label(row: dict) -> str:
+    return row["name"] + (", trained" if row["section"] == "adapted" else "")
+
+
+def _grounding_table(rows: Sequence[dict], results: dict) -> list[str]:
+    head = ["", "BoxMass / RegionHit / CovIoU, published", *GROUNDING.values()]
+    body = []
+    for row in rows:
+        published = " / ".join(map(str, PUBLISHED_GROUNDING.get((row["section"], row["name"]), ())))
+        cells = [_number(row[name]) for name in GROUNDING]
+        body.append([label(row), published, *cells])
+    return _table(head, body)
+
+
+def _size_table(rows: Sequence[dict], results: dict) -> list[str]:
+    return _table(["", "small", "middle", "large"], [[label(row), *map(_number, row["r@1_by_size"])] for row in rows])
+
+
+def _difference_table(results: dict) -> list[str]:
+    def cell(value: dict | None) -> str:
+        if value is None:
+            return ""
+        return f"{value['r@1']:+.1f} [{value['interval'][0]:+.1f}, {value['interval'][1]:+.1f}]"
+
+    where = {"untouched": "untouched", "adapted": "trained", "components": "trained", "crossed": ""}
+    name = lambda key: f"{key[1]}{', ' * bool(where[key[0]])}{where[key[0]]}"
+    head = ["of", "minus", "all captions", "by seed", "small", "middle", "large", "1 object", "2 objects", "3 or more"]
+    body = []
+    for entry in results["differences"]:
+        seeds = ", ".join(f"{value:+.1f}" for value in entry["seeds"]) if len(entry["seeds"]) > 1 else ""
+        by = [*entry["by_size"], *entry["by_objects"].values()]
+        body.append([name(entry["of"]), name(entry["minus"]), cell(entry), seeds, *map(cell, by)])
+    return _table(head, body)
+
+
+def _cost_table(results: dict) -> list[str]:
+    cost = results["cost"]
+    words = (
+        f"Storage at 2 bytes per component; MaxSim operations 2 D sum(M) sum(vectors) of {cost['queries']:,} queries "
+        f"against {cost['images']:,} images; queries per second measured in float32 against the same images. "
+        "Published: 263.7 and 16.4 GB, 36.87e12 and 2.29e12 operations, 625.5 and 2,716.3 queries per second for "
+        "1,030 and 64 vectors."
+    )
+    head = ["vectors per image", "GB per million images", "operations", "queries per second", "speed-up"]
+    first = cost["rows"][0]["queries_per_second"]
+    body = [
+        [
+            str(row["budget"]),
+            f"{row['gb_per_million_images']:.2f}",
+            f"{row['operations']:.2e}",
+            f"{row['queries_per_second']:,.0f}",
+            f"{row['queries_per_second'] / first:.1f}",
+        ]
+        for row in cost["rows"]
+    ]
+    return [words, "", *_table(head, body)]
+
+
+SECTION_TITLES: dict[str, tuple[str, str, Callable[[Sequence[dict], dict], list[str]]]] = {
+    "untouched": ("Untouched projection", "The retriever as it is; only the compressor differs.", _untouched_table),
+    "adapted": (
+        "The same projection-only training",
+        "Each compressor with a projector trained through it. `none` is the control: all tokens, the same training.",
+        _adapted_table,
+    ),
+    "budgets": ("Budgets", "K = N/2 to N/32.", _budget_table),
+    "components": (
+        "Components of SaMer",
+        "Trained and merged by feature distance alone; with the spatial term; with the object prior while training.",
+        _component_table,
+    ),
+    "crossed": (
+        "Taking the gain apart",
+        "Projectors trained one way, images compressed another: what is the merge's part, what the training's; and "
+        "hard instead of soft assignment when the index is made.",
+        _crossed_table,
+    ),
+}
+
+
+def budget_lines(results: dict) -> dict[str, list[dict]]:
+    lines: dict[str, list[dict]] = {}
+    for row in results["rows"]:
+        if row["section"] == "budgets":
+            lines.setdefault(row["name"].rpartition(" @ ")[0], []).append(row)
+    return lines

@@ -1,0 +1,98 @@
+"""How much attention a patch receives inside the language model, read while it runs (METHOD section 7).
+
+Shape letters: B images, N tokens per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from samer.config import InputError
+
+# How much attention a patch receives from the patches of its image, by name (METHOD section 7): summed over the rows
+# of a layer's attention, mean or max over heads, mean over the middle layers or the last layer alone.
+ATTENTION = ("middle_mean", "middle_max", "last")
+
+
+def signal_layers(count: int) -> list[int]:
+    """Layers whose attention is read, of a language model with `count`: floor(0.4 L)..floor(0.6 L), then the last."""
+    return [*range(int(count * 2 // 5), min(int(count * 3 // 5), count - 1) + 1), count - 1]
+
+
+def check_signals(needs: Sequence[str]) -> None:
+    """Refuses a name that is not in `ATTENTION`."""
+    unknown = [name for name in needs if name not in ATTENTION]
+    if unknown:
+        raise InputError(f"attention signal {unknown[0]!r} is unknown; there are {', '.join(ATTENTION)}")
+
+
+_COLUMNS = "samer_columns"  # an attention of transformers' registry: sdpa, and a look at the chosen layers
+
+
+def _columns_attention(module, query, key, value, attention_mask, **kwargs):
+    """sdpa as transformers computes it; where a layer carries a reader, it sees queries, keys and mask before."""
+    reader = getattr(module, "samer_reader", None)
+    if reader is not None:
+        reader(query, key, attention_mask, kwargs.get("scaling"))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(_COLUMNS, _columns_attention)
+
+
+AttentionMaskInterface.register(_COLUMNS, sdpa_mask)
+
+
+@contextmanager
+def column_sums(language_model: nn.Module, layers: Sequence[int], patches: Tensor):
+    """Within the block, a forward pass leaves the column sums of patch-to-patch attention of `layers`.
+
+    What flows through the model is what sdpa computes; probabilities are computed beside it, in float32, for one image
+    and layer at a time (heads x N x N), summed over the patches' rows and dropped.
+
+    Args:
+        language_model: whose `layers[k].self_attn` are read.
+        layers: their numbers; one may stand twice.
+        patches: (B, N) bool.
+
+    Yields:
+        A dict, layer -> (B, heads, N) float32, 0 at columns that are no patch; filled by the forward pass.
+    """
+    sums: dict[int, Tensor] = {}
+
+    def reader_of(layer: int):
+        def read(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+            # query (B, heads, N, d), key (B, key heads, N, d); mask (B or 1, 1, N, N), bool or added; None: full
+            groups = query.shape[1] // key.shape[1]
+            scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+            columns = torch.zeros(query.shape[:3], device=query.device)
+            for image in range(len(query)):
+                own = patches[image]
+                keys = key[image].float().repeat_interleave(groups, dim=0)
+                logits = query[image][:, own].float() @ keys.transpose(1, 2) * scale  # (heads, patches, N)
+                if mask is not None:
+                    rule = mask[min(image, len(mask) - 1)][:, own]  # (1, patches, N)
+                    logits = logits.masked_fill(~rule, float("-inf")) if rule.dtype == torch.bool else logits + rule
+                columns[image] = logits.softmax(-1).sum(1) * own
+            sums[layer] = columns
+
+        return read
+
+    attentions = {layer: language_model.layers[layer].self_attn for layer in layers}
+    config = language_model.config
+    before = config._attn_implementation
+    config._attn_implementation = _COLUMNS
+    for layer, attention in attentions.items():
+        attention.samer_reader = reader_of(layer)
+    try:
+        yield sums
+    finally:
+        config._attn_implementation = before
+        for attention in attentions.values():
+            del attention.samer_reader

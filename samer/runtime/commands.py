@@ -1,0 +1,103 @@
+"""What every command shares: options, devices, signals and the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samer.config import Config, InputError, load_config
+from samer.runtime.files import read_json
+from samer.runtime.signals import Stopped, listening
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device to compute on: as named, else this process's GPU, else the CPU.
+
+    Raises:
+        InputError: a name that torch does not know or that is not there.
+    """
+    if name in (None, "", "auto"):
+        return (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} can't be used here ({str(error).splitlines()[0][:120]})") from None
+    return device
+
+
+def add_compute_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --device and --threads, which `compute_device` reads."""
+    parser.add_argument("--device", default="auto", help="e.g. cpu, cuda:0; default: a GPU if there is one")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all, or OMP_NUM_THREADS)")
+
+
+def compute_device(options: argparse.Namespace) -> torch.device:
+    """The device that the options ask for, with the threads they ask for.
+
+    Raises:
+        InputError: a device that is not there, or less than one thread.
+    """
+    if options.threads is not None:
+        if options.threads < 1:
+            raise InputError(f"--threads is {options.threads}; it must be at least 1")
+        torch.set_num_threads(options.threads)
+    return pick_device(options.device)
+
+
+def adapter_config(adapter_path: str, config_path: str | None, overrides: Sequence[str]) -> Config:
+    """Settings of a trained projector: from the config file if given, else from its config.json; overrides win.
+
+    Raises:
+        InputError: no projector there, or one that says nothing of its model and merge.
+    """
+    folder = Path(adapter_path)
+    if adapter_path and not folder.exists():
+        raise InputError(f"{adapter_path}: no such projector; name the folder that scripts/train.py wrote")
+    if adapter_path and not config_path and (folder / "projector.safetensors").is_file():
+        trained = read_json(folder / "config.json")
+        name, merge = trained.get("base_model"), trained.get("merge")
+        if not (isinstance(name, str) and isinstance(merge, dict)):
+            raise InputError(f"{adapter_path}/config.json: no base_model or no merge settings; give --config")
+        overrides = [f"model.name={name}", *(f"merge.{key}={value}" for key, value in merge.items()), *overrides]
+    return load_config(config_path, overrides)
+
+
+def split_words(parser: argparse.ArgumentParser, splits: Sequence[str], overrides: Sequence[str]):
+    """Splits and overrides told apart: section.key=value right after --splits is taken for a split by argparse.
+
+    Returns:
+        (split names, overrides); no split left is a usage error.
+    """
+    names = [word for word in splits if "=" not in word]
+    if not names:
+        parser.error("argument --splits: expected at least one split")
+    return names, [*(word for word in splits if "=" in word), *overrides]
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs an entry point: bad input prints one line and exits with 2, SIGINT exits with 130, SIGTERM with 143."""
+    try:
+        with listening():
+            main()
+    except Stopped:
+        print("stopped; run the same command again to go on", file=sys.stderr, flush=True)
+        raise
+    except InputError as error:
+        # a data loader's worker hands its whole traceback over as the message, the error's own words at its end
+        words = str(error).rpartition(f"{InputError.__module__}.{InputError.__qualname__}: ")[2]
+        print("error:", " ".join(words.split()), file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        sys.exit(130)

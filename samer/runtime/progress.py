@@ -1,0 +1,62 @@
+"""Long work: progress, batches, and reading ahead in a thread."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from tqdm import tqdm
+
+from samer.runtime.processes import rank
+
+
+class Progress(tqdm):
+    """A progress bar on a terminal; in a log one plain line at the start, every half minute and at the end.
+
+    Takes what tqdm takes. Only the first process shows it.
+    """
+
+    def __init__(self, *words: Any, **settings: Any) -> None:
+        self.plain = not sys.stderr.isatty()
+        if self.plain:
+            line = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} since the start, about {remaining} to go"
+            settings |= {"mininterval": 30, "maxinterval": 30, "miniters": 1, "bar_format": line}
+        super().__init__(*words, **settings, disable=rank() != 0)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Shows the current state, as tqdm asks for it."""
+        if self.plain:
+            print(self, file=sys.stderr, flush=True)
+        else:
+            super().display(msg, pos)
+
+    def close(self) -> None:
+        """Shows the last state; tqdm would move a cursor that a log has not."""
+        if self.plain and not self.disable:
+            self.display()
+            self.disable = True
+        super().close()
+
+
+def prefetched(function: Callable[[Any], Any], items: Iterable) -> Iterator[tuple[Any, Any]]:
+    """Pairs (item, function(item)) in order; the next result is computed in a thread while the caller uses this one.
+
+    Also the other way round: where `items` is the work, `function` may store each result while the next is made. For
+    what waits or releases Python's lock, such as decoding images; an error is raised at its item.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: tuple[Any, Future] | None = None
+        for item in items:
+            upcoming = item, pool.submit(function, item)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = upcoming
+        if waiting:
+            yield waiting[0], waiting[1].result()
+
+
+def batched(items: Sequence, size: int) -> Iterable[Sequence]:
+    """Consecutive slices of at most `size` items."""
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,182 @@
+"""What the index and the feature store share on disk: shard files that know what they are, and a guarded manifest.
+
+A shard is a safetensors file whose header holds one key, "samer": what it was made from (stamp), its manifest entry and
+a checksum of its tensors. It is written atomically, so it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from samer.config import InputError
+from samer.runtime.files import atomic_path, file_hash, read_json, write_json
+from samer.runtime.processes import gather_objects, rank, world_size
+
+STORED = {
+    **{"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16},
+    **{"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
+}
+
+
+def write_manifest(path: Path, manifest: dict) -> None:
+    """Writes a manifest atomically, with a checksum of itself."""
+    write_json(path, {**manifest, "checksum": _manifest_checksum(manifest)})
+
+
+def read_manifest(path: Path, kind: str, version: int) -> dict:
+    """A manifest without its checksum, which holds.
+
+    Raises:
+        InputError: not readable, damaged, of another kind or version; names the file.
+    """
+    manifest = read_json(path)
+    found = manifest.get("format"), manifest.get("format_version")
+    if found != (kind, version):
+        raise InputError(
+            f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {kind} {version}: make it anew"
+        )
+    checksum = manifest.pop("checksum", None)
+    if checksum != _manifest_checksum(manifest):
+        raise InputError(f"{path}: contents differ from their own checksum; it is damaged, make it anew")
+    return manifest
+
+
+def _manifest_checksum(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def whole_number(value: Any, least: int) -> bool:
+    """Whether a manifest's value is an integer of at least so much."""
+    return type(value) is int and value >= least
+
+
+def bare_name(name: Any) -> bool:
+    """Whether a manifest may name a file or a split so: one step down, nowhere else."""
+    right = isinstance(name, str) and 0 < len(name) < 256 and "\0" not in name
+    return right and Path(name).name == name and name not in (".", "..")
+
+
+def check_identity(path: Path, identity: dict, holds: str, remedy: str) -> dict | None:
+    """The manifest at `path`, or None if there is none.
+
+    Raises:
+        InputError: as `read_manifest`, or made of something else than `identity`; names the first key that differs.
+    """
+    if not path.is_file():
+        return None
+    manifest = read_manifest(path, identity["format"], identity["format_version"])
+    for key, value in identity.items():
+        if manifest.get(key) != value:
+            raise InputError(f"{path.parent} holds {holds} with {key}={manifest.get(key)!r}, now {value!r}; {remedy}")
+    return manifest
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor], stamp: dict, facts: dict) -> dict:
+    """Writes a shard and returns its manifest entry: file name, `facts` and SHA-256 of the file."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    header = {"stamp": stamp, "entry": facts, "checksum": tensors_checksum(tensors)}
+    # one key only: safetensors writes several in an order that differs from run to run
+    metadata = {"samer": json.dumps(header, ensure_ascii=False)}
+    content = save(tensors, metadata=metadata)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+    return {"file": path.name, **facts, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def load_shard(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """A shard's tensors, mapped from the file, and its header (empty if the file is no shard).
+
+    Raises:
+        OSError, SafetensorError, ValueError: not readable; the caller says what to do about it.
+    """
+    with safe_open(path, framework="pt") as handle:  # it checks that the file is exactly as long as its header says
+        header = _header(handle)
+        slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
+        about = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+    # mapped here: safetensors 0.8.0's get_tensor loses 45 bytes at every call, which adds up where an index is reopened
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+    try:
+        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0]) from None
+    tensors = {}
+    for name, (kind, shape) in about.items():
+        dtype = STORED.get(kind)
+        if dtype is None or start % dtype.itemsize:
+            raise ValueError(f"{name} of type {kind} is not stored as a shard stores it")
+        tensors[name] = torch.empty(0, dtype=dtype).set_(storage, start // dtype.itemsize, shape)
+        start += tensors[name].nbytes
+    return tensors, header
+
+
+def load_header(path: Path) -> dict:
+    """A shard's header alone; raises as `load_shard`."""
+    with safe_open(path, framework="pt") as handle:
+        return _header(handle)
+
+
+def _header(handle: Any) -> dict:
+    header = json.loads((handle.metadata() or {}).get("samer", "{}"))
+    if not isinstance(header, dict) or not isinstance(header.get("stamp", {}), dict):
+        raise ValueError("its header is not that of a shard")
+    return header
+
+
+def finished_shard(path: Path, stamp: dict) -> dict | None:
+    """The manifest entry of a complete, undamaged shard with this stamp, else None: then it is made anew."""
+    try:
+        tensors, header = load_shard(path)
+        if header["stamp"] != stamp or header["checksum"] != tensors_checksum(tensors):
+            return None
+        return {"file": path.name, **header["entry"], "sha256": file_hash(path)}
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def verify_shard(path: Path, sha256: str) -> int:
+    """Reads a whole shard and compares its checksum; returns its bytes.
+
+    Raises:
+        InputError: missing, unreadable or changed; names the file.
+    """
+    try:
+        found = file_hash(path)
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({error.strerror}); remove it and run what made it again") from None
+    if found != sha256:
+        raise InputError(f"{path}: contents differ from their checksum; remove it and run what made it again")
+    return size
+
+
+def shared_out(jobs: Sequence) -> list[tuple[int, Any]]:
+    """This process's share of the jobs, with their numbers."""
+    return [(k, jobs[k]) for k in range(rank(), len(jobs), world_size())]
+
+
+def in_order(own: list[tuple]) -> list[tuple]:
+    """What all processes made of their shares, each (number, ...), by number."""
+    return sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
+
+
+def parts_of(entry: dict) -> list[dict]:
+    """A shard's manifest entry and, with 1-bit tokens, that of its exact file."""
+    return [entry, entry["exact"]] if "exact" in entry else [entry]
+
+
+def tensors_checksum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the contents of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

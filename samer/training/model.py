@@ -1,0 +1,150 @@
+"""What trains: the projection, the merge and the loss of one batch.
+
+Shape letters: B captions of this process, U distinct images, N tokens, K regions, D embedding, I images scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from samer.compressors import Compressor, make_compressor
+from samer.config import MergeConfig
+from samer.losses import multi_positive_t2i_loss
+from samer.objects import object_diagnostics
+from samer.retrievers.base import Encoder, Projection
+from samer.runtime.processes import gather_with_grad
+from samer.scoring import maxsim
+from samer.tokens import MergedTokens, VisualTokens
+
+CHUNK_ELEMENTS = 2**27  # floats that one slice of merging or scoring may take: 512 MB
+DIAGNOSED = 64  # captions of a batch that the object diagnostics look at
+
+
+class ProjectorModel(nn.Module):
+    """The shared projection, the only thing that trains; the frozen retriever stands beside it, not in it."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over this batch; Trainer divides it by the accumulation steps
+
+    def __init__(
+        self,
+        retriever: Encoder,
+        merge: MergeConfig,
+        temperature: float,
+        gather_negatives: bool,
+        budgets: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.projection = Projection(retriever.base_projector)
+        self.retriever = retriever  # no nn.Module: neither registered, nor trained, nor saved
+        self.merge = merge
+        every = [replace(merge, num_regions=k) for k in budgets or (merge.num_regions,)]
+        self.compressors = [make_compressor(each).for_training() for each in every]
+        self.largest = max(self.compressors, key=lambda each: each.settings.num_regions)  # what diagnostics look at
+        self.temperature = temperature
+        self.gather_negatives = gather_negatives
+        self.diagnose = False
+        self.diagnostics: dict[str, float] = {}
+
+    def forward(
+        self,
+        image_inputs: dict[str, Tensor],
+        query_inputs: dict[str, Tensor],
+        image_of: Tensor,
+        image_numbers: Tensor,
+        labels: Tensor,
+        real: Tensor,
+    ) -> dict[str, Tensor]:
+        """The loss of METHOD section 4 for one `Collator` batch; each caption's image is merged with its own labels.
+
+        Rows that only fill up are no images to score and have no loss; what this process returns is weighted so that
+        the mean over processes is the mean over all real rows.
+
+        A compressor that labels do not change compresses each distinct image once. Merging and scoring take bounded
+        memory for any batch: what does not fit `CHUNK_ELEMENTS` is computed in slices, and again in the backward pass.
+        The batch's hidden states themselves are held whole.
+        """
+        needs = self.compressors[0].needs
+        image_hidden, attention = self.retriever.image_states(image_inputs, needs)  # (U, N, H), distinct images
+        query_hidden = self.retriever.hidden_states(query_inputs)  # (B, M, H)
+        layout = self.retriever.image_layout(image_inputs)
+        coords, patches = layout.coords.to(image_hidden.device), layout.patches.to(image_hidden.device)
+        seeds = image_inputs.get("seeds")
+        mask = image_inputs["attention_mask"].bool().to(image_hidden.device)  # (U, N)
+        query_mask = query_inputs["attention_mask"].bool().to(image_hidden.device)
+        whole = bool(mask.all())
+
+        def compress(compressor: Compressor, rows: Tensor, row_labels: Tensor | None) -> MergedTokens:
+            distinct, place = rows.unique(return_inverse=True)
+            hidden = image_hidden if len(distinct) == len(image_hidden) else image_hidden[distinct]
+            tokens = self.projection(hidden).index_select(0, place)  # (b, N, D)
+            signals = {name: value[rows] for name, value in attention.items()}
+            some_mask = None if whole else mask[rows]
+            visual = VisualTokens(
+                tokens, coords[rows], some_mask, patches[rows], None if seeds is None else seeds[rows], signals
+            )
+            return compressor(visual, row_labels)
+
+        if self.diagnose and self.largest.uses_labels:
+            with torch.no_grad():
+                some, some_labels = image_of[:DIAGNOSED], labels[:DIAGNOSED]
+                biased, free = (compress(self.largest, some, use) for use in (some_labels, None))
+                self.diagnostics = _diagnostics(biased, free, some_labels, None if whole else mask[some])
+        numbers = gather_with_grad(image_numbers) if self.gather_negatives else image_numbers
+        counted = gather_with_grad(real.to(torch.uint8)).bool()  # of all processes
+        scored = counted if self.gather_negatives else real if real.any() else torch.ones_like(real)
+        # every image a positive: a loss of 0 and no gradient, in a process that still takes part in every exchange
+        positives = (image_numbers[:, None] == numbers[scored][None]) | ~real[:, None]
+        queries = self.projection(query_hidden)  # (B, M, D)
+        count = image_hidden.shape[1]
+        losses = []
+        for compressor in self.compressors:
+
+            def regions(rows: Tensor, row_labels: Tensor, compressor: Compressor = compressor) -> tuple[Tensor, Tensor]:
+                if compressor.uses_labels:
+                    merged = compress(compressor, rows, row_labels)
+                    return merged.tokens, merged.mask
+                distinct, place = rows.unique(return_inverse=True)
+                merged = compress(compressor, distinct, None)
+                return merged.tokens.index_select(0, place), merged.mask[place]
+
+            width = image_hidden.shape[2] + 3 * queries.shape[2] + 4 * compressor.places(count)
+            images, valid = _in_chunks(regions, CHUNK_ELEMENTS // (count * width), image_of, labels)
+            if self.gather_negatives:
+                images, valid = gather_with_grad(images), gather_with_grad(valid.to(torch.uint8)).bool()
+            if not scored.all():
+                images, valid = images[scored], valid[scored]
+
+            def score(some: Tensor, some_mask: Tensor, images: Tensor = images, valid: Tensor = valid) -> tuple[Tensor]:
+                return (maxsim(some, images, some_mask, valid),)
+
+            pairs = images.shape[0] * images.shape[1] * queries.shape[1]
+            (scores,) = _in_chunks(score, CHUNK_ELEMENTS // pairs, queries, query_mask)  # (B, I)
+            losses.append(multi_positive_t2i_loss(scores, positives, self.temperature))
+        return {"loss": torch.stack(losses).mean() * (len(counted) / counted.sum())}
+
+
+def _in_chunks(function: Callable[..., tuple[Tensor, ...]], size: int, *rows: Tensor) -> tuple[Tensor, ...]:
+    """`function` over slices of at most `size` rows, its results concatenated.
+
+    One slice is a plain call. Several are recomputed in the backward pass, so that one at a time is held; values and
+    gradients are those of the plain call.
+    """
+    size = max(1, size)
+    if len(rows[0]) <= size:
+        return function(*rows)
+    parts = [
+        checkpoint(function, *(row[start : start + size] for row in rows), use_reentrant=False)
+        for start in range(0, len(rows[0]), size)
+    ]
+    return tuple(torch.cat(column) for column in zip(*parts))
+
+
+def _diagnostics(biased: MergedTokens, free: MergedTokens, labels: Tensor, mask: Tensor | None) -> dict[str, float]:
+    values = object_diagnostics(biased, labels, mask=mask, box_free=free)
+    means = {name: float(value.nanmean()) for name, value in values.items()}
+    return {name: value for name, value in means.items() if math.isfinite(value)}
