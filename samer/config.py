@@ -222,6 +222,17 @@ def _build(cls: type, values: Any, where: str, prefix: str = "") -> Any:
         raise InputError(f"{where}: {error}") from None
 
 
+def merge_settings(values: Any, where: str) -> MergeConfig:
+    """Compression settings as a store's file holds them; those that it lacks get their defaults.
+
+    A setting that did not exist when the file was written did what its default does.
+
+    Raises:
+        InputError: an unknown key, a wrong type or a value out of range; names it and `where`.
+    """
+    return _build(MergeConfig, values, where, "merge.")
+
+
 class _OnceLoader(yaml.SafeLoader):
     """SafeLoader, which builds no objects, that also refuses a key given twice instead of taking the last, and aliases.
 

@@ -1,7 +1,7 @@
 """MaxSim late-interaction scores: exact, masked, and blocked so that no intermediate outgrows its budget.
 
 `maxsim` scores tensors in float32 and is differentiable. `score_stored` and `search` scan what an index stores: floats,
-int8 with one scale, or signs; their products run in the fastest kernel that this machine computes rightly.
+int8 with scales, or signs; their products run in the fastest kernel that this machine computes rightly.
 
 Q queries, M query tokens, I images, K image tokens, D embedding width; b images and q queries of one block.
 """
@@ -241,15 +241,26 @@ class StoredImages:
     Attributes:
         tokens: (I, K, D) float32, bfloat16 or float16; int8, value = int8 * scale; or (I, K, D / 8) uint8, the signs of
             D components, lowest bit first, 1 for positive.
-        scale: of int8, one for all images.
+        scale: of int8, (I,) float32, one per image, or one number for all. An image's maximum does not see its scale,
+            so scales are applied after it and cost nothing.
         mask: (I, K) bool, False where an image has fewer vectors; None: all are there.
         live: (I,) bool, False for a deleted image; None: all live.
     """
 
     tokens: Tensor
-    scale: float | None = None
+    scale: Tensor | float | None = None
     mask: Tensor | None = None
     live: Tensor | None = None
+
+
+def quantise_images(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, K, D) float tokens as int8 and a scale per image, (n,) float32, by which its largest component is 127.
+
+    Nothing is clipped, and an image's values depend on that image alone.
+    """
+    largest = tokens.float().abs().amax((1, 2))
+    scale = torch.where(largest > 0, largest, 127.0) / 127
+    return (tokens.float() / scale[:, None, None]).round().to(torch.int8), scale
 
 
 def pack_signs(tokens: Tensor) -> Tensor:
@@ -346,8 +357,7 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
         return maxsim(queries.tokens, tokens, queries.mask, images.mask, block_elements=block_elements)
     width = queries.tokens.shape[-1]
     signs = tokens.dtype == torch.uint8
-    if tokens.dtype not in (torch.int8, torch.uint8) or (tokens.dtype == torch.int8) != (images.scale is not None):
-        raise InputError(f"stored tokens are {tokens.dtype} with scale {images.scale}; expected floats, int8 or signs")
+    _check_scale(images)
     if tokens.shape[-1] * (8 if signs else 1) != width or tokens.device != queries.tokens.device:
         raise InputError(f"queries of width {width} do not fit stored {tuple(tokens.shape)} on {tokens.device}")
     _check_tokens("queries", queries.tokens, queries.mask)
@@ -364,12 +374,12 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
         block_elements = _CPU_BLOCK_ELEMENTS if tokens.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
     wide = min(columns, _BLOCK_QUERY_TOKENS)
     per_block = max(1, block_elements // (wide * tokens.shape[1]))
-    unit = images.scale if images.scale is not None else width**-0.5
+    units = _units(images, width).split(per_block)
     lengths = queries.mask.sum(1)
     owners = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)
     parts = []
     masks = _split(_drop_full_mask("images", images.mask), per_block, -(-len(tokens) // per_block))
-    for block, mask in zip(tokens.split(per_block), masks):
+    for block, mask, unit in zip(tokens.split(per_block), masks, units):
         left = unpack_signs(block) if signs else block
         left = left.reshape(-1, width)
         if len(left) <= 16 and fast:  # CUDA's kernel wants more rows than 16
@@ -381,7 +391,7 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
             if mask is not None:
                 found = found.masked_fill_(~mask[..., None], torch.iinfo(torch.int32).min)
             best.append(found.amax(1))
-        similar = torch.cat(best, dim=1)[:, : len(whole)].float() * (scales * unit)  # (b, n)
+        similar = torch.cat(best, dim=1)[:, : len(whole)].float() * (unit[:, None] * scales)  # (b, n)
         if tokens.is_cuda:  # sums by index have no fixed order there
             parts.append(torch.stack([similar[:, span].mean(1) for span in spans]))
         else:
@@ -389,6 +399,22 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
                 similar.new_zeros(len(spans), len(block)).index_add_(0, owners, similar.t()) / lengths[:, None]
             )
     return torch.cat(parts, dim=1)
+
+
+def _check_scale(images: StoredImages) -> None:
+    """Refuses int8 without a scale per image, and anything else with one."""
+    tokens, scale = images.tokens, images.scale
+    kind = f"of shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else scale
+    if tokens.dtype not in (torch.int8, torch.uint8) or (tokens.dtype == torch.int8) != (scale is not None):
+        raise InputError(f"stored tokens are {tokens.dtype} with scale {kind}; expected floats, int8 or signs")
+    if isinstance(scale, Tensor) and (scale.shape != tokens.shape[:1] or scale.device != tokens.device):
+        raise InputError(f"the scale {kind} on {scale.device} does not fit stored {tuple(tokens.shape)}")
+
+
+def _units(images: StoredImages, width: int) -> Tensor:
+    """What the products of each image's values are worth, (I,) float32: its scale, or 1 / sqrt(D) for signs."""
+    unit = width**-0.5 if images.scale is None else images.scale
+    return torch.as_tensor(unit, dtype=torch.float32, device=images.tokens.device).expand(len(images.tokens))
 
 
 def _float_product(left: Tensor, right: Tensor) -> Tensor:

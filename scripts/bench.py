@@ -172,32 +172,30 @@ def peers(queries, images):
 
 def scale(runs):
     """A search over one million images of 64 x 128 int8, mapped from disk; what is resident beside the page cache."""
-    import json
-
-    from samer.index.manifest import FORMAT, FORMAT_VERSION
+    from samer.index.manifest import IndexManifest, Making, Shard, Split, stamp_of, write_index_manifest
     from samer.index.read import Index
-    from samer.runtime.shards import write_manifest
+    from samer.retrievers.identity import ModelIdentity
+    from samer.runtime.shards import write_shard
 
     with tempfile.TemporaryDirectory(dir=".") as place:
         folder, count, per = Path(place), 1_000_000, 8192
         if shutil.disk_usage(folder).free < 9e9:
             raise InputError("the scale run needs 9 GB of disk here")
         tokens = torch.randint(-127, 128, (per, 64, 128), dtype=torch.int8)
+        made = {"model": ModelIdentity("", "", "", ""), "projector": "none", "merge": MergeConfig()}
+        made |= {"dtype": "int8", "embedding_dim": 128}
         shards = []
         for start in range(0, count, per):
             rows = min(per, count - start)
-            head = {"stamp": {"ids": [f"{start + k:07d}" for k in range(rows)], "projector": "none"}}
-            name = f"images-{start // per:05d}.safetensors"
             tensors = {"tokens": tokens[:rows].roll(start // per, 0), "mask": torch.ones(rows, 64, dtype=torch.bool)}
-            (folder / "images").mkdir(exist_ok=True)
-            save_file(tensors, folder / "images" / name, metadata={"samer": json.dumps(head)})
-            shards.append({"file": name, "count": rows, "regions": 64, "bytes": rows * 64 * 129, "sha256": ""})
-        manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "dtype": "int8", "scale": 0.003}
-        manifest["projector"] = "none"
-        manifest |= {"base_model": "none", "base_projector": "none", "embedding_dim": 128}
-        manifest |= {"merge": {}, "assignments": False}
-        manifest["splits"] = {"images": {"images": shards, "queries": []}}
-        write_manifest(folder / "manifest.json", manifest)
+            tensors |= {"scales": torch.full((rows,), 0.003), "grids": torch.zeros(rows, 2, dtype=torch.int32)}
+            stamp = {**stamp_of(Making(**made)), "ids": [f"{start + k:07d}" for k in range(rows)]}
+            facts = {"count": rows, "regions": 64, "bytes": rows * (64 * 129 + 4)}
+            path = folder / "images" / f"images-{start // per:05d}.safetensors"
+            shards.append(Shard(**write_shard(path, tensors, stamp, facts)))
+        write_index_manifest(
+            folder / "manifest.json", IndexManifest(**made, splits={"images": Split(tuple(shards), ())})
+        )
         print(f"1,000,000 images, {sum(f.stat().st_size for f in folder.glob('images/*')) / 1e9:.1f} GB on disk")
         for queries in (1, 32):
             batch = F.normalize(torch.randn(queries, 32, 128), dim=-1)
@@ -311,9 +309,7 @@ def quality(runs):
             row = (
                 f"{metrics['r@1']:7.2f}{metrics['r@10']:7.2f}{overlap(exact, best):12.3f}{cache.size('test')[3]:13,.0f}"
             )
-            extra = sum(
-                shard["exact"]["bytes"] for shard in cache.manifest["splits"]["test"]["images"] if "exact" in shard
-            )
+            extra = sum(shard.exact.bytes for shard in cache.manifest.splits["test"].images if shard.exact)
             print(f"{dtype:10}{row}" + (f" + {extra / 400:,.0f} on disk to re-rank with" if extra else ""))
 
 

@@ -27,6 +27,7 @@ from torch.nn.functional import normalize
 
 from samer.compressors import make_compressor
 from samer.config import InputError, MergeConfig
+from samer.data.pictures import load_image
 from samer.data.records import ImageRecord
 from samer.index import manifest as index_manifest
 from samer.index import pictures as index_pictures
@@ -65,7 +66,7 @@ class Drawn(Encoder):
         return self.draw([image.tobytes() for image in images], GRID * GRID)
 
     def record_inputs(self, records):
-        return self.image_inputs([pictures.load_image(record.image_path) for record in records])
+        return self.image_inputs([load_image(record.image_path) for record in records])
 
     def query_inputs(self, texts):
         inputs = self.draw([text.encode() for text in texts], 5)
@@ -122,22 +123,21 @@ def build(folder, world, dtype, splits=("test",), **rest):
     return build_index(folder, world, splits, Drawn(), MERGE, batch_size=3, dtype=dtype, **rest)
 
 
-@pytest.mark.parametrize("clipped", [0, 0.1])
-def test_int8_is_within_half_a_step(world, tmp_path, monkeypatch, clipped):
-    monkeypatch.setattr(index_write, "CLIPPED", clipped)
+def test_int8_is_within_half_a_step_of_each_images_own_scale(world, tmp_path):
     build(tmp_path / "f", world, "float32")
     (summary,) = build(tmp_path / "c", world, "int8")
-    cache = Index(tmp_path / "c")
-    scale, exact, ours = cache.manifest["scale"], held(Index(tmp_path / "f"), "test"), held(cache, "test")
+    index = Index(tmp_path / "c")
+    exact, ours = held(Index(tmp_path / "f"), "test"), held(index, "test")
     assert list(ours) == list(exact)
     ours, exact = torch.stack(list(ours.values())), torch.stack(list(exact.values()))
+    ((_, stored),) = index.stored("test")
+    scales = exact.abs().amax((1, 2)) / 127
+    torch.testing.assert_close(stored.scale, scales, rtol=1e-6, atol=0)
     assert ours.dtype == torch.int8
-    beyond = exact.abs() > 127 * scale
-    assert abs(beyond.float().mean() - clipped) < 0.005
-    assert ((ours * scale - exact).abs()[~beyond] <= scale / 2 + 1e-7).all()
-    assert torch.equal(ours[beyond], exact[beyond].sign().to(torch.int8) * 127)
-    assert summary.bytes_per_image == cache.size("test")[3] == 6 * DIM + 6
-    assert next(iter(cache.queries("test")))[0].tokens.dtype == torch.bfloat16
+    assert ours.abs().amax((1, 2)).tolist() == [127] * 8  # nothing is clipped, and all of int8 is used
+    assert ((ours * scales[:, None, None] - exact).abs() <= scales[:, None, None] / 2 + 1e-7).all()
+    assert summary.bytes_per_image == index.size("test")[3] == 6 * DIM + 6 + 4
+    assert next(iter(index.queries("test")))[0].tokens.dtype == torch.bfloat16
 
 
 def test_binary_is_the_signs_and_bfloat16_beside_them(world, tmp_path, small_shards):
@@ -150,17 +150,18 @@ def test_binary_is_the_signs_and_bfloat16_beside_them(world, tmp_path, small_sha
     assert summary.bytes_per_image == 6 * DIM / 8 + 6
 
 
-def test_the_scale_depends_neither_on_shards_nor_on_tries(world, tmp_path, monkeypatch):
+def test_what_is_stored_depends_neither_on_shards_nor_on_tries(world, tmp_path, monkeypatch):
     build(tmp_path / "one", world, "int8", splits=("val", "test"))
     monkeypatch.setattr(index_write, "IMAGES_PER_SHARD", 3)
     build(tmp_path / "many", world, "int8", splits=("val",))
     build(tmp_path / "many", world, "int8", splits=("test",))
     one, many = Index(tmp_path / "one"), Index(tmp_path / "many")
-    assert one.manifest["scale"] == many.manifest["scale"] > 0
-    assert [entry["count"] for entry in many.manifest["splits"]["test"]["images"]] == [3, 3, 2]
+    assert [shard.count for shard in many.manifest.splits["test"].images] == [3, 3, 2]
     whole, parts = held(one, "test"), held(many, "test")
     assert list(whole) == list(parts)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    scales = [torch.cat([images.scale for _, images in index.stored("test")]) for index in (one, many)]
+    assert torch.equal(*scales)
 
 
 def stop_at(monkeypatch, owner, name, call):
@@ -287,13 +288,14 @@ def test_assignments_are_those_of_the_merge(pictures, tmp_path, small_shards, co
     seeds = {"seeds": image_seeds(records)}
     expected = make_compressor(merge)(Drawn().encode_images({**Drawn().record_inputs(records), **seeds})).assignments
     parts = list(Index(tmp_path / "c").assignments("images"))
-    assert [name for ids, _ in parts for name in ids] == NAMES
-    found = torch.cat([rows for _, rows in parts])
+    assert [name for ids, *_ in parts for name in ids] == NAMES
+    found = torch.cat([rows for _, rows, _ in parts])
     assert found.dtype == torch.uint8
+    assert torch.cat([grids for *_, grids in parts]).tolist() == [[GRID, GRID]] * len(NAMES)
     assert torch.equal(found.long(), torch.where(expected < 0, 255, expected))
     assert (found == 255).any() == (compressor == "random")  # pruning drops tokens
     delete_images(tmp_path / "c", "images", NAMES[:5])
-    assert [name for ids, _ in Index(tmp_path / "c").assignments("images") for name in ids] == NAMES[5:]
+    assert [name for ids, *_ in Index(tmp_path / "c").assignments("images") for name in ids] == NAMES[5:]
     add(tmp_path / "without", pictures)
     with pytest.raises(InputError, match="built without assignments"):
         list(Index(tmp_path / "without").assignments("images"))
@@ -320,8 +322,8 @@ def test_growing_in_several_calls_gives_the_same_bytes(pictures, tmp_path, small
 
 def test_pictures_held_are_not_read_again(pictures, tmp_path, monkeypatch):
     add(tmp_path / "c", pictures, NAMES[:5])
-    before, original, read = contents(tmp_path / "c"), pictures.load_image, []
-    monkeypatch.setattr(pictures, "load_image", lambda path: read.append(path.name) or original(path))
+    before, read = contents(tmp_path / "c"), []
+    monkeypatch.setattr(index_pictures, "load_image", lambda path: read.append(path.name) or load_image(path))
     add(tmp_path / "c", pictures, [*NAMES[:7], NAMES[6]])  # named twice, taken once
     assert read == NAMES[5:7]
     assert list(held(Index(tmp_path / "c"))) == NAMES[:7]
@@ -387,9 +389,9 @@ def test_another_root_and_an_old_format_are_refused(pictures, tmp_path):
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
     (tmp_path / "c" / "manifest.json").write_text(json.dumps({**manifest, "format_version": 1}))
     before = contents(tmp_path / "c")
-    with pytest.raises(InputError, match="version 1; this SaMer reads samer_cache 3: make it anew"):
+    with pytest.raises(InputError, match="version 1; this SaMer reads samer_cache 3 and 4: make it anew"):
         add(tmp_path / "c", pictures)
-    with pytest.raises(InputError, match="version 1; this SaMer reads samer_cache 3"):
+    with pytest.raises(InputError, match="version 1; this SaMer reads samer_cache 3 and 4"):
         delete_images(tmp_path / "c", "images", NAMES[:1])
     assert contents(tmp_path / "c") == before
 
@@ -428,7 +430,7 @@ def test_deleted_pictures_are_gone_and_shards_keep_their_bytes(pictures, tmp_pat
     for ids in ([gone[0]], [NAMES[0], "nobody.png"]):
         with pytest.raises(InputError, match=rf"no image '{ids[-1]}' in images \(1 such\); nothing was deleted"):
             delete_images(tmp_path / "c", "images", ids)
-    with pytest.raises(InputError, match="no split 'test' in this cache; it holds: images"):
+    with pytest.raises(InputError, match="no split 'test' in this index; it holds: images"):
         delete_images(tmp_path / "c", "test", ids)
     assert contents(tmp_path / "c") == after
     add(tmp_path / "c", pictures, dtype=dtype)
@@ -486,14 +488,12 @@ def test_any_history_of_additions_and_deletions(pictures, steps, dtype, shard):
                     pytest.fail("an image that the index does not hold was deleted")
         if folder.exists():
             cache = Index(folder)
-            scale = cache.manifest["scale"]
-            ours = {name: row * scale if scale else row for name, row in held(cache).items()}
+            ours = {name: cache.vectors("images", k).tokens for name, k in cache.numbers("images").items()}
             assert list(ours) == model
             assert cache.size("images")[0] == len(model)
-            for name in model:  # in int8 within half a step, unless clipped
-                limit = 127 * scale if scale else 1
-                expected = exact[name].clamp(-limit, limit)
-                torch.testing.assert_close(ours[name], expected, atol=(scale or 0) / 2 + 1e-6, rtol=0)
+            for name in model:  # in int8 within half a step
+                step = float(exact[name].abs().max()) / 127 if dtype == "int8" else 0
+                torch.testing.assert_close(ours[name], exact[name], atol=step / 2 + 1e-6, rtol=0)
             if model:
                 images = torch.stack([ours[name] for name in model])
                 scores = maxsim(ask().tokens, images, ask().mask)
@@ -576,23 +576,24 @@ def test_a_killed_writer_leaves_an_index_that_goes_on(pictures, tmp_path, small_
 def rows_of(folder):
     """Id -> everything that an index stores of a picture, as bytes."""
     cache = Index(folder)
-    rows = {
-        name: [t.numpy().tobytes() for t in cache.vectors("images", k)] for name, k in cache.numbers("images").items()
-    }
+    rows = {}
+    for name, number in cache.numbers("images").items():
+        each = cache.vectors("images", number)
+        rows[name] = [t.numpy().tobytes() for t in (each.tokens, each.mask, each.regions)] + [each.grid]
     return {name: [*rows[name], row.numpy().tobytes()] for name, row in held(cache).items()}
 
 
 def shapes_of(folder):
     """Counts and sizes of the shards in the manifest's order, and what their headers say."""
     cache = Index(folder)
-    entries = cache.manifest["splits"]["images"]["images"]
-    facts = [[entry[key] for key in ("count", "regions", "bytes")] for entry in entries]
-    return facts, [load_header(folder / "images" / entry["file"])["stamp"] for entry in entries]
+    shards = cache.manifest.splits["images"].images
+    facts = [(shard.count, shard.regions, shard.bytes) for shard in shards]
+    return facts, [load_header(folder / "images" / shard.file)["stamp"] for shard in shards]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", "binary"])
 def test_a_compacted_index_is_the_one_built_at_once(pictures, tmp_path, small_shards, dtype):
-    left = [*NAMES[:4], *NAMES[6:8], *NAMES[10:], NAMES[5], NAMES[9]]  # what the first four fix, the scale, stays
+    left = [*NAMES[:4], *NAMES[6:8], *NAMES[10:], NAMES[5], NAMES[9]]
     for first, second in ((0, 4), (4, 5), (5, 7), (7, 12)):
         add(tmp_path / "c", pictures, NAMES[first:second], dtype=dtype, assignments=True)
     delete_images(tmp_path / "c", "images", [*NAMES[4:6], *NAMES[8:10]])
@@ -610,7 +611,6 @@ def test_a_compacted_index_is_the_one_built_at_once(pictures, tmp_path, small_sh
     assert after.search(ask(3), "images", 12) == found == before.search(ask(3), "images", 12)  # still mapped
     with pytest.raises(InputError, match="c: rewritten since it was opened; open it again"):
         open_before.search(ask(3), "images", 12)
-    add(tmp_path / "new", pictures, left[:4], dtype=dtype, assignments=True)
     add(tmp_path / "new", pictures, left, dtype=dtype, assignments=True)
     assert rows_of(tmp_path / "c") == rows
     assert shapes_of(tmp_path / "c") == shapes_of(tmp_path / "new")
@@ -641,14 +641,14 @@ def test_compacting_that_is_interrupted_at_its_end_keeps_what_the_manifest_names
 ):
     add(tmp_path / "c", pictures)
     delete_images(tmp_path / "c", "images", NAMES[2:5])
-    write = index_pictures.write_manifest
+    write = index_pictures.write_index_manifest
 
     def interrupted(path, manifest):
         write(path, manifest)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(index_pictures, "write_manifest", interrupted)
+        patch.setattr(index_pictures, "write_index_manifest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             index_pictures.compact_images(tmp_path / "c", "images")
     assert list(held(Index(tmp_path / "c"))) == [*NAMES[:2], *NAMES[5:]]

@@ -5,18 +5,19 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from samer.config import InputError, MergeConfig
+from samer.index.manifest import write_index_manifest
 from samer.index.read import Index
 from samer.index.write import build_index
 from samer.retrievers.base import Projector
 from samer.retrievers.colpali import Retriever
 from samer.retrievers.projectors import save_projector
-from samer.runtime.shards import write_manifest
 
 MERGE = MergeConfig(num_regions=6)
 QUERY = "a red car on the left"
@@ -61,11 +62,11 @@ def test_index_finds_pictures_below_a_folder(album):
     names = sorted(str(path.relative_to(folder / "root")) for path in (folder / "root").rglob("*.jpg"))
     cache = Index(folder / "c")
     assert held(folder / "c") == names
-    assert (summary.images, summary.regions, cache.manifest["dtype"]) == (14, 6, "int8")
-    assert cache.manifest["merge"]["num_regions"] == 6  # the adapter's
-    assert cache.manifest["projector"] == retriever.current_projector().hash
+    assert (summary.images, summary.regions, cache.manifest.dtype) == (14, 6, "int8")
+    assert cache.manifest.merge.num_regions == 6  # the adapter's
+    assert cache.manifest.projector == retriever.current_projector().hash
     assert said[0] == f"15 pictures under {folder / 'root'}; writing the index to {folder / 'c'}"
-    assert said[1].startswith("images: 14 images x at most 6 vectors (102 bytes per image), 0 queries -> ")
+    assert said[1].startswith("images: 14 images x at most 6 vectors (106 bytes per image), 0 queries -> ")
     assert len(said) == 3
     assert said[2].startswith(f"skipped: {folder / 'root' / 'broken.JPG'}: not a readable image")
 
@@ -130,8 +131,8 @@ def test_index_takes_pictures_out_and_back_in(album, base, script, tmp_path, cap
         ("index", ["--cache-dir", "{c}", "--images", "{root}/val", "--adapter-path", "{a}"], "holds the pictures of"),
         ("search", ["x", "--cache-dir", "{c}", "--top", "0"], SystemExit),
         ("search", ["x", "--cache-dir", "{c}", "--threads", "0"], "--threads is 0; it must be at least 1"),
-        ("search", ["x", "--cache-dir", "{root}"], "no manifest.json; this is no finished cache"),
-        ("search", ["x", "--cache-dir", "{c}", "--split", "val"], "no split 'val' in this cache; it holds: images"),
+        ("search", ["x", "--cache-dir", "{root}"], "no manifest.json; this is no finished index"),
+        ("search", ["x", "--cache-dir", "{c}", "--split", "val"], "no split 'val' in this index; it holds: images"),
         ("search", ["x", "--cache-dir", "{c}", "--model", "{root}"], "can't be loaded"),
         ("search", ["x", "--cache-dir", "{c}", "--device", "tpu9"], "device 'tpu9' can't be used here"),
         ("search", ["<image>", "--cache-dir", "{c}"], "holds <image>"),
@@ -156,6 +157,7 @@ def test_search_needs_a_split_where_there_are_several(world, base, script, tmp_p
     expected = [name for name, _ in answers(tmp_path / "c", retriever, split="val")]
     assert [row["id"] for row in result["results"]] == [row["path"] for row in result["results"]] == expected
     manifest = Index(tmp_path / "c").manifest
-    write_manifest(tmp_path / "c" / "manifest.json", {**manifest, "base_projector": "0" * 64})
+    other = replace(manifest, model=replace(manifest.model, base_projector="0" * 64))
+    write_index_manifest(tmp_path / "c" / "manifest.json", other)
     with pytest.raises(InputError, match=r"is not the model that .*c was made with"):
         script("search").main([QUERY, "--cache-dir", str(tmp_path / "c"), "--split", "val"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from samer.compressors.base import Compressor
 from samer.compressors.grid import GridPooling
 from samer.compressors.hpc import HPC
@@ -37,3 +39,12 @@ def make_compressor(settings: MergeConfig) -> Compressor:
         known = ", ".join(sorted(COMPRESSORS))
         raise InputError(f"merge.compressor {settings.compressor!r} is unknown; use one of {known}")
     return kind(settings)
+
+
+def settings_used(settings: MergeConfig) -> dict[str, Any]:
+    """The compressor's name and the settings that it uses; two that agree in these compress alike.
+
+    Raises:
+        InputError: as `make_compressor`.
+    """
+    return {name: getattr(settings, name) for name in ("compressor", *make_compressor(settings).settings_used)}

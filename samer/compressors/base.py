@@ -27,12 +27,15 @@ class Compressor:
         uses_labels: whether instance labels change the result; the others ignore them.
         needs_corpus: whether `fit` must be called before use.
         stored_bytes: bytes that an index needs per vector; None: D components of 2 bytes.
+        settings_used: the settings that change the vectors of an image without labels. Those of an index may not differ
+            in them; what they are in the others does not matter.
     """
 
     needs: tuple[str, ...] = ()
     uses_labels = False
     needs_corpus = False
     stored_bytes: int | None = None
+    settings_used: tuple[str, ...] = ("num_regions",)
 
     def __init__(self, settings: MergeConfig) -> None:
         self.settings = settings

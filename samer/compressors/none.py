@@ -12,6 +12,8 @@ from samer.tokens import MergedTokens, VisualTokens
 class NoCompression(Compressor):
     """All N tokens."""
 
+    settings_used = ()
+
     def places(self, count: int) -> int:
         return count
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from torch import Tensor
 
 from samer.compressors.base import Compressor
+from samer.config import MergeConfig
 from samer.merging import merge_tokens
 from samer.tokens import MergedTokens, VisualTokens
 
@@ -13,6 +16,8 @@ class Samer(Compressor):
     """`merge_tokens` with all of `MergeConfig`."""
 
     uses_labels = True
+    # all of its own, new ones too; the object penalty acts on labels, which only training has
+    settings_used = tuple(f.name for f in fields(MergeConfig) if f.name not in ("compressor", "object_penalty"))
 
     def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
         return merge_tokens(

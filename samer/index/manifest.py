@@ -1,27 +1,41 @@
-"""What an index's manifest says, and what is refused before anything believes it."""
+"""What an index's manifest says, typed, and what is refused before anything believes it.
+
+The format itself is described in `samer.index.write`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from dataclasses import dataclass
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from samer.config import InputError
-from samer.runtime.shards import bare_name, whole_number
+from samer.compressors import settings_used
+from samer.config import InputError, MergeConfig, merge_settings
+from samer.retrievers.identity import ModelIdentity
+from samer.runtime.shards import bare_name, read_manifest, whole_number, write_manifest
 
-FORMAT = "samer_cache"
-FORMAT_VERSION = 3  # 1 had no projector, no int8, no signs and no deletions, 2 no checksum of the manifest
+FORMAT = "samer_cache"  # its first name; on disk it stays
+# 1 had no projector, no int8, no signs and no deletions, 2 no checksum of the manifest; 3, with one int8 scale for all
+# images and regions of tokens instead of patches, is still read
+FORMAT_VERSION = 4
+OLDER = (3,)
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = (*FLOATS, "int8", "binary")
 NO_REGION = 255
+SCALE_BYTES = 4
 SHARD_NAME = re.compile(r"(images|queries)-(\d{5,9})(\.exact)?\.safetensors")
 
 
 @dataclass(frozen=True)
 class IndexSummary:
-    """What a split of a cache holds; `bytes_per_image` counts tokens and mask, as a search reads them."""
+    """What a split of an index holds; `bytes_per_image` counts tokens, scale and mask, as a search reads them."""
 
     split: str
     images: int
@@ -31,72 +45,299 @@ class IndexSummary:
     reused_shards: int
 
 
-def _number(name: str) -> int:
-    """The number in a shard's name."""
-    return int(SHARD_NAME.fullmatch(name)[2])
+@dataclass(frozen=True)
+class ExactFile:
+    """The file with the exact vectors of 1-bit ones; `bytes` of its tokens."""
+
+    file: str
+    bytes: int
+    sha256: str
 
 
-def _summary(split: str, entry: dict, reused: int) -> IndexSummary:
-    images = sum(shard["count"] for shard in entry["images"])
-    size = sum(shard["bytes"] for shard in entry["images"]) / images
-    regions = max(shard["regions"] for shard in entry["images"])
-    live = images - sum(len(rows) for rows in entry.get("deleted", {}).values())
-    return IndexSummary(split, live, sum(shard["count"] for shard in entry["queries"]), regions, size, reused)
+@dataclass(frozen=True)
+class Shard:
+    """A file of images.
 
-
-def check_manifest(path: Path, manifest: dict) -> None:
-    """Refuses a manifest that cannot be true, before anything believes its counts or opens what it names.
-
-    Raises:
-        InputError: names the manifest and what is wrong.
+    Attributes:
+        file: its name in the split's folder.
+        count: how many images, deleted ones too.
+        regions: K, the most vectors of one of them.
+        bytes: of tokens, scales and mask.
+        sha256: of the whole file.
+        version: of the format that its tensors have.
+        scale: of int8 in format 3, one for all images; later formats keep a scale per image in the file.
+        exact: only beside 1-bit tokens.
     """
 
-    def check(right: bool, what: str) -> None:
-        if not right:
-            raise InputError(f"{path}: {what}; it is damaged: remove the cache and build it anew")
+    file: str
+    count: int
+    regions: int
+    bytes: int
+    sha256: str
+    version: int = FORMAT_VERSION
+    scale: float | None = None
+    exact: ExactFile | None = None
 
-    whole, bare = whole_number, bare_name
-    dtype, scale, width = manifest.get("dtype"), manifest.get("scale"), manifest.get("embedding_dim")
-    check(dtype in DTYPES if isinstance(dtype, str) else False, f"dtype {str(dtype)[:40]!r} is unknown")
-    check(scale is None or (type(scale) is float and 0 < scale < float("inf")), f"scale {str(scale)[:40]} is no scale")
-    check((scale is not None) == (dtype == "int8"), "a scale belongs to int8, and to it only")
-    check(whole(width, 1), f"embedding_dim {str(width)[:40]} is no width")
-    for key in ("base_model", "base_projector", "projector"):
-        check(isinstance(manifest.get(key), str), f"{key} is missing or no text")
-    check(isinstance(manifest.get("merge"), dict), "merge is missing or no mapping")
-    check(isinstance(manifest.get("assignments"), bool), "assignments is neither true nor false")
-    check(isinstance(manifest.get("splits"), dict), "splits is missing or no mapping")
-    stored = {"binary": width // 8, "int8": width}.get(dtype) or width * FLOATS.get(dtype, torch.int8).itemsize
-    for split, entry in manifest["splits"].items():
-        check(bare(split) and isinstance(entry, dict), f"split {split[:40]!r} is no split")
-        check(isinstance(entry.get("root", ""), str), f"root of {split} is no text")
+    @property
+    def number(self) -> int:
+        """The number in its name."""
+        return int(SHARD_NAME.fullmatch(self.file)[2])
+
+    def files(self) -> list[tuple[str, str]]:
+        """Names and checksums of its file and of the exact one."""
+        return [(part.file, part.sha256) for part in (self, self.exact) if part]
+
+
+@dataclass(frozen=True)
+class QueryShard:
+    """A file of queries."""
+
+    file: str
+    count: int
+    sha256: str
+
+    def files(self) -> list[tuple[str, str]]:
+        """As of a `Shard`."""
+        return [(self.file, self.sha256)]
+
+
+@dataclass(frozen=True)
+class Split:
+    """What an index holds of a split.
+
+    Attributes:
+        images: the shards in order; an image's number counts over all of them.
+        queries: likewise; empty for a folder of pictures.
+        root: the folder that ids are paths under; None for a data set.
+        deleted: rows of deleted images, by shard.
+    """
+
+    images: tuple[Shard, ...]
+    queries: tuple[QueryShard, ...]
+    root: str | None = None
+    deleted: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Making:
+    """What an index is made by: what may not change while it grows.
+
+    Attributes:
+        model: the retriever.
+        projector: hash of the projection in use.
+        merge: the compressor and its settings.
+        dtype: of stored image tokens, one of `DTYPES`.
+        embedding_dim: D.
+        hidden_states: where they come from, as `Encoder.origin` says.
+        assignments: whether the region of every patch is kept, if not the compressor's kind says it.
+    """
+
+    model: ModelIdentity
+    projector: str
+    merge: MergeConfig
+    dtype: str
+    embedding_dim: int
+    hidden_states: dict[str, str] = field(default_factory=dict)
+    assignments: bool = False
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether images come with the region of every patch; where all tokens are kept they always do."""
+        return self.assignments or self.merge.compressor == "none"
+
+    def difference(self, other: Making) -> tuple[str, Any, Any] | None:
+        """The first thing that differs and its two values; settings that the compressor does not use never do."""
+        if part := self.model.difference(other.model):
+            return f"model.{part}", getattr(self.model, part), getattr(other.model, part)
+        for name in (each.name for each in fields(Making) if each.name != "model"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if name == "merge" and mine != theirs:
+                mine, theirs = settings_used(mine), settings_used(theirs)
+            if mine != theirs:
+                return name, mine, theirs
+        return None
+
+
+@dataclass(frozen=True)
+class IndexManifest(Making):
+    """A manifest: how the index was made, where its model is, and what it holds.
+
+    Attributes:
+        base_model: of the retriever, a name on the hub or a folder, as it was given.
+        revision: of it on the hub.
+        transformers: the version that computed the first images.
+        splits: by name.
+    """
+
+    base_model: str = ""
+    revision: str = "main"
+    transformers: str = ""
+    splits: dict[str, Split] = field(default_factory=dict)
+
+
+def to_json(manifest: IndexManifest) -> dict:
+    """A manifest as its file holds it; what a split or a shard does not have is left out."""
+    found = asdict(manifest)
+    for split in found["splits"].values():
+        for entry in (split, *split["images"]):
+            for key in [key for key in ("root", "deleted", "scale", "exact") if not entry.get(key, True)]:
+                del entry[key]
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, **found}
+
+
+def write_index_manifest(path: Path, manifest: IndexManifest) -> None:
+    """Replaces a manifest in one step."""
+    write_manifest(path, to_json(manifest))
+
+
+def read_index_manifest(path: Path) -> IndexManifest:
+    """A manifest of this format or an older one that can be read; keys that are missing get their defaults.
+
+    Raises:
+        InputError: not readable, damaged, of a newer SaMer, or impossible; names the file and what is wrong.
+    """
+    return manifest_from_json(read_manifest(path, FORMAT, FORMAT_VERSION, *OLDER), path)
+
+
+def manifest_from_json(found: dict, path: Path) -> IndexManifest:
+    """As `read_index_manifest`, of what its file at `path` holds."""
+    found = dict(found)
+    del found["format"]
+    if found.pop("format_version") == 3:
+        found = _from_version_3(found)
+    try:
+        if "splits" not in found:
+            raise ValueError("splits is missing")
+        manifest = _typed(IndexManifest, found, "")
+        _check(manifest)
+    except InputError as error:  # a key that this SaMer does not know, or a setting out of its range
+        raise InputError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; it is damaged: remove the index and build it anew") from None
+    return manifest
+
+
+def stamp_of(making: Making) -> dict:
+    """What every shard's header says of how the index is made; of a manifest too, which is a `Making`."""
+    own = Making(**{each.name: getattr(making, each.name) for each in fields(Making)})
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(own)}
+
+
+def making_from_stamp(stamp: dict) -> Making:
+    """How a shard was made, as its header says.
+
+    Raises:
+        ValueError: it does not say so.
+    """
+    names = {each.name for each in fields(Making)} | {"base_projector"}
+    found = {key: value for key, value in stamp.items() if key in names}
+    return _typed(Making, _from_version_3(found) if stamp.get("format_version") == 3 else found, "")
+
+
+def _from_version_3(found: dict) -> dict:
+    """What version 3 said, in today's words; what can't be true in it is left for the checks to find."""
+    rest = {key: value for key, value in found.items() if key not in ("base_projector", "scale")}
+    if "base_projector" in found:
+        rest["model"] = {"architecture": "", "weights": "", "processor": "", "base_projector": found["base_projector"]}
+
+    def older(shard: Any) -> Any:
+        return {**shard, "version": 3, "scale": found.get("scale")} if isinstance(shard, dict) else shard
+
+    if isinstance(found.get("splits"), dict):
+        rest["splits"] = {
+            name: {**split, "images": list(map(older, split["images"]))}
+            if isinstance(split, dict) and isinstance(split.get("images"), list)
+            else split
+            for name, split in found["splits"].items()
+        }
+    return rest
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """A value from JSON as type `kind`, strictly; `name` says where it stands.
+
+    Raises:
+        InputError: a key that is unknown.
+        ValueError: a key that is missing, or a value of another type.
+    """
+    if kind is MergeConfig and isinstance(value, dict):
+        return merge_settings(value, "the index's settings")
+    inner = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return None if value is None else _typed(inner[0], value, name)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints, prefix = typing.get_type_hints(kind), f"{name}." if name else ""
+        if unknown := sorted(value.keys() - hints.keys()):
+            raise InputError(f"unknown key {prefix}{unknown[0][:40]}; a newer SaMer may have written it")
+        for each in fields(kind):
+            if each.name not in value and each.default is each.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{prefix}{each.name} is missing")
+        return kind(**{key: _typed(hints[key], entry, f"{prefix}{key}") for key, entry in value.items()})
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_typed(inner[0], entry, f"{name} {row}") for row, entry in enumerate(value))
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return {key: _typed(inner[1], entry, f"{name} {key[:40]!r}") for key, entry in value.items()}
+    if type(value) is not kind:
+        raise ValueError(f"{name} can't be {str(value)[:40]!r}")
+    return value
+
+
+def _require(right: bool, what: str) -> None:
+    if not right:
+        raise ValueError(what)
+
+
+def _check(manifest: IndexManifest) -> None:
+    """Raises ValueError for what has the right types and can't be true."""
+    _require(manifest.dtype in DTYPES, f"dtype {manifest.dtype[:40]!r} is unknown")
+    _require(whole_number(manifest.embedding_dim, 1), f"embedding_dim {manifest.embedding_dim} is no width")
+    for name, split in manifest.splits.items():
+        _require(bare_name(name), f"split {name[:40]!r} is no split")
+        _require(bool(split.images), f"{name} has no shard of images")
         counts: dict[str, int] = {}
-        for kind in ("images", "queries"):
-            check(isinstance(entry.get(kind), list), f"{kind} of {split} are missing or no list")
-            for shard in entry[kind]:
-                name = shard.get("file") if isinstance(shard, dict) else None
-                match = SHARD_NAME.fullmatch(name) if isinstance(name, str) else None
-                right = match and match[1] == kind and not match[3] and name not in counts
-                check(bool(right), f"a shard of {split} has no name, or another's")
-                right = whole(shard.get("count"), 1) and isinstance(shard.get("sha256"), str)
-                if kind == "images":
-                    right = right and whole(shard.get("regions"), 1) and whole(shard.get("bytes"), 1)
-                    right = right and shard["bytes"] == shard["count"] * shard["regions"] * (stored + 1)
-                right = right and ("exact" in shard) == (kind == "images" and dtype == "binary")
-                if right and "exact" in shard:
-                    exact = shard["exact"]
-                    right = isinstance(exact, dict) and exact.get("file") == name.replace(".", ".exact.", 1)
-                    right = right and whole(exact.get("bytes"), 1) and isinstance(exact.get("sha256"), str)
-                check(
-                    right and (kind == "images") == ("regions" in shard), f"the entry of {split}/{name} can't be true"
-                )
-                counts[name] = shard["count"]
-        check(bool(entry["images"]), f"{split} has no shard of images")
-        deleted, names = entry.get("deleted", {}), {shard["file"] for shard in entry["images"]}
-        check(isinstance(deleted, dict) and set(deleted) <= names, f"deleted of {split} names no shard")
-        for name, rows in deleted.items():
-            right = isinstance(rows, list) and all(type(row) is int and 0 <= row < counts[name] for row in rows)
-            check(right and len(set(rows)) == len(rows), f"deleted rows of {split}/{name} are not there")
+        for shard in (*split.images, *split.queries):
+            kind = "images" if isinstance(shard, Shard) else "queries"
+            match = SHARD_NAME.fullmatch(shard.file)
+            right = match and match[1] == kind and not match[3] and shard.file not in counts
+            _require(bool(right), f"a shard of {name} has no name, or another's")
+            right = shard.count >= 1 and (kind == "queries" or _shard_can_be(shard, manifest))
+            _require(right, f"the entry of {name}/{shard.file} can't be true")
+            counts[shard.file] = shard.count
+        names = {shard.file for shard in split.images}
+        _require(set(split.deleted) <= names, f"deleted of {name} names no shard")
+        for file, rows in split.deleted.items():
+            right = len(set(rows)) == len(rows) and all(0 <= row < counts[file] for row in rows)
+            _require(right, f"deleted rows of {name}/{file} are not there")
+
+
+def _shard_can_be(shard: Shard, manifest: IndexManifest) -> bool:
+    """Whether a shard's entry fits its own numbers and the index's dtype."""
+    dtype, width = manifest.dtype, manifest.embedding_dim
+    one = shard.version == 3 and dtype == "int8"  # scale for all images
+    right = shard.version in (FORMAT_VERSION, *OLDER) and (shard.scale is not None) == one
+    right = right and (not one or 0 < shard.scale < float("inf"))
+    stored = {"binary": width // 8, "int8": width}.get(dtype) or width * FLOATS.get(dtype, torch.int8).itemsize
+    scale = SCALE_BYTES if dtype == "int8" and not one else 0
+    right = right and shard.regions >= 1 and shard.bytes == shard.count * (shard.regions * (stored + 1) + scale)
+    if not right or (shard.exact is not None) != (dtype == "binary"):
+        return False
+    return shard.exact is None or (shard.exact.file == shard.file.replace(".", ".exact.", 1) and shard.exact.bytes >= 1)
+
+
+def files_of(manifest: IndexManifest) -> Iterator[tuple[str, str]]:
+    """Every shard's path below the index, and its checksum."""
+    for name, split in manifest.splits.items():
+        for shard in (*split.images, *split.queries):
+            yield from ((f"{name}/{file}", checksum) for file, checksum in shard.files())
+
+
+def summarise(name: str, split: Split, reused: int = 0) -> IndexSummary:
+    """What a split holds; `reused` shards were kept from an earlier try."""
+    images = sum(shard.count for shard in split.images)
+    size = sum(shard.bytes for shard in split.images) / images
+    regions = max(shard.regions for shard in split.images)
+    live = images - sum(len(rows) for rows in split.deleted.values())
+    return IndexSummary(name, live, sum(shard.count for shard in split.queries), regions, size, reused)
 
 
 def describe(summary: IndexSummary, folder: str | Path) -> str:

@@ -1,10 +1,13 @@
 """An index open for reading: shards are mapped, checked against the manifest, scored and searched.
 
-Shape letters: I images, K regions, N tokens before compression, D embedding, Q queries, M tokens."""
+Shape letters: I images, n images of a shard, K regions, N tokens before compression, P patches, D embedding, Q queries,
+M tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,20 +15,47 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from samer.config import InputError
-from samer.index.manifest import FLOATS, FORMAT, FORMAT_VERSION, _summary, check_manifest
+from samer.index.manifest import (
+    FLOATS,
+    NO_REGION,
+    QueryShard,
+    Shard,
+    Split,
+    making_from_stamp,
+    read_index_manifest,
+    summarise,
+)
 from samer.retrievers.base import Encoder, Projector
 from samer.retrievers.projectors import read_projector
 from samer.runtime.files import lookup
 from samer.runtime.progress import batched
-from samer.runtime.shards import load_shard, read_manifest, verify_shard
+from samer.runtime.shards import load_shard, verify_shard
 from samer.scoring import StoredImages, maxsim, score_stored, search
 from samer.tokens import QueryTokens
 
 CANDIDATES = 10  # 1-bit scores choose so many times the results asked for, at least 100, for exact re-ranking
 
 
+@dataclass(frozen=True)
+class StoredVectors:
+    """One image as an index stores it: what its score is made of, and what its vectors stand for.
+
+    Attributes:
+        tokens: (K, D) float32: int8 times its scale; with 1-bit tokens those of the exact file.
+        mask: (K,) bool, False where the image has fewer vectors.
+        regions: (P,) long, the vector of every patch in row-major order, -1 for none; None where the index holds none.
+            Without a `grid`, (N,): of every token, patches first.
+        grid: rows and columns of the patches; None in files of format 3, whose images all have the retriever's grid.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    regions: Tensor | None
+    grid: tuple[int, int] | None
+
+
 class Index:
-    """A finished cache, opened for reading as it is now; shards are mapped, not loaded."""
+    """A finished index, opened for reading as it is now; shards are mapped, not loaded."""
 
     def __init__(self, folder: str | Path) -> None:
         """Opens `folder`.
@@ -37,11 +67,10 @@ class Index:
         path = self.folder / "manifest.json"
         if not path.is_file():
             raise InputError(
-                f"{self.folder}: no manifest.json; this is no finished cache. Build it with bash/cache.sh "
+                f"{self.folder}: no manifest.json; this is no finished index. Build it with bash/cache.sh "
                 "(run it again if it was interrupted: it goes on)"
             )
-        self.manifest = read_manifest(path, FORMAT, FORMAT_VERSION)
-        check_manifest(path, self.manifest)
+        self.manifest = read_index_manifest(path)
         self._mapped: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
         self._uploaded: dict[tuple[str, str, str], Tensor] = {}  # tokens on a device, once they were asked for there
         self._checked: set[tuple[str, str]] = set()
@@ -55,112 +84,159 @@ class Index:
         """
         path = self.folder / "projector.safetensors"
         projector = read_projector(path)
-        if projector.hash != self.manifest["projector"]:
+        if projector.hash != self.manifest.projector:
             raise InputError(
-                f"{path}: not the projector that this cache was made with; remove the cache and build it anew"
+                f"{path}: not the projector that this index was made with; remove the index and build it anew"
             )
         return projector
 
     def check_model(self, encoder: Encoder) -> None:
-        """Refuses an encoder of another model than the index was made with, as its untouched projection tells."""
-        if encoder.base_projector.hash != self.manifest["base_projector"]:
-            raise InputError(f"{encoder.name} is not the model that {self.folder} was made with")
+        """Refuses an encoder of another model than the index was made with.
 
-    def _split(self, split: str) -> dict:
-        splits = self.manifest.get("splits", {})
+        Raises:
+            InputError: says what differs: its kind, its weights, its processor or its untouched projection.
+        """
+        differs = self.manifest.model.difference(encoder.identity)
+        if differs:
+            raise InputError(f"{encoder.name} is not the model that {self.folder} was made with: its {differs} differs")
+
+    def _split(self, split: str) -> Split:
+        splits = self.manifest.splits
         if split not in splits:
             held = ", ".join(sorted(splits)) or "none"
-            raise InputError(f"{self.folder}: no split {split!r} in this cache; it holds: {held}")
+            raise InputError(f"{self.folder}: no split {split!r} in this index; it holds: {held}")
         return splits[split]
 
-    def _map(self, split: str, entry: dict, exact: bool = False) -> tuple[dict[str, Tensor], dict]:
+    def _map(self, split: str, shard: Shard | QueryShard, exact: bool = False) -> tuple[dict[str, Tensor], dict]:
         """A shard's tensors, mapped, and its header; each file is opened, and held against the manifest, once.
 
         Args:
             split: of the index.
-            entry: the manifest's, of images or queries.
-            exact: the shard beside it, with the exact vectors of 1-bit ones.
+            shard: the manifest's, of images or queries.
+            exact: the file beside it, with the exact vectors of 1-bit ones.
         """
-        file = entry["exact"]["file"] if exact else entry["file"]
+        file = shard.exact.file if exact else shard.file
         path = self.folder / split / file
         if (split, file) not in self._mapped:
             try:
                 tensors, header = load_shard(path)
-                self._check_shard(split, entry, tensors, header, exact)
+                self._check_header(shard, header)
+                if isinstance(shard, QueryShard):
+                    self._check_queries(split, shard, tensors)
+                else:
+                    self._check_images(shard, tensors, exact)
                 self._mapped[split, file] = tensors, header
             except (OSError, SafetensorError, KeyError, ValueError) as error:
-                if self.manifest != read_manifest(self.folder / "manifest.json", FORMAT, FORMAT_VERSION):
+                if self.manifest != read_index_manifest(self.folder / "manifest.json"):
                     raise InputError(f"{self.folder}: rewritten since it was opened; open it again") from None
                 raise InputError(
-                    f"{path}: not readable ({str(error)[:120]}); remove it and build the cache again"
+                    f"{path}: not readable ({str(error)[:120]}); remove it and build the index again"
                 ) from None
         return self._mapped[split, file]
 
-    def _check_shard(self, split: str, entry: dict, tensors: dict[str, Tensor], header: dict, exact: bool) -> None:
-        """Raises ValueError or KeyError for a shard that is not what the manifest says."""
-        stamp = header.get("stamp") if isinstance(header, dict) else None
+    def _check_header(self, shard: Shard | QueryShard, header: dict) -> None:
+        """Raises ValueError or KeyError for a header that is not what the manifest says."""
+        stamp, own = header.get("stamp"), header.get("entry", {})
         if not isinstance(stamp, dict):
-            raise ValueError("no header of a cache's shard")
-        if stamp["projector"] != self.manifest["projector"]:
-            raise ValueError("made with another projector")
-        for key in ("dtype", "scale", "merge", "assignments"):
-            if key in stamp and stamp[key] != self.manifest.get(key):
-                raise ValueError(f"made with another {key}")
-        count, width = entry["count"], self.manifest["embedding_dim"]
-        own = header.get("entry", {})
-        if not isinstance(own, dict) or own.get("count", count) != count:
+            raise ValueError("no header of an index's shard")
+        if found := self.manifest.difference(making_from_stamp(stamp)):
+            raise ValueError(f"made with another {found[0]}")
+        images = isinstance(shard, Shard)
+        if images and (stamp.get("format_version"), stamp.get("scale")) != (shard.version, shard.scale):
+            raise ValueError("made in another format, or with another scale")
+        if not isinstance(own, dict) or own.get("count", shard.count) != shard.count:
             raise ValueError("made with another count")
-        tokens, names = tensors["tokens"], stamp["texts" if "regions" not in entry else "ids"]
-        if "regions" not in entry:  # queries
-            lengths, image = tensors["lengths"], tensors["image"]
-            right = tokens.ndim == 2 and tokens.shape[1] == width and tokens.is_floating_point()
-            right &= all(t.dtype == torch.int64 and t.shape == (count,) for t in (lengths, image))
-            right = right and int(lengths.min()) >= 1 and int(lengths.sum()) == len(tokens)
-            images = sum(shard["count"] for shard in self._split(split)["images"])
-            right = right and int(image.min()) >= 0 and int(image.max()) < images
-        else:
-            kind = FLOATS.get(self.manifest["dtype"], torch.int8 if self.manifest["dtype"] == "int8" else torch.uint8)
-            stored = width // 8 if kind == torch.uint8 else width
-            kind, stored = (torch.bfloat16, width) if exact else (kind, stored)
-            right = tokens.dtype == kind and tokens.shape == (count, entry["regions"], stored)
-            if not exact:
-                mask = tensors["mask"]
-                right &= mask.dtype == torch.bool and mask.shape == (count, entry["regions"])
-            if self.manifest.get("assignments") and not exact:
-                regions = tensors["assignments"]
-                right &= regions.dtype == torch.uint8 and regions.ndim == 2 and len(regions) == count
-            right = right and isinstance(names, list) and len(set(map(str, names))) == count
-        right = right and isinstance(names, list) and len(names) == count and all(isinstance(n, str) for n in names)
+        names, files = stamp["ids" if images else "texts"], stamp.get("files", [])
+        right = isinstance(names, list) and len(names) == shard.count and all(isinstance(n, str) for n in names)
+        right = right and (not images or len(set(names)) == shard.count)
+        right = right and isinstance(files, list) and len(files) in (0, shard.count) and all(map(_is_stamp, files))
         if not right:
-            raise ValueError("its tensors or names are not what the manifest says")
+            raise ValueError("its names are not what the manifest says")
 
-    def _header(self, split: str, entry: dict) -> dict:
-        return self._map(split, entry)[1]
+    def _check_queries(self, split: str, shard: QueryShard, tensors: dict[str, Tensor]) -> None:
+        """Raises ValueError or KeyError for tensors that are not what the manifest says."""
+        tokens, lengths, image = tensors["tokens"], tensors["lengths"], tensors["image"]
+        right = tokens.ndim == 2 and tokens.shape[1] == self.manifest.embedding_dim and tokens.is_floating_point()
+        right &= all(t.dtype == torch.int64 and t.shape == (shard.count,) for t in (lengths, image))
+        right = right and int(lengths.min()) >= 1 and int(lengths.sum()) == len(tokens)
+        images = sum(entry.count for entry in self._split(split).images)
+        if not (right and int(image.min()) >= 0 and int(image.max()) < images):
+            raise ValueError("its tensors are not what the manifest says")
 
-    def _read(self, split: str, entry: dict, exact: bool = False) -> tuple[dict[str, Tensor], dict]:
-        """As `_map`, of a shard whose checksum holds: all of it is read, once."""
-        own = entry["exact"] if exact else entry
-        path = self.folder / split / own["file"]
-        if (split, own["file"]) not in self._checked:
-            verify_shard(path, own["sha256"])
-        tensors, header = self._map(split, entry, exact)
-        self._checked.add((split, own["file"]))
+    def _check_images(self, shard: Shard, tensors: dict[str, Tensor], exact: bool) -> None:
+        """Raises ValueError or KeyError for tensors that are not what the manifest says; those of format 3 are filled.
+
+        Afterwards a shard of any format holds what `samer.index.write` says of today's.
+        """
+        dtype, width = self.manifest.dtype, self.manifest.embedding_dim
+        kind = FLOATS.get(dtype, torch.int8 if dtype == "int8" else torch.uint8)
+        kind, width = (torch.bfloat16, width) if exact else (kind, width // 8 if dtype == "binary" else width)
+        wanted = {"tokens": (kind, (shard.count, shard.regions, width))}
+        if not exact:
+            if shard.version == 3:
+                self._fill(shard, tensors)
+            wanted |= {"mask": (torch.bool, (shard.count, shard.regions)), "grids": (torch.int32, (shard.count, 2))}
+            if dtype == "int8":
+                wanted["scales"] = torch.float32, (shard.count,)
+            if self.manifest.has_regions:
+                patches = tensors["assignments"].shape[-1]
+                kind = torch.uint8 if self.manifest.assignments else torch.int32
+                wanted["assignments"] = kind, (shard.count, patches)
+        right = all((tensors[n].dtype, tuple(tensors[n].shape)) == about for n, about in wanted.items())
+        if right and "scales" in wanted:
+            right = bool((tensors["scales"] > 0).all() and tensors["scales"].isfinite().all())
+        if right and "grids" in wanted:
+            cells = tensors["grids"].long().prod(1)  # 0 where it is not known
+            right = bool((tensors["grids"] >= 0).all()) and bool(
+                (tensors["grids"].amin(1).bool() == cells.bool()).all()
+            )
+            right = right and (not self.manifest.has_regions or int(cells.max()) <= patches)
+        if not right:
+            raise ValueError("its tensors are not what the manifest says")
+
+    def _fill(self, shard: Shard, tensors: dict[str, Tensor]) -> None:
+        """Adds to a shard of format 3 what today's holds; it did not know grids."""
+        tensors["grids"] = torch.zeros(shard.count, 2, dtype=torch.int32)
+        if shard.scale is not None:
+            tensors["scales"] = torch.full((shard.count,), shard.scale)
+        if self.manifest.merge.compressor == "none":  # every token is a vector of its own
+            tokens = torch.arange(shard.regions, dtype=torch.int32)
+            tensors["assignments"] = torch.where(tensors["mask"], tokens, -1)
+
+    def _header(self, split: str, shard: Shard) -> dict:
+        return self._map(split, shard)[1]
+
+    def _read(self, split: str, shard: Shard | QueryShard, exact: bool = False) -> tuple[dict[str, Tensor], dict]:
+        """As `_map`, of a shard whose checksum holds: all of it is read, once; its stamp instead of its header."""
+        own = shard.exact if exact else shard
+        path = self.folder / split / own.file
+        if (split, own.file) not in self._checked:
+            verify_shard(path, own.sha256)
+        tensors, header = self._map(split, shard, exact)
+        self._checked.add((split, own.file))
         return tensors, header["stamp"]
 
-    def _live(self, split: str, entry: dict) -> Tensor | None:
+    def _live(self, split: str, shard: Shard) -> Tensor | None:
         """(n,) bool, False at deleted rows; None if there are none."""
-        rows = self._split(split).get("deleted", {}).get(entry["file"])
+        rows = self._split(split).deleted.get(shard.file)
         if not rows:
             return None
-        live = torch.ones(entry["count"], dtype=torch.bool)
-        live[rows] = False
+        live = torch.ones(shard.count, dtype=torch.bool)
+        live[list(rows)] = False
         return live
+
+    def _named(self, split: str) -> Iterator[tuple[Shard, dict, Tensor]]:
+        """Shards of images in order, mapped: entry, stamp and (n,) bool, False at deleted rows."""
+        for shard in self._split(split).images:
+            live = self._live(split, shard)
+            here = torch.ones(shard.count, dtype=torch.bool) if live is None else live
+            yield shard, self._header(split, shard)["stamp"], here
 
     def images(self, split: str) -> Iterator[tuple[list[str], Tensor, Tensor]]:
         """Shards of a split in order, checked: ids, tokens (n, K, D) as stored, mask (n, K) bool; no deleted image."""
-        for entry in self._split(split)["images"]:
-            tensors, stamp = self._read(split, entry)
-            live = self._live(split, entry)
+        for shard in self._split(split).images:
+            tensors, stamp = self._read(split, shard)
+            live = self._live(split, shard)
             if live is None:
                 yield stamp["ids"], tensors["tokens"], tensors["mask"]
             elif live.any():
@@ -169,15 +245,15 @@ class Index:
 
     def stored(self, split: str, device: torch.device | str = "cpu") -> Iterator[tuple[list[str], StoredImages]]:
         """Shards of a split in order, mapped and unchecked, for scanning; deleted images are marked, not taken out."""
-        for entry in self._split(split)["images"]:
-            tensors, header = self._map(split, entry)
-            mask, live = tensors["mask"], self._live(split, entry)
+        for shard in self._split(split).images:
+            tensors, header = self._map(split, shard)
+            mask, live = tensors["mask"], self._live(split, shard)
             full = header.setdefault("full", bool(mask.all()))  # asked once
             yield (
                 header["stamp"]["ids"],
                 StoredImages(
-                    self._tokens_on(device, split, entry["file"], tensors["tokens"]),
-                    self.manifest.get("scale"),
+                    self._tokens_on(device, split, shard.file, tensors["tokens"]),
+                    tensors["scales"].to(device) if "scales" in tensors else None,
                     None if full else mask.to(device),
                     None if live is None else live.to(device),
                 ),
@@ -192,19 +268,35 @@ class Index:
             self._uploaded[key] = tokens.to(device)
         return self._uploaded[key]
 
-    def assignments(self, split: str) -> Iterator[tuple[list[str], Tensor]]:
-        """Ids and (n, N) uint8, the region of every token, 255 where it has none.
+    def assignments(self, split: str) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+        """Shards of a split in order, checked, without deleted images: what every patch went to.
+
+        Yields:
+            Ids; (n, P) uint8, the vector of every patch in row-major order, 255 where it has none (int32 and -1 where
+            all tokens are kept); (n, 2) int32, rows and columns of each image, 0 where only format 3 knew the image:
+            then its assignments are those of its tokens, patches first.
 
         Raises:
-            InputError: a cache built without them.
+            InputError: an index built without them.
         """
-        if not self.manifest["assignments"]:
+        if not self.manifest.has_regions:
             raise InputError(f"{self.folder}: built without assignments; build it with --assignments")
-        for entry in self._split(split)["images"]:
-            tensors, stamp = self._read(split, entry)
-            live = self._live(split, entry)
-            rows = torch.ones(entry["count"], dtype=torch.bool) if live is None else live
-            yield [name for name, here in zip(stamp["ids"], rows.tolist()) if here], tensors["assignments"][rows]
+        for shard, stamp, here in self._named(split):
+            tensors, _ = self._read(split, shard)
+            ids = [name for name, live in zip(stamp["ids"], here.tolist()) if live]
+            yield ids, tensors["assignments"][here], tensors["grids"][here]
+
+    def file_stamps(self, split: str) -> dict[str, tuple[int, int] | None]:
+        """Per image of a folder (bytes, time of change in ns) of its file when it was read; None where nobody noted it.
+
+        Deleted images are left out; the images of a data set have no stamps.
+        """
+        found: dict[str, tuple[int, int] | None] = {}
+        for shard, stamp, here in self._named(split):
+            files = stamp.get("files") or [None] * shard.count
+            rows = zip(stamp["ids"], files, here.tolist())
+            found |= {name: file and tuple(file) for name, file, live in rows if live}
+        return found
 
     def numbers(self, split: str) -> dict[str, int]:
         """Number of every image by id: its row in the index, counted over all shards; deleted ones are left out.
@@ -213,54 +305,48 @@ class Index:
         """
         if split not in self._numbered:
             found, start = {}, 0
-            for entry in self._split(split)["images"]:
-                live = self._live(split, entry)
-                ids = self._header(split, entry)["stamp"]["ids"]
-                found |= {name: start + row for row, name in enumerate(ids) if live is None or live[row]}
-                start += entry["count"]
+            for shard, stamp, here in self._named(split):
+                rows = enumerate(zip(stamp["ids"], here.tolist()), start)
+                found |= {name: number for number, (name, live) in rows if live}
+                start += shard.count
             self._numbered[split] = found
         return self._numbered[split]
 
-    def _place(self, split: str, number: int) -> tuple[dict, int]:
-        """The manifest entry and the row of an image by its number."""
-        for entry in self._split(split)["images"]:
-            if number < entry["count"]:
-                return entry, number
-            number -= entry["count"]
+    def _place(self, split: str, number: int) -> tuple[Shard, int]:
+        """The shard and the row of an image by its number."""
+        for shard in self._split(split).images:
+            if number < shard.count:
+                return shard, number
+            number -= shard.count
         raise IndexError(number)
 
     def image_id(self, split: str, number: int) -> str | None:
         """Id of an image by its number; None where there is none, or it was deleted."""
-        if number < 0 or number >= sum(entry["count"] for entry in self._split(split)["images"]):
+        if number < 0 or number >= sum(shard.count for shard in self._split(split).images):
             return None
-        entry, row = self._place(split, number)
-        live = self._live(split, entry)
-        return self._header(split, entry)["stamp"]["ids"][row] if live is None or live[row] else None
+        shard, row = self._place(split, number)
+        live = self._live(split, shard)
+        return self._header(split, shard)["stamp"]["ids"][row] if live is None or live[row] else None
 
-    def vectors(self, split: str, number: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """One image as the index stores it: what its score is made of, and what its vectors stand for.
-
-        Args:
-            split: of the index.
-            number: from `numbers`.
-
-        Returns:
-            tokens (K, D) float32 (int8 times its scale; with 1-bit tokens those of the exact file), mask (K,) bool,
-            assignments (N,) uint8 or None where the index holds none.
-        """
-        entry, row = self._place(split, number)
-        tensors, _ = self._map(split, entry)
-        exact = self._map(split, entry, exact=True)[0] if "exact" in entry else tensors
+    def vectors(self, split: str, number: int) -> StoredVectors:
+        """One image by its number from `numbers`."""
+        shard, row = self._place(split, number)
+        tensors, _ = self._map(split, shard)
+        exact = self._map(split, shard, exact=True)[0] if shard.exact else tensors
         tokens = exact["tokens"][row].float()
-        if exact["tokens"].dtype == torch.int8:
-            tokens = tokens * self.manifest["scale"]
-        regions = tensors["assignments"][row] if "assignments" in tensors else None
-        return tokens, tensors["mask"][row], regions
+        if "scales" in exact:
+            tokens = tokens * exact["scales"][row]
+        grid = tuple(tensors["grids"][row].tolist())
+        regions = tensors["assignments"][row].long() if self.manifest.has_regions else None
+        if regions is not None:
+            regions = regions.masked_fill(regions == NO_REGION, -1) if self.manifest.assignments else regions
+            regions = regions[: grid[0] * grid[1]] if all(grid) else regions
+        return StoredVectors(tokens, tensors["mask"][row], regions, grid if all(grid) else None)
 
     def queries(self, split: str, block: int = 1024) -> Iterator[tuple[QueryTokens, Tensor, list[str]]]:
         """Blocks of queries in order: padded `QueryTokens`, the image each describes (q,), and their texts."""
-        for entry in self._split(split)["queries"]:
-            tensors, stamp = self._read(split, entry)
+        for shard in self._split(split).queries:
+            tensors, stamp = self._read(split, shard)
             parts = tensors["tokens"].split(tensors["lengths"].tolist())
             for rows in batched(range(len(parts)), block):
                 padded = torch.nn.utils.rnn.pad_sequence([parts[k] for k in rows], batch_first=True)
@@ -271,7 +357,7 @@ class Index:
 
     def size(self, split: str) -> tuple[int, int, int, float]:
         """(images, queries, regions, bytes per image) of a split."""
-        summary = _summary(split, self._split(split), 0)
+        summary = summarise(split, self._split(split))
         return summary.images, summary.queries, summary.regions, summary.bytes_per_image
 
     def scores(self, split: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -282,19 +368,20 @@ class Index:
         Raises:
             InputError: a damaged shard, or a split with deletions, whose queries may describe nothing.
         """
-        if any(self._split(split).get("deleted", {}).values()):
+        held = self._split(split)
+        if any(held.deleted.values()):
             raise InputError(f"{self.folder}: images of {split} were deleted; its captions can't be evaluated any more")
         blocks = [(QueryTokens(q.tokens.to(device), q.mask.to(device)), image) for q, image, _ in self.queries(split)]
         columns = []
-        for entry, (_, images) in zip(self._split(split)["images"], self.stored(split, device)):
-            self._read(split, entry)  # an evaluation checks what it reads
-            if "exact" in entry:
-                self._read(split, entry, exact=True)
+        for shard, (_, images) in zip(held.images, self.stored(split, device)):
+            self._read(split, shard)  # an evaluation checks what it reads
+            if shard.exact:
+                self._read(split, shard, exact=True)
             columns.append(torch.cat([score_stored(query, images).cpu() for query, _ in blocks]))
         scores = torch.cat(columns, dim=1)
-        if self.manifest["dtype"] == "binary":
-            tokens = torch.cat([self._map(split, e, exact=True)[0]["tokens"] for e in self._split(split)["images"]])
-            masks = torch.cat([self._map(split, e)[0]["mask"] for e in self._split(split)["images"]])
+        if self.manifest.dtype == "binary":
+            tokens = torch.cat([self._map(split, shard, exact=True)[0]["tokens"] for shard in held.images])
+            masks = torch.cat([self._map(split, shard)[0]["mask"] for shard in held.images])
             queries = [(tokens, mask) for query, _ in blocks for tokens, mask in zip(query.tokens, query.mask)]
             count = min(CANDIDATES * 10, scores.shape[1])
             chosen = scores.topk(count, dim=1).indices  # (Q, candidates)
@@ -314,7 +401,7 @@ class Index:
         One pass over the mapped shards; with 1-bit tokens the `CANDIDATES` * top best, at least 100, are then scored
         exactly from the second file.
         """
-        if self.manifest["dtype"] != "binary":
+        if self.manifest.dtype != "binary":
             return search(queries, self.stored(split, device), top)
         found = search(queries, self.stored(split, device), max(100, CANDIDATES * top))
         numbers = self.numbers(split)
@@ -325,9 +412,15 @@ class Index:
             if not names:  # every image was deleted
                 result.append([])
                 continue
-            tokens, masks, _ = zip(*(self.vectors(split, numbers[name]) for name in names))
+            stored = [self.vectors(split, numbers[name]) for name in names]
             pad = torch.nn.utils.rnn.pad_sequence
-            mask = pad(masks, batch_first=True).to(device)
-            exact = maxsim(query, pad(tokens, batch_first=True).to(device), None, mask)[0].tolist()
+            mask = pad([each.mask for each in stored], batch_first=True).to(device)
+            tokens = pad([each.tokens for each in stored], batch_first=True).to(device)
+            exact = maxsim(query, tokens, None, mask)[0].tolist()
             result.append(sorted(zip(names, exact), key=lambda pair: (-pair[1], pair[0]))[:top])
         return result
+
+
+def _is_stamp(value: object) -> bool:
+    """Whether a header may note an image's file so."""
+    return value is None or (isinstance(value, list) and len(value) == 2 and all(type(part) is int for part in value))

@@ -22,14 +22,13 @@ from samer.runtime.shards import (
     bare_name,
     load_header,
     load_shard,
-    parts_of,
     read_manifest,
     tensors_checksum,
     verify_shard,
 )
 from samer.training.loop import CHECKSUMS
 
-STORES = {each.FORMAT: each.FORMAT_VERSION for each in (index_manifest, store_manifest)}
+STORES = (index_manifest.FORMAT, store_manifest.FORMAT)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def verify(path: str | Path) -> Verified:
             vouchers += 1
             if kind not in STORES:
                 raise InputError(f"{manifest}: format {kind[:40]!r} is none of {', '.join(STORES)}")
-            for file, *how in _listed(manifest.parent, read_manifest(manifest, kind, STORES[kind])):
+            for file, *how in _listed(manifest, kind):
                 checks[file] = tuple(how)
                 found.setdefault(file)
         except InputError as error:
@@ -99,18 +98,20 @@ def verify(path: str | Path) -> Verified:
     return Verified(read + vouchers, total, damages)
 
 
-def _listed(folder: Path, manifest: dict) -> Iterator[tuple[Path, str, str]]:
+def _listed(path: Path, kind: str) -> Iterator[tuple[Path, str, str]]:
     """Every file that a store's manifest vouches for: path, "bytes" or "projector", checksum."""
-    if manifest["format"] == store_manifest.FORMAT:
-        store_manifest.check_manifest(folder / "manifest.json", manifest)
-        yield folder / "base.safetensors", "projector", manifest["base_projector"]
-    else:
-        index_manifest.check_manifest(folder / "manifest.json", manifest)
-        yield folder / "projector.safetensors", "projector", manifest["projector"]
+    folder = path.parent
+    if kind == index_manifest.FORMAT:
+        index = index_manifest.read_index_manifest(path)
+        yield folder / "projector.safetensors", "projector", index.projector
+        yield from ((folder / file, "bytes", checksum) for file, checksum in index_manifest.files_of(index))
+        return
+    manifest = read_manifest(path, store_manifest.FORMAT, store_manifest.FORMAT_VERSION)
+    store_manifest.check_manifest(path, manifest)
+    yield folder / "base.safetensors", "projector", manifest["base_projector"]
     for split, entry in manifest["splits"].items():
-        for shards in (entry[kind] for kind in ("images", "queries", "texts") if kind in entry):
-            for shard in shards:
-                yield from ((folder / split / part["file"], "bytes", part["sha256"]) for part in parts_of(shard))
+        for shard in (*entry["images"], *entry["texts"]):
+            yield folder / split / shard["file"], "bytes", shard["sha256"]
 
 
 def _own_voucher(file: Path) -> tuple[str, str]:

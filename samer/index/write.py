@@ -1,20 +1,58 @@
-"""The compressed index on disk: shards of image tokens and query tokens, and a manifest written last.
+"""The compressed index on disk, format 4: shards of image tokens and query tokens, and a manifest written last.
 
-    DIR/manifest.json                what was built and from what; splits appear here when they are complete
-    DIR/projector.safetensors        weight, bias: what queries must be projected with
-    DIR/<split>/images-00000.safetensors    tokens (n, K, D) or (n, K, D / 8), mask (n, K) bool; ids in the header;
-                                            optional: assignments (n, N) uint8, the region of each token, 255: none
+    DIR/manifest.json                       what was built and from what; splits appear here when they are complete
+    DIR/projector.safetensors               weight (D, H) and, if it has one, bias (D,), float32: what queries
+                                            must be projected with
+    DIR/<split>/images-00000.safetensors    n images, of which image i is row i of each tensor:
+        tokens       (n, K, D) float32, bfloat16, float16 or int8; or (n, K, D / 8) uint8, the signs of D components,
+                     lowest bit first, 1 for positive
+        scales       (n,) float32, int8 only: value = int8 * scale
+        mask         (n, K) bool, False where the image has fewer vectors than K; tokens are 0 there
+        grids        (n, 2) int32, rows and columns of the image's patches
+        assignments  (n, P) uint8, the vector of every patch in row-major order, 255: none, as past an image's own
+                     patches; only if the manifest's `assignments` is true. Where all tokens are kept (compressor
+                     "none") it is always there, int32, with -1 for none
     DIR/<split>/images-00000.exact.safetensors   only with 1-bit tokens: tokens (n, K, D) bfloat16, to re-rank with
-    DIR/<split>/queries-00000.safetensors   tokens (sum M, D), lengths (q,), image (q,); valid tokens only
-    each shard's header says what it was made from and holds a checksum (samer/shards.py)
+    DIR/<split>/queries-00000.safetensors        q queries, valid tokens only:
+        tokens       (sum of lengths, D), one query after the other, in the dtype of the images' or bfloat16
+        lengths      (q,) int64
+        image        (q,) int64, the number of the image that it describes, counted over the split's image shards
+
+A shard is a safetensors file with one metadata key, "samer", whose value is JSON:
+    checksum    SHA-256 over the bytes of its tensors in the order of their names
+    entry       its `count`, and for images `regions` (K) and `bytes` (of tokens, scales and mask)
+    stamp       what it was made from: the manifest's keys `model` to `assignments`; `ids` of the n images, unique in
+                the file, or of the image of each query; `texts` of the queries; `corpus`, a hash of the ids that a
+                compressor with a codebook was fitted on; for a folder of pictures `files`, per image null or
+                [bytes, time of change in ns] of its file when it was read
+
+The manifest is JSON:
+    format, format_version          "samer_cache", 4
+    model                           the retriever: architecture, weights, processor, base_projector; "" is not known
+    projector                       SHA-256 of the projector: for weight, then bias, its shape as Python writes a tuple
+                                    and its bytes
+    merge                           the compressor and its settings, `samer.config.MergeConfig`
+    dtype, embedding_dim            float32, bfloat16, float16, int8 or binary; D
+    hidden_states                   the dtypes that they were computed and stored in
+    assignments                     true or false
+    base_model, revision, transformers    where the retriever is, and what computed the first images; not compared
+    splits                          by name: `images`, a list of {file, count, regions, bytes, sha256, version} and
+                                    `exact` {file, bytes, sha256}; `queries`, of {file, count, sha256}; for a folder of
+                                    pictures `root`, under which ids are paths; `deleted`, the deleted rows by file
+    checksum                        SHA-256 of the rest as json.dumps(rest, sort_keys=True) gives it
+
+Of format 3, which is still read and may be added to, a shard's `version` is 3 and its `scale` that of all its int8
+images. Its shards have no grids, and `assignments` are those of all N tokens; rows of them that are compacted keep
+that, and have the grid (0, 0).
 
 Appending writes new shards, deleting notes rows in the manifest, compacting writes what is left into new shards, and
 the manifest is replaced in one step, so a reader sees the index before or after, never a mixture (a split of a data set
-that is built again from other data is replaced shard by shard; open it when that has ended). int8's scale is fixed by
-the first images. No pickle anywhere; a reader maps the files. Bytes depend on the input, where its hidden states come
-from, the projector and the batch size only, not on the number of processes, nor on when it was made.
+that is built again from other data is replaced shard by shard; open it when that has ended). What is stored of an image
+depends on that image only, not on what came before it. No pickle anywhere; a reader maps the files. Bytes depend on the
+input, where its hidden states come from, the projector and the batch size only, not on the number of processes, nor on
+when it was made.
 
-Shape letters: I images, K regions, N tokens before compression, D embedding, Q queries, M tokens.
+Shape letters: I images, K regions, N tokens before compression, P patches, D embedding, Q queries, M tokens.
 """
 
 from __future__ import annotations
@@ -23,10 +61,10 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
@@ -36,21 +74,36 @@ from samer.config import InputError, MergeConfig
 from samer.data import make_reader
 from samer.data.records import ImageRecord
 from samer.evaluation import compress_images, fitted_compressor
-from samer.index.manifest import DTYPES, FLOATS, FORMAT, FORMAT_VERSION, NO_REGION, IndexSummary, _summary
+from samer.index.manifest import (
+    DTYPES,
+    FLOATS,
+    FORMAT_VERSION,
+    NO_REGION,
+    ExactFile,
+    IndexManifest,
+    IndexSummary,
+    Making,
+    QueryShard,
+    Shard,
+    Split,
+    making_from_stamp,
+    read_index_manifest,
+    stamp_of,
+    summarise,
+    write_index_manifest,
+)
 from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import read_projector
 from samer.runtime.files import atomic_path, lookup, only_writer
 from samer.runtime.processes import gather_objects, rank
 from samer.runtime.progress import Progress, batched, prefetched
-from samer.runtime.shards import check_identity, finished_shard, in_order, shared_out, write_manifest, write_shard
+from samer.runtime.shards import finished_shard, in_order, load_header, shared_out, write_shard
 from samer.runtime.signals import stop_here, stoppable
-from samer.scoring import pack_signs
-from samer.tokens import MergedTokens
+from samer.scoring import pack_signs, quantise_images
+from samer.tokens import MergedTokens, VisualTokens, regions_of_patches
 
 IMAGES_PER_SHARD = 1024
 QUERIES_PER_SHARD = 2048
-SCALE_IMAGES = 64  # what int8's scale is taken from, evenly spaced
-CLIPPED = 1e-4  # share of components that int8 may clip
 
 
 def build_index(
@@ -69,21 +122,21 @@ def build_index(
     """Encodes and compresses splits without boxes and writes them; finished shards of an earlier try are kept.
 
     Args:
-        folder: the cache; made if missing.
-        data_root: Flickr30k-Entities; its Annotations folder is never opened.
+        folder: the index; made if missing.
+        data_root: of the data set; its boxes are never read.
         splits: e.g. ["val", "test"].
         retriever: with the projector to use.
         merge: compressor, K and the other settings; the object prior plays no part here. A compressor that learns
             from a corpus is fitted on each split.
         batch_size: images, and captions, per forward pass.
-        dtype: of the stored image tokens: float32, bfloat16, float16, int8 (one scale for all images) or binary
+        dtype: of the stored image tokens: float32, bfloat16, float16, int8 (a scale per image) or binary
             (signs, and bfloat16 beside them to re-rank with). Queries are stored alike, in bfloat16 for the last two.
         limit_images: the first so many images of each split.
         reader: of the data set, a name in `samer.data.READERS`.
-        assignments: keep the region of every token, a byte each.
+        assignments: keep the region of every patch, a byte each.
 
     Raises:
-        InputError: bad data, or a folder that holds a cache of another projector, model or setting, or is written to
+        InputError: bad data, or a folder that holds an index of another projector, model or setting, or is written to
             by another process.
     """
     folder = Path(folder)
@@ -94,31 +147,32 @@ def build_index(
     }
     with _writing(folder, retriever, merge, batch_size, dtype, assignments) as writer:
         summaries = []
-        for split, rows in records.items():
-            if any(writer.manifest["splits"].get(split, {}).get("deleted", {}).values()):
-                raise InputError(f"{folder}: images of {split} were deleted; build it in another folder")
+        for name, rows in records.items():
+            held = writer.manifest.splits.get(name)
+            if held and any(held.deleted.values()):
+                raise InputError(f"{folder}: images of {name} were deleted; build it in another folder")
             compressor = fitted_compressor(retriever, rows, merge, batch_size)
-            writer.corpus = [record.image_id for record in rows] if compressor.needs_corpus else None
-            writer.choose_scale(rows, compressor)
-            shards, reused = writer.write_images(split, rows, compressor)
-            queries, kept = writer.write_queries(split, rows)
-            writer.commit(split, {"images": shards, "queries": queries})
-            summaries.append(_summary(split, writer.manifest["splits"][split], reused + kept))
+            writer.corpus = [record.image_id for record in rows] if compressor.needs_corpus else []
+            shards, reused = writer.write_images(name, rows, compressor)
+            queries, kept = writer.write_queries(name, rows)
+            split = Split(shards, queries)
+            writer.commit(name, split)
+            summaries.append(summarise(name, split, reused + kept))
     return summaries
 
 
 def _check_settings(retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool) -> None:
     if dtype not in DTYPES:
-        raise InputError(f"cache dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        raise InputError(f"index dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     make_compressor(merge)  # an unknown name is refused before any work
     if batch_size < 1:
         raise InputError(f"batch size must be at least 1; it is {batch_size}")
     if dtype == "binary" and retriever.embedding_dim % 8:
-        raise InputError(f"cache dtype binary needs a width divisible by 8; it is {retriever.embedding_dim}")
+        raise InputError(f"index dtype binary needs a width divisible by 8; it is {retriever.embedding_dim}")
     if assignments and merge.compressor == "none":
         raise InputError("all tokens are kept, each is its own region: leave --assignments out")
     if assignments and merge.num_regions > NO_REGION:
-        raise InputError(f"assignments take a byte per token, so at most {NO_REGION} regions, not {merge.num_regions}")
+        raise InputError(f"assignments take a byte per patch, so at most {NO_REGION} regions, not {merge.num_regions}")
 
 
 def _joined(parts: Sequence[Tensor], fill: int = 0) -> Tensor:
@@ -128,15 +182,35 @@ def _joined(parts: Sequence[Tensor], fill: int = 0) -> Tensor:
     return torch.cat([pad(part) for part in parts])
 
 
-def _write_images(path: Path, tensors: dict[str, Tensor], half: dict[str, Tensor], stamp: dict) -> dict:
+def _write_images(path: Path, tensors: dict[str, Tensor], half: dict[str, Tensor], stamp: dict) -> Shard:
     """Writes a shard of images, with 1-bit tokens the exact ones beside it, and returns its manifest entry."""
-    stored, mask = tensors["tokens"], tensors["mask"]
-    facts = {"count": len(stored), "regions": stored.shape[1], "bytes": stored.nbytes + mask.nbytes}
-    exact = {}
+    size = sum(tensors[name].nbytes for name in ("tokens", "scales", "mask") if name in tensors)
+    facts = {"count": len(tensors["tokens"]), "regions": tensors["tokens"].shape[1], "bytes": size}
+    exact = None
     if half:  # first, so that a shard with a manifest entry always has its exact file
         side = path.with_suffix(".exact.safetensors")
-        exact = {"exact": write_shard(side, half, stamp, {"bytes": half["tokens"].nbytes})}
-    return {**write_shard(path, tensors, stamp, facts), **exact}
+        exact = ExactFile(**write_shard(side, half, stamp, {"bytes": half["tokens"].nbytes}))
+    return Shard(**write_shard(path, tensors, stamp, facts), exact=exact)
+
+
+def _same_stamp(found: dict, stamp: dict) -> bool:
+    """Whether a shard was made from what another would be now; one of an older format is as good."""
+    making = {"format", "format_version", "base_projector", "scale", *(each.name for each in fields(Making))}
+    rest, wanted = ({key: stamp[key] for key in stamp.keys() - making} for stamp in (found, stamp))
+    return rest == wanted and making_from_stamp(found).difference(making_from_stamp(stamp)) is None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a shard keeps of a batch, on the CPU: tokens (n, K, D), mask (n, K), grids (n, 2), regions (n, P) or (n, 0).
+
+    N x K weights of a whole shard would take gigabytes.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    grids: Tensor
+    regions: Tensor
 
 
 @contextmanager
@@ -147,13 +221,13 @@ def _writing(folder: Path, retriever: Encoder, merge: MergeConfig, batch_size: i
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuses a folder that holds something else than a cache, or a cache that was never finished."""
+    """Refuses a folder that holds something else than an index, or one that was never finished."""
     known = lambda entry: entry.is_dir() or entry.name == "projector.safetensors" or entry.name.startswith(".")
     folder = lookup(folder)
     if (folder / "manifest.json").is_file() or not folder.exists():
         return
     if not folder.is_dir() or not all(map(known, folder.iterdir())):  # a killed write leaves .*.samer-tmp
-        raise InputError(f"{folder} is, or holds, files that are no SaMer cache; name another folder")
+        raise InputError(f"{folder} is, or holds, files that are no SaMer index; name another folder")
 
 
 class _Writer:
@@ -162,61 +236,45 @@ class _Writer:
     def __init__(
         self, folder: Path, retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool
     ) -> None:
-        self.folder, self.retriever, self.batch_size, self.dtype = folder, retriever, batch_size, dtype
-        self.assignments = assignments
-        self.corpus: list[str] | None = None  # ids that a compressor with a codebook was fitted on
+        self.folder, self.retriever, self.batch_size = folder, retriever, batch_size
+        self.corpus: list[str] = []  # ids that a compressor with a codebook was fitted on
         self.projector = retriever.current_projector()
-        identity = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "base_projector": retriever.base_projector.hash,
-            "hidden_states": retriever.origin,
-            "projector": self.projector.hash,
-            "merge": asdict(merge),
-            "dtype": dtype,
-            "embedding_dim": retriever.embedding_dim,
-            "assignments": assignments,
-        }
-        remedy = "name another cache folder, or remove it to build anew"
-        manifest = check_identity(folder / "manifest.json", identity, "a cache", remedy)
-        self.scale: float | None = manifest.get("scale") if manifest else None
-        self.identity = identity
-        self.manifest = manifest or {**identity, "scale": None, "base_model": retriever.name, "splits": {}}
-
-    def choose_scale(self, records: Sequence[ImageRecord], compressor: Compressor) -> None:
-        """Sets int8's scale from images evenly spaced over the records, if the index has none yet."""
-        if self.dtype == "int8" and self.scale is None:
-            steps = np.linspace(0, len(records) - 1, min(SCALE_IMAGES, len(records))).round().astype(int)
-            sample = [records[k] for k in steps]
-            batches = compress_images(self.retriever, batched(sample, self.batch_size), compressor)
-            self.choose_scale_from([self.kept(merged) for _, merged in batches])
-
-    def choose_scale_from(self, parts: Sequence[MergedTokens]) -> None:
-        """The same from tokens at hand: all but a share of 1e-4 of the components fit into +-127."""
-        if self.dtype == "int8" and self.scale is None:
-            values = torch.cat([part.tokens[part.mask].abs().flatten().float().cpu() for part in parts])
-            kept = max(1, round((1 - CLIPPED) * len(values)))
-            self.scale = float(values.kthvalue(kept).values) / 127 or 1.0
-
-    def _stamp(self, ids: Sequence[str], texts: Sequence[str] = ()) -> dict:
-        """What a shard was made from; a shard with another stamp is made anew."""
-        stamp = {**self.identity, "scale": self.scale, "ids": list(ids), "texts": list(texts)}
-        return (
-            stamp
-            if self.corpus is None
-            else {**stamp, "corpus": hashlib.sha256(repr(self.corpus).encode()).hexdigest()}
+        making = Making(
+            model=retriever.identity,
+            projector=self.projector.hash,
+            merge=merge,
+            dtype=dtype,
+            embedding_dim=retriever.embedding_dim,
+            hidden_states=retriever.origin,
+            assignments=assignments,
         )
+        self.making, path = making, folder / "manifest.json"
+        if not path.is_file():
+            own = {each.name: getattr(making, each.name) for each in fields(making)}
+            source = {"base_model": retriever.name, "revision": retriever.revision}
+            self.manifest = IndexManifest(**own, **source, transformers=version("transformers"))
+            return
+        held = read_index_manifest(path)
+        if found := held.difference(making):
+            key, before, now = found
+            shown = f"{key}={before!r}, now {now!r}"
+            remedy = "name another index folder, or remove it to build anew"
+            raise InputError(f"{folder} holds an index with {shown}; {remedy}")
+        known = {key: value or getattr(making.model, key) for key, value in asdict(held.model).items()}
+        self.manifest = replace(held, model=replace(held.model, **known))  # format 3 knew less of its model
 
-    def commit(self, split: str, entry: dict) -> None:
+    def _stamp(self, ids: Sequence[str], **more: list | str) -> dict:
+        """What a shard was made from; a shard with another stamp is made anew."""
+        if self.corpus:
+            more["corpus"] = hashlib.sha256(repr(self.corpus).encode()).hexdigest()
+        return {**stamp_of(self.making), "ids": list(ids), "texts": [], **more}
+
+    def commit(self, name: str, split: Split) -> None:
         """Makes a split, or its new state, visible to readers."""
-        self.manifest = {
-            **self.manifest,
-            "scale": self.scale,
-            "splits": {**self.manifest["splits"], split: entry},
-        }
+        self.manifest = replace(self.manifest, splits={**self.manifest.splits, name: split})
         if rank() == 0:
             self._write_projector(self.folder / "projector.safetensors")
-            write_manifest(self.folder / "manifest.json", self.manifest)
+            write_index_manifest(self.folder / "manifest.json", self.manifest)
         gather_objects(None)  # no process goes on before the manifest is written
 
     def _write_projector(self, path: Path) -> None:
@@ -232,7 +290,8 @@ class _Writer:
 
     def write_images(
         self, split: str, records: Sequence[ImageRecord], compressor: Compressor
-    ) -> tuple[list[dict], int]:
+    ) -> tuple[tuple[Shard, ...], int]:
+        """Writes the shards of a data set's images that are not there; the entries of all, and how many were there."""
         shards = dict(shared_out(list(batched(records, IMAGES_PER_SHARD))))
         own = {number: self.finished(split, number, shard) for number, shard in shards.items()}
         reused = {number for number, entry in own.items() if entry is not None}
@@ -241,13 +300,13 @@ class _Writer:
         batches = [batch for rows in jobs.values() for batch in rows]
         results = compress_images(self.retriever, batches, compressor)
 
-        def encoded() -> Iterator[tuple[int, list[MergedTokens]]]:
+        def encoded() -> Iterator[tuple[int, list[_Part]]]:
             with Progress(desc=f"{split} images", total=len(batches), unit="batches") as bar:
                 for number, ours in jobs.items():
                     stop_here()
                     parts = []
-                    for _, merged in itertools.islice(results, len(ours)):
-                        parts.append(self.kept(merged))
+                    for _, visual, merged in itertools.islice(results, len(ours)):
+                        parts.append(self.kept(visual, merged))
                         bar.update()
                     yield number, parts
 
@@ -258,53 +317,75 @@ class _Writer:
             own[number] = entry
         return _collect([(number, entry, number in reused) for number, entry in own.items()])
 
-    def kept(self, merged: MergedTokens) -> MergedTokens:
-        """What a shard needs of a batch, on the CPU; N x K weights of a whole shard would take gigabytes."""
-        regions = merged.assignments if self.assignments else merged.assignments[:, :0]
-        tokens, mask, regions = (value.cpu().clone() for value in (merged.tokens, merged.mask, regions))
-        return MergedTokens(tokens, tokens[..., :0], mask, tokens[..., :0], regions)
+    def kept(self, visual: VisualTokens, merged: MergedTokens) -> _Part:
+        """What a shard needs of a batch."""
+        regions = torch.empty(len(merged.tokens), 0, dtype=torch.long)
+        if self.making.has_regions:
+            regions = regions_of_patches(merged.assignments, visual.source)
+        values = (merged.tokens.float(), merged.mask, visual.grid.to(torch.int32), regions)
+        return _Part(*(value.cpu().clone() for value in values))
 
-    def finished(self, split: str, number: int, records: Sequence[ImageRecord]) -> dict | None:
+    def finished(self, split: str, number: int, records: Sequence[ImageRecord]) -> Shard | None:
         """The manifest entry of a shard that is there, whole, made of these records."""
         stamp = self._stamp([record.image_id for record in records])
-        entry = finished_shard(self.folder / split / f"images-{number:05d}.safetensors", stamp)
-        if entry is not None and self.dtype == "binary":
-            exact = finished_shard(self.folder / split / f"images-{number:05d}.exact.safetensors", stamp)
-            return exact and {**entry, "exact": exact}
-        return entry
+        path = self.folder / split / f"images-{number:05d}.safetensors"
+        entry = finished_shard(path, stamp, _same_stamp)
+        if entry is None:
+            return None
+        found = load_header(path)["stamp"]
+        if found["format_version"] != FORMAT_VERSION:
+            entry |= {"version": found["format_version"], "scale": found["scale"]}
+        if self.making.dtype != "binary":
+            return Shard(**entry)
+        exact = finished_shard(path.with_suffix(".exact.safetensors"), stamp, _same_stamp)
+        return exact and Shard(**entry, exact=ExactFile(**exact))
 
     def write_shard(
-        self, split: str, number: int, records: Sequence[ImageRecord], parts: Sequence[MergedTokens]
-    ) -> dict:
-        """Writes one shard of compressed images and returns its manifest entry."""
-        tokens = _joined([part.tokens.float().cpu() for part in parts])
-        tensors = {"tokens": self._encode(tokens), "mask": _joined([part.mask.cpu() for part in parts])}
-        if self.assignments:
-            regions = _joined([part.assignments.cpu() for part in parts], -1)
-            tensors["assignments"] = regions.remainder(NO_REGION + 1).to(torch.uint8)  # -1 becomes 255
-        half = {"tokens": tokens.to(torch.bfloat16)} if self.dtype == "binary" else {}
-        stamp = self._stamp([record.image_id for record in records])
+        self,
+        split: str,
+        number: int,
+        records: Sequence[ImageRecord],
+        parts: Sequence[_Part],
+        files: Sequence[Sequence[int]] | None = None,
+    ) -> Shard:
+        """Writes one shard of compressed images and returns its manifest entry; `files` are their stamps, if kept."""
+        tokens = _joined([part.tokens for part in parts])
+        tensors = {**self._encode(tokens), "mask": _joined([part.mask for part in parts])}
+        tensors["grids"] = torch.cat([part.grids for part in parts])
+        if self.making.has_regions:
+            regions = _joined([part.regions for part in parts], -1)
+            whole = self.making.merge.compressor == "none"  # a byte would not tell that many vectors apart
+            tensors["assignments"] = regions.to(torch.int32) if whole else regions.remainder(NO_REGION + 1).byte()
+        half = {"tokens": tokens.to(torch.bfloat16)} if self.making.dtype == "binary" else {}
+        more = {} if files is None else {"files": list(files)}
+        stamp = self._stamp([record.image_id for record in records], **more)
         return _write_images(self.folder / split / f"images-{number:05d}.safetensors", tensors, half, stamp)
 
-    def _encode(self, tokens: Tensor) -> Tensor:
-        if self.dtype == "int8":
-            return (tokens / self.scale).round().clamp(-127, 127).to(torch.int8)
-        if self.dtype == "binary":
-            return pack_signs(tokens)
-        return tokens.to(FLOATS[self.dtype])
+    def _encode(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Tokens (n, K, D) as they are stored, with their scales where they have some."""
+        if self.making.dtype == "int8":
+            whole, scales = quantise_images(tokens)
+            return {"tokens": whole, "scales": scales}
+        if self.making.dtype == "binary":
+            return {"tokens": pack_signs(tokens)}
+        return {"tokens": tokens.to(FLOATS[self.making.dtype])}
 
-    def write_queries(self, split: str, records: Sequence[ImageRecord]) -> tuple[list[dict], int]:
+    def write_queries(self, split: str, records: Sequence[ImageRecord]) -> tuple[tuple[QueryShard, ...], int]:
+        """As `write_images`, of the captions."""
         rows = [(k, caption.text) for k, record in enumerate(records) for caption in record.captions]
-        kind = FLOATS.get(self.dtype, torch.bfloat16)
-        texts = lambda shard: [text for _, text in shard]
-        path = lambda number: self.folder / split / f"queries-{number:05d}.safetensors"
-        stamp = lambda shard: self._stamp([records[k].image_id for k, _ in shard], texts(shard))
+        kind = FLOATS.get(self.making.dtype, torch.bfloat16)
         shards = dict(shared_out(list(batched(rows, QUERIES_PER_SHARD))))
-        own = {number: finished_shard(path(number), stamp(shard)) for number, shard in shards.items()}
+
+        def place(number: int) -> tuple[Path, dict]:
+            ids, texts = zip(*((records[k].image_id, text) for k, text in shards[number]))
+            return self.folder / split / f"queries-{number:05d}.safetensors", self._stamp(ids, texts=list(texts))
+
+        own = {number: finished_shard(*place(number), _same_stamp) for number in shards}
         reused = {number for number, entry in own.items() if entry is not None}
 
         def encoded() -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
-            jobs = {k: list(batched(texts(shards[k]), self.batch_size)) for k in shards if k not in reused}
+            texts = {k: [text for _, text in shards[k]] for k in shards if k not in reused}
+            jobs = {k: list(batched(rows, self.batch_size)) for k, rows in texts.items()}
             inputs = prefetched(self.retriever.query_inputs, [batch for ours in jobs.values() for batch in ours])
             for number, ours in Progress(jobs.items(), f"{split} queries", unit="shards"):
                 stop_here()
@@ -320,13 +401,16 @@ class _Writer:
             number, flat, lengths = job
             image = torch.tensor([k for k, _ in shards[number]])
             tensors = {"tokens": torch.cat(flat), "lengths": torch.cat(lengths), "image": image}
-            return write_shard(path(number), tensors, stamp(shards[number]), {"count": len(image)})
+            path, stamp = place(number)
+            return write_shard(path, tensors, stamp, {"count": len(image)})
 
         for (number, *_), entry in prefetched(write, encoded()):
             own[number] = entry
-        return _collect([(number, entry, number in reused) for number, entry in own.items()])
+        rows = [(number, QueryShard(**entry), number in reused) for number, entry in own.items()]
+        return _collect(rows)
 
 
-def _collect(own: list[tuple[int, dict, bool]]) -> tuple[list[dict], int]:
+def _collect(own: list[tuple]) -> tuple[tuple, int]:
+    """Entries of all processes' shards in order, and how many of them were there before."""
     rows = in_order(own)
-    return [entry for _, entry, _ in rows], sum(reused for _, _, reused in rows)
+    return tuple(entry for _, entry, _ in rows), sum(reused for _, _, reused in rows)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from samer.config import InputError
 from samer.coords import grid_layout
 from samer.data.records import ImageRecord
+from samer.retrievers.identity import ModelIdentity
 from samer.tokens import ImageLayout, QueryTokens, VisualTokens
 
 NO_OFFSET = -1
@@ -93,6 +94,7 @@ class Encoder:
             device: to compute on.
         """
         self.name = name
+        self.revision = "main"  # of a model on the hub
         self.origin: dict[str, str] = {}  # where hidden states come from, as an index records it
         self.base_projector = base
         self.grid = grid
@@ -126,6 +128,11 @@ class Encoder:
         if needs:
             raise InputError(f"{self.name}: no attention signal {needs[0]!r} can be had from this encoder")
         return self.hidden_states(inputs), {}
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """What the tokens depend on, as far as it is known here."""
+        return ModelIdentity("", "", "", self.base_projector.hash)
 
     @property
     def hidden_size(self) -> int:

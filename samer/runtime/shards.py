@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,24 @@ from samer.config import InputError
 from samer.runtime.files import atomic_path, file_hash, read_json, write_json
 from samer.runtime.processes import gather_objects, rank, world_size
 
-STORED = {
-    **{"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16},
-    **{"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
-}
-
 
 def write_manifest(path: Path, manifest: dict) -> None:
     """Writes a manifest atomically, with a checksum of itself."""
     write_json(path, {**manifest, "checksum": _manifest_checksum(manifest)})
 
 
-def read_manifest(path: Path, kind: str, version: int) -> dict:
-    """A manifest without its checksum, which holds.
+def read_manifest(path: Path, kind: str, version: int, *older: int) -> dict:
+    """A manifest without its checksum, which holds; `version`, or one of the `older` that can be read.
 
     Raises:
         InputError: not readable, damaged, of another kind or version; names the file.
     """
     manifest = read_json(path)
     found = manifest.get("format"), manifest.get("format_version")
-    if found != (kind, version):
+    if found[0] != kind or type(found[1]) is not int or found[1] not in (version, *older):
+        versions = " and ".join(map(str, sorted((version, *older))))
         raise InputError(
-            f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {kind} {version}: make it anew"
+            f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {kind} {versions}: make it anew"
         )
     checksum = manifest.pop("checksum", None)
     if checksum != _manifest_checksum(manifest):
@@ -98,25 +95,13 @@ def load_shard(path: Path) -> tuple[dict[str, Tensor], dict]:
     Raises:
         OSError, SafetensorError, ValueError: not readable; the caller says what to do about it.
     """
-    with safe_open(path, framework="pt") as handle:  # it checks that the file is exactly as long as its header says
-        header = _header(handle)
-        slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
-        about = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
-    # mapped here: safetensors 0.8.0's get_tensor loses 45 bytes at every call, which adds up where an index is reopened
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
     try:
-        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
-    except RuntimeError as error:
+        with safe_open(path, framework="pt") as handle:  # it checks that the file is as long as its header says
+            # safetensors 0.8.0 loses 45 bytes at every get_tensor; an index that is reopened a million times notices
+            tensors = {name: handle.get_tensor(name) for name in handle.offset_keys()}
+            return tensors, _header(handle)
+    except RuntimeError as error:  # of torch, which can't map the file or see such bytes as that type
         raise OSError(str(error).splitlines()[0]) from None
-    tensors = {}
-    for name, (kind, shape) in about.items():
-        dtype = STORED.get(kind)
-        if dtype is None or start % dtype.itemsize:
-            raise ValueError(f"{name} of type {kind} is not stored as a shard stores it")
-        tensors[name] = torch.empty(0, dtype=dtype).set_(storage, start // dtype.itemsize, shape)
-        start += tensors[name].nbytes
-    return tensors, header
 
 
 def load_header(path: Path) -> dict:
@@ -132,14 +117,17 @@ def _header(handle: Any) -> dict:
     return header
 
 
-def finished_shard(path: Path, stamp: dict) -> dict | None:
-    """The manifest entry of a complete, undamaged shard with this stamp, else None: then it is made anew."""
+def finished_shard(path: Path, stamp: dict, same: Callable[[dict, dict], bool] = operator.eq) -> dict | None:
+    """The manifest entry of a complete, undamaged shard with this stamp, else None: then it is made anew.
+
+    `same(found, stamp)` says whether the stamp found is as good; it may raise ValueError, KeyError or TypeError.
+    """
     try:
         tensors, header = load_shard(path)
-        if header["stamp"] != stamp or header["checksum"] != tensors_checksum(tensors):
+        if not same(header["stamp"], stamp) or header["checksum"] != tensors_checksum(tensors):
             return None
         return {"file": path.name, **header["entry"], "sha256": file_hash(path)}
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
 
 
@@ -167,11 +155,6 @@ def shared_out(jobs: Sequence) -> list[tuple[int, Any]]:
 def in_order(own: list[tuple]) -> list[tuple]:
     """What all processes made of their shares, each (number, ...), by number."""
     return sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
-
-
-def parts_of(entry: dict) -> list[dict]:
-    """A shard's manifest entry and, with 1-bit tokens, that of its exact file."""
-    return [entry, entry["exact"]] if "exact" in entry else [entry]
 
 
 def tensors_checksum(tensors: dict[str, Tensor]) -> str:

@@ -84,9 +84,9 @@ class Models:
         Raises:
             InputError: it can't be loaded, or it is another one.
         """
-        wanted = cache.manifest["base_projector"]
+        wanted = cache.manifest.model.base_projector
         if wanted not in self._encoders:
-            encoder = open_encoder(self.name or cache.manifest["base_model"], self.device)
+            encoder = open_encoder(self.name or cache.manifest.base_model, self.device)
             cache.check_model(encoder)
             self._encoders[wanted] = encoder
         return self._encoders[wanted]
@@ -174,12 +174,12 @@ class SearchIndex:
         self.folder, self.models = Path(folder), models
         self.stamp = _stamp(self.folder)  # before it is read: what is written in between is seen next time
         self.cache = Index(folder)
-        splits = list(self.cache.manifest["splits"])
+        splits = list(self.cache.manifest.splits)
         if split is None and len(splits) != 1:
             raise InputError(f"{folder} holds {', '.join(splits) or 'nothing'}; name one with --split")
         self.split = split or splits[0]
         self.images, _, self.regions, self.bytes_per_image = self.cache.size(self.split)
-        own = self.cache.manifest["splits"][self.split].get("root")
+        own = self.cache.manifest.splits[self.split].root
         self.root = Path(own) if own else None
         self.layout = find_layout(data_root) if data_root and not own else None
         self.encoder = models.load(self.cache)
@@ -197,7 +197,7 @@ class SearchIndex:
     @property
     def has_evidence(self) -> bool:
         """Whether it is known which patches each vector stands for."""
-        return self.cache.manifest["assignments"] or self.cache.manifest["merge"]["compressor"] == "none"
+        return self.cache.manifest.has_regions
 
     @property
     def has_boxes(self) -> bool:
@@ -206,20 +206,19 @@ class SearchIndex:
     @cached_property
     def exact_bytes(self) -> float:
         """Bytes per image on disk beside those that a search scans: the exact vectors that 1-bit ones need."""
-        entries = self.cache.manifest["splits"][self.split]["images"]
-        total = sum(entry.get("exact", {}).get("bytes", 0) for entry in entries)
-        return total / sum(entry["count"] for entry in entries)
+        shards = self.cache.manifest.splits[self.split].images
+        return sum(shard.exact.bytes for shard in shards if shard.exact) / sum(shard.count for shard in shards)
 
     def facts(self) -> dict:
         """What the page says of the index."""
-        merge = self.cache.manifest["merge"]
-        name = merge["compressor"]
+        merge = self.cache.manifest.merge
+        name = merge.compressor
         return {
             "name": self.folder.resolve().name,
             "split": self.split,
-            "compressor": f"{name}, {merge['center_init']}" if name == "samer" else name,
+            "compressor": f"{name}, {merge.center_init}" if name == "samer" else name,
             "regions": self.regions,
-            "dtype": self.cache.manifest["dtype"],
+            "dtype": self.cache.manifest.dtype,
             "images": self.images,
             "bytes_per_image": self.bytes_per_image,
             "exact_bytes_per_image": self.exact_bytes,
@@ -284,7 +283,7 @@ class SearchIndex:
     def _regions(self, assignments: Tensor | None) -> Tensor | None:
         """(P,) long, the vector of each patch, -1 where it has none; patches come first among the tokens."""
         patches = self.grid * self.grid
-        if self.cache.manifest["merge"]["compressor"] == "none":
+        if self.cache.manifest.merge.compressor == "none":
             return torch.arange(patches)  # every token is a vector of its own
         if assignments is None:
             return None

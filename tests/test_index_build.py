@@ -5,9 +5,11 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
+import transformers
 from oracle import naive_merge
 from torch.nn.functional import pad
 
@@ -206,8 +208,8 @@ def test_the_manifest_says_what_it_is_made_of_and_nothing_else(made, frozen, bas
     splits = manifest.pop("splits")
     assert manifest == {
         "format": "samer_cache",
-        "format_version": 3,
-        "base_projector": frozen.base_projector.hash,
+        "format_version": 4,
+        "model": asdict(frozen.identity),
         "hidden_states": {"computed_in": "float32", "stored_in": "nothing"},
         "projector": frozen.base_projector.hash,
         "merge": {
@@ -222,8 +224,9 @@ def test_the_manifest_says_what_it_is_made_of_and_nothing_else(made, frozen, bas
         "dtype": "float32",
         "embedding_dim": DIM,
         "assignments": False,
-        "scale": None,
         "base_model": str(base),  # as the user named it: a hub id, or here a folder
+        "revision": "main",
+        "transformers": transformers.__version__,
     }
     assert list(splits) == ["val", "test"]
     for split, count in (("val", 6), ("test", 8)):
@@ -231,7 +234,7 @@ def test_the_manifest_says_what_it_is_made_of_and_nothing_else(made, frozen, bas
         hashes = [hashlib.sha256((made / split / name).read_bytes()).hexdigest() for name in names]
         size = count * (8 * DIM * 4 + 8)
         assert splits[split] == {
-            "images": [{"file": names[0], "count": count, "regions": 8, "bytes": size, "sha256": hashes[0]}],
+            "images": [{"file": names[0], "count": count, "regions": 8, "bytes": size, "sha256": hashes[0], "version": 4}],
             "queries": [{"file": names[1], "count": 5 * count, "sha256": hashes[1]}],
         }
     for name, data in contents(made).items():
@@ -396,7 +399,7 @@ def test_a_cache_of_another_making_is_refused_and_left_alone(world, retriever, c
     with pytest.raises(InputError) as caught:
         build(copy, world, retriever, splits=("val", "train"), **change)
     message = str(caught.value)
-    assert all(word in message for word in [*words, str(copy), "name another cache folder"]), message
+    assert all(word in message for word in [*words, str(copy), "name another index folder"]), message
     assert "\n" not in message
     assert contents(copy) == before
     assert times(copy) == clock
@@ -406,7 +409,7 @@ def test_a_cache_of_another_making_is_refused_and_left_alone(world, retriever, c
 def test_a_folder_of_something_else_is_refused_and_left_alone(world, frozen, tmp_path, folder):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="no SaMer cache; name another folder"):
+    with pytest.raises(InputError, match="no SaMer index; name another folder"):
         build(tmp_path / folder, world, frozen)
     assert contents(tmp_path) == {"full/notes.txt": b"mine"}
 
@@ -442,7 +445,7 @@ def test_a_damaged_shard_is_named_and_can_be_made_anew(world, frozen, made, copy
         with pytest.raises(InputError) as caught:
             READERS[reader](Index(copy), "test")
         assert str(shard) in str(caught.value)
-        assert re.search("remove it and (build the cache|run what made it) again", str(caught.value))
+        assert re.search("remove it and (build the index|run what made it) again", str(caught.value))
         assert "\n" not in str(caught.value)
     for split, other in (("val", kind), ("test", {"images": "queries", "queries": "images"}[kind])):
         READERS[other](Index(copy), split)  # the rest can still be read
@@ -462,9 +465,10 @@ def test_a_damaged_shard_of_an_unfinished_cache_is_made_anew(world, frozen, made
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 1}, "format 'samer_cache' version 1; this SaMer reads samer_cache 3"),
-        ({"format_version": 4}, "format 'samer_cache' version 4; this SaMer reads samer_cache 3"),
-        ({"format": "other"}, "format 'other' version 3"),
+        ({"format_version": 1}, "format 'samer_cache' version 1; this SaMer reads samer_cache 3 and 4"),
+        ({"format_version": 5}, "format 'samer_cache' version 5; this SaMer reads samer_cache 3 and 4"),
+        ({"format_version": True}, "format 'samer_cache' version True; this SaMer reads samer_cache 3 and 4"),
+        ({"format": "other"}, "format 'other' version 4"),
     ],
 )
 def test_another_format_is_refused(world, frozen, copy, change, words):
@@ -488,11 +492,11 @@ def test_a_damaged_manifest_is_named(world, frozen, copy, text):
 
 @pytest.mark.parametrize("folder", ["absent", "val"])
 def test_a_folder_without_a_manifest_is_no_cache(copy, folder):
-    with pytest.raises(InputError, match=rf"{folder}: no manifest.json; this is no finished cache. Build it with"):
+    with pytest.raises(InputError, match=rf"{folder}: no manifest.json; this is no finished index. Build it with"):
         Index(copy / folder)
 
 
 @pytest.mark.parametrize("read", [*READERS.values(), lambda cache, split: cache.size(split)])
 def test_an_unknown_split_lists_what_is_held(made, read):
-    with pytest.raises(InputError, match="no split 'train' in this cache; it holds: test, val"):
+    with pytest.raises(InputError, match="no split 'train' in this index; it holds: test, val"):
         read(Index(made), "train")
