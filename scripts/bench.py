@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from transformers import ColPaliProcessor
 
 from samer import InputError, MergeConfig, QueryTokens, maxsim, merge_tokens, visual_coords

@@ -234,7 +234,9 @@ def test_the_manifest_says_what_it_is_made_of_and_nothing_else(made, frozen, bas
         hashes = [hashlib.sha256((made / split / name).read_bytes()).hexdigest() for name in names]
         size = count * (8 * DIM * 4 + 8)
         assert splits[split] == {
-            "images": [{"file": names[0], "count": count, "regions": 8, "bytes": size, "sha256": hashes[0], "version": 4}],
+            "images": [
+                {"file": names[0], "count": count, "regions": 8, "bytes": size, "sha256": hashes[0], "version": 4}
+            ],
             "queries": [{"file": names[1], "count": 5 * count, "sha256": hashes[1]}],
         }
     for name, data in contents(made).items():

@@ -14,7 +14,16 @@ from oracle import ask, best_of, unit
 
 from samer import scoring
 from samer.config import InputError
-from samer.scoring import StoredImages, maxsim, pack_signs, quantise_queries, score_stored, search, unpack_signs
+from samer.scoring import (
+    StoredImages,
+    maxsim,
+    pack_signs,
+    quantise_images,
+    quantise_queries,
+    score_stored,
+    search,
+    unpack_signs,
+)
 from samer.tokens import QueryTokens
 
 DIM = 16
@@ -27,6 +36,13 @@ def stored_int8(count, regions, width, seed=0, masked=True):
     mask = torch.rand(count, regions, generator=generator) > 0.4
     mask[:, 0] = True
     return StoredImages(tokens, 0.0071, mask if masked else None)
+
+
+def stored_own(count, *sizes, **rest):
+    """int8 with a scale per image."""
+    images = stored_int8(count, *sizes, **rest)
+    scales = torch.rand(count, generator=torch.Generator().manual_seed(1)) / 50 + 1e-4
+    return StoredImages(images.tokens, scales, images.mask)
 
 
 def stored_signs(*sizes, **rest):
@@ -46,7 +62,8 @@ def naive_scores(queries, values, mask, factor):
                 whole = np.rint(token / scale).astype(np.int64)
                 shown = [k for k in range(len(image)) if mask is None or mask[i, k]]
                 top = max(sum(int(a) * int(b) for a, b in zip(whole, image[k])) for k in shown)
-                best.append(np.float32(top) * (scale * np.float32(factor)))
+                own = factor[i].item() if isinstance(factor, torch.Tensor) else factor
+                best.append(np.float32(top) * (scale * np.float32(own)))
             row.append(torch.tensor(np.array(best)).mean())
         rows.append(torch.stack(row))
     return torch.stack(rows)
@@ -92,15 +109,26 @@ SIZES = [(3, 4, 5, 3, 16), (1, 1, 1, 1, 8), (1, 7, 21, 1, 24), (9, 1, 2, 9, 12),
 def test_int8_and_signs_equal_a_naive_loop(sizes, block_elements, masked):
     q, m, i, k, width = sizes
     queries = ask(q, m, width)
-    for images in [stored_int8, stored_signs] if width % 8 == 0 else [stored_int8]:
+    for images in [stored_int8, stored_own, *([stored_signs] if width % 8 == 0 else [])]:
         images = images(i, k, width, masked=masked)
         scores = score_stored(queries, images, block_elements=block_elements)
         assert (scores.shape, scores.dtype) == ((q, i), torch.float32)
-        values = images.tokens if images.scale else unpack_signs(images.tokens)
-        expected = naive_scores(queries, values, images.mask, images.scale or width**-0.5)
+        values = images.tokens if images.scale is not None else unpack_signs(images.tokens)
+        factor = width**-0.5 if images.scale is None else images.scale
+        expected = naive_scores(queries, values, images.mask, factor)
         if m == 1:
             assert torch.equal(scores, expected)
         torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_images_are_quantised_by_their_largest_component():
+    tokens = torch.tensor([[[0.5, -1.0], [0.25, 0.004]], [[0.0, 0.02], [-0.01, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    whole, scales = quantise_images(tokens)
+    assert whole.tolist() == [[[64, -127], [32, 1]], [[0, 127], [-64, 0]], [[0, 0], [0, 0]]]  # .5 goes to the even
+    torch.testing.assert_close(scales, torch.tensor([1 / 127, 0.02 / 127, 1.0]))
+    assert torch.equal(quantise_images(tokens[1:2])[0], whole[1:2])
+    for factor in (1e-30, 1e30):  # nothing is clipped, whatever the size
+        assert torch.equal(quantise_images(tokens[:2] * factor)[0], whole[:2])
 
 
 @given(seed=st.integers(0, 10_000), block_elements=st.integers(1, 3000), width=st.sampled_from([8, 13, 128]))
@@ -202,6 +230,13 @@ def test_a_width_that_float32_cannot_sum_is_refused(monkeypatch):
         (ask(), StoredImages(torch.zeros(2, 3, DIM, dtype=torch.int32)), "torch.int32"),
         (ask(), StoredImages(torch.zeros(2, 3, DIM, dtype=torch.int8)), "torch.int8 with scale None"),
         (ask(), StoredImages(torch.zeros(2, 3, 2, dtype=torch.uint8), 0.1), "torch.uint8 with scale 0.1"),
+        (
+            ask(),
+            StoredImages(torch.zeros(2, 3, 2, dtype=torch.uint8), torch.ones(2)),
+            r"scale of shape \(2,\); expected",
+        ),
+        (ask(), StoredImages(torch.zeros(2, 3, DIM, dtype=torch.int8), torch.ones(3)), r"scale of shape \(3,\) on cpu"),
+        (ask(), StoredImages(torch.zeros(2, 3, DIM, dtype=torch.int8), torch.ones(2, 1)), r"scale of shape \(2, 1\)"),
         (QueryTokens(torch.full((1, 1, DIM), float("nan")), torch.ones(1, 1, dtype=torch.bool)), None, "NaN"),
         (QueryTokens(torch.ones(2, 1, DIM), torch.tensor([[True], [False]])), None, "row 1 has no valid token"),
         (ask(), StoredImages(torch.zeros(2, 1, DIM, dtype=torch.int8), 1.0, torch.tensor([[True], [False]])), "row 1"),
@@ -246,7 +281,8 @@ def cut(ids, images, places):
     for start, end in zip([0, *places], [*places, len(ids)]):
         if start < end:
             part = [None if t is None else t[start:end] for t in (images.tokens, images.mask, images.live)]
-            yield ids[start:end], StoredImages(part[0], images.scale, part[1], part[2])
+            scale = images.scale[start:end] if isinstance(images.scale, torch.Tensor) else images.scale
+            yield ids[start:end], StoredImages(part[0], scale, part[1], part[2])
 
 
 @given(
@@ -263,7 +299,7 @@ def test_search_is_the_head_of_all_scores_sorted(seed, places, top, levels, pack
     tokens = torch.randint(-levels, levels + 1, (30, 2, 8), generator=generator).to(torch.int8)
     live = torch.rand(30, generator=generator) > 0.3 if seed % 2 else None
     ids = [f"i{k}" for k in torch.randperm(30, generator=generator).tolist()]
-    scale = None if packed else 0.01
+    scale = None if packed else 0.01 + torch.rand(30, generator=generator).round(decimals=1)
     images = StoredImages(pack_signs(tokens) if packed else tokens, scale, None, live)
     queries = ask(3, 3, 8, seed)
     expected = best_of(score_stored(queries, images), ids, top, live)

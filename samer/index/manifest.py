@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from samer.compressors import settings_used
-from samer.config import InputError, MergeConfig, merge_settings
+from samer.config import InputError, MergeConfig, build_dataclass
 from samer.retrievers.identity import ModelIdentity
 from samer.runtime.shards import bare_name, read_manifest, whole_number, write_manifest
 
@@ -200,7 +200,7 @@ def read_index_manifest(path: Path) -> IndexManifest:
 
 
 def manifest_from_json(found: dict, path: Path) -> IndexManifest:
-    """As `read_index_manifest`, of what its file at `path` holds."""
+    """As `read_index_manifest`, of what its file at `path` holds, without the checksum."""
     found = dict(found)
     del found["format"]
     if found.pop("format_version") == 3:
@@ -261,7 +261,7 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
         ValueError: a key that is missing, or a value of another type.
     """
     if kind is MergeConfig and isinstance(value, dict):
-        return merge_settings(value, "the index's settings")
+        return build_dataclass(MergeConfig, value, "the index's settings", "merge.")
     inner = typing.get_args(kind)
     if isinstance(kind, types.UnionType):
         return None if value is None else _typed(inner[0], value, name)

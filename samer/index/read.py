@@ -172,27 +172,27 @@ class Index:
         kind = FLOATS.get(dtype, torch.int8 if dtype == "int8" else torch.uint8)
         kind, width = (torch.bfloat16, width) if exact else (kind, width // 8 if dtype == "binary" else width)
         wanted = {"tokens": (kind, (shard.count, shard.regions, width))}
-        if not exact:
-            if shard.version == 3:
-                self._fill(shard, tensors)
-            wanted |= {"mask": (torch.bool, (shard.count, shard.regions)), "grids": (torch.int32, (shard.count, 2))}
-            if dtype == "int8":
-                wanted["scales"] = torch.float32, (shard.count,)
-            if self.manifest.has_regions:
-                patches = tensors["assignments"].shape[-1]
-                kind = torch.uint8 if self.manifest.assignments else torch.int32
-                wanted["assignments"] = kind, (shard.count, patches)
-        right = all((tensors[n].dtype, tuple(tensors[n].shape)) == about for n, about in wanted.items())
-        if right and "scales" in wanted:
-            right = bool((tensors["scales"] > 0).all() and tensors["scales"].isfinite().all())
-        if right and "grids" in wanted:
-            cells = tensors["grids"].long().prod(1)  # 0 where it is not known
-            right = bool((tensors["grids"] >= 0).all()) and bool(
-                (tensors["grids"].amin(1).bool() == cells.bool()).all()
-            )
-            right = right and (not self.manifest.has_regions or int(cells.max()) <= patches)
+        if exact:
+            return _check_tensors(tensors, wanted)
+        wanted["mask"] = torch.bool, (shard.count, shard.regions)
+        _check_tensors(tensors, wanted)
+        if shard.version == 3:
+            self._fill(shard, tensors)
+        wanted = {"grids": (torch.int32, (shard.count, 2))}
+        if dtype == "int8":
+            wanted["scales"] = torch.float32, (shard.count,)
+        if self.manifest.has_regions:
+            kind = torch.uint8 if self.manifest.assignments else torch.int32
+            wanted["assignments"] = kind, (shard.count, tensors["assignments"].shape[-1])
+        _check_tensors(tensors, wanted)
+        grids = tensors["grids"].long()
+        right = bool(((grids > 0).all(1) | (grids == 0).all(1)).all())  # 0 where it is not known
+        if self.manifest.has_regions:
+            right = right and int(grids.prod(1).max()) <= tensors["assignments"].shape[1]
+        if "scales" in wanted:
+            right = right and bool((tensors["scales"] > 0).all() and tensors["scales"].isfinite().all())
         if not right:
-            raise ValueError("its tensors are not what the manifest says")
+            raise ValueError("its grids or scales can't be true")
 
     def _fill(self, shard: Shard, tensors: dict[str, Tensor]) -> None:
         """Adds to a shard of format 3 what today's holds; it did not know grids."""
@@ -419,6 +419,12 @@ class Index:
             exact = maxsim(query, tokens, None, mask)[0].tolist()
             result.append(sorted(zip(names, exact), key=lambda pair: (-pair[1], pair[0]))[:top])
         return result
+
+
+def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """Raises ValueError or KeyError unless the tensors have these dtypes and shapes."""
+    if any((tensors[name].dtype, tuple(tensors[name].shape)) != about for name, about in wanted.items()):
+        raise ValueError("its tensors are not what the manifest says")
 
 
 def _is_stamp(value: object) -> bool:
