@@ -135,14 +135,19 @@ def cache_says(folder, queries, top):
         if manifest["dtype"] == "binary":
             exact = tensors_of((folder / "test" / entry["exact"]["file"]).read_bytes())[0]["tokens"]
             assert exact.shape[:2] == tokens.shape[:2]
-        factor = manifest["scale"] if manifest["dtype"] == "int8" else 1.0
+        factor = tensors["scales"].astype("f8") if manifest["dtype"] == "int8" else np.ones(len(ids))
+        assert tensors["grids"].shape == (len(ids), 2)
+        assert (tensors["grids"] > 0).all()
+        assert np.isfinite(factor).all()
+        assert (factor > 0).all()
         live = [k for k in range(len(ids)) if k not in deleted.get(entry["file"], [])]
         if "assignments" in tensors:
-            regions.append(([ids[k] for k in live], tensors["assignments"][live]))
+            assert tensors["assignments"].shape[1] >= tensors["grids"].astype("i8").prod(1).max()
+            regions.append(([ids[k] for k in live], tensors["assignments"][live], tensors["grids"][live]))
         numbers |= {ids[k]: sum(s[0] for s in shards) + k for k in live}
         shards.append((len(ids), [ids[k] for k in live], tokens[live], mask[live].astype(bool), entry["bytes"]))
         names += [ids[k] for k in live]
-        values += [exact[k].astype("f8") * factor for k in live]
+        values += [exact[k].astype("f8") * factor[k] for k in live]
         masks += [mask[k] for k in live]
     scores = maxsim64([t[m].double().numpy() for t, m in zip(queries.tokens, queries.mask)], values, masks)
     found = [sorted(zip(names, row), key=lambda pair: -pair[1])[:top] for row in scores]
