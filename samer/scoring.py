@@ -258,8 +258,7 @@ def quantise_images(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
     Nothing is clipped, and an image's values depend on that image alone.
     """
-    largest = tokens.float().abs().amax((1, 2))
-    scale = torch.where(largest > 0, largest, 127.0) / 127
+    scale = (tokens.float().abs().amax((1, 2)) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return (tokens.float() / scale[:, None, None]).round().to(torch.int8), scale
 
 

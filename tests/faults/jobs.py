@@ -61,6 +61,7 @@ LAZY = (  # what they import on the way
     "matplotlib.backends.backend_svg",
     "matplotlib.pyplot",
     "samer.compare.run",
+    "samer.features.write",
     "samer.index.pictures",
     "samer.index.write",
     "samer.report.page",

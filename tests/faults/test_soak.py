@@ -88,10 +88,7 @@ class Soak:
     def compare(self):
         """Every text's whole ranking, with scores, against an index built anew; they must be equal to the bit."""
         with tempfile.TemporaryDirectory(dir=self.place) as fresh:
-            first = self.names[: len(self.names) // 2]
-            self.add(fresh, first)  # with int8 the scale is that of the first
             self.add(fresh, self.live)
-            delete_images(fresh, FOLDER_SPLIT, [name for name in first if name not in set(self.live)])
             queries = self.queries(self.texts)
             ours, theirs = (Index(f).search(queries, FOLDER_SPLIT, len(self.names)) for f in (self.folder, fresh))
         self.done.update(compared=len(ours), different=sum(a != b for a, b in zip(ours, theirs)))
