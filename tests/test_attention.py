@@ -15,7 +15,7 @@ from samer.features.read import FeatureStore
 from samer.features.write import write_features
 from samer.retrievers.attention import ATTENTION, signal_layers
 from samer.retrievers.base import NO_OFFSET, image_seeds
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 
 PATCHES, TOKENS = 64, 70
 TEXTS = [

@@ -17,12 +17,13 @@ from oracle import naive_merge
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ColPaliForRetrieval, GemmaTokenizer
+from transformers.models.paligemma.modeling_paligemma import PaliGemmaModelOutputWithPast
 
 from samer.config import InputError, MergeConfig
 from samer.data import flickr, pictures
 from samer.index.read import Index
 from samer.retrievers.base import Projector
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector, save_projector
 
 MERGE = MergeConfig(num_regions=16)
@@ -153,7 +154,7 @@ def test_non_finite_features_are_refused_at_valid_positions_only(retriever, monk
     spoil = ~valid
 
     def forward(**given):
-        return SimpleNamespace(last_hidden_state=torch.where(spoil[..., None], float("nan"), clean))
+        return PaliGemmaModelOutputWithPast(last_hidden_state=torch.where(spoil[..., None], float("nan"), clean))
 
     monkeypatch.setattr(retriever.model.vlm, "forward", forward)
     hidden = retriever.hidden_states(inputs)
@@ -164,10 +165,12 @@ def test_non_finite_features_are_refused_at_valid_positions_only(retriever, monk
         retriever.hidden_states(inputs)
 
 
-def test_half_precision_sums_that_overflow_are_no_defect(retriever, monkeypatch):
+def test_half_precision_sums_that_overflow_are_no_defect(base, monkeypatch):
+    retriever = Retriever.load(str(base), dtype=torch.float16)
     inputs = retriever.query_inputs(["a dog"])
     large = torch.full((1, inputs["input_ids"].shape[1], 32), 6e4, dtype=torch.float16)
-    monkeypatch.setattr(retriever.model.vlm, "forward", lambda **given: SimpleNamespace(last_hidden_state=large))
+    output = PaliGemmaModelOutputWithPast(last_hidden_state=large)
+    monkeypatch.setattr(retriever.model.vlm, "forward", lambda **given: output)
     assert not torch.isfinite(large.sum())
     assert torch.equal(retriever.hidden_states(inputs), large)
 
@@ -178,14 +181,17 @@ def test_coordinates_follow_the_image_token_wherever_it_stands(shared):
     ids[0, :64] = shared.image_token_id
     later = torch.arange(64) + torch.tensor([0] * 10 + [3] * 20 + [6] * 34)  # prompt tokens before and in between
     ids[1, later] = shared.image_token_id
-    coords, patches = shared.image_coords(ids)
+    layout = shared.image_layout({"input_ids": ids})
+    coords, patches = layout.coords, layout.patches
+    assert layout.grid.tolist() == [[8, 8], [8, 8]]
+    assert torch.equal(layout.source, torch.stack([torch.arange(64), later]))
     assert patches.sum(1).tolist() == [64, 64]
     torch.testing.assert_close(coords[0, :64], torch.tensor(grid))
     torch.testing.assert_close(coords[1, later], torch.tensor(grid))
     assert (coords[~patches] == 0.5).all()
     ids[1, later[0]] = 7
-    with pytest.raises(InputError, match=r"expected 64 image tokens .* got \[64, 63\]"):
-        shared.image_coords(ids)
+    with pytest.raises(InputError, match=r"image 1 .* has 63 image tokens, expected 64 \(8 x 8\); processor and model"):
+        shared.image_layout({"input_ids": ids})
 
 
 def test_the_base_stays_frozen_and_the_projector_is_replaced(retriever, images):
@@ -334,7 +340,7 @@ def test_a_projector_of_another_base_is_refused(shared, saved, build):
         load_projector(saved.folder, build("another", seed=2))  # same sizes, other weights
     with pytest.raises(InputError, match="trained on"):
         load_projector(saved.folder, build("smaller", embedding_dim=8))
-    with pytest.raises(InputError, match=r"the projector is \(8, 32\), but .* needs \(16, 32\)"):
+    with pytest.raises(InputError, match=r"the projector is \(8, 32\).*, but .* needs \(16, 32\)"):
         shared.use_projector(build("smaller", embedding_dim=8).base_projector)
 
 
@@ -344,7 +350,7 @@ def test_a_projector_of_another_base_is_refused(shared, saved, build):
         ({"format_version": 2}, "version 2 is not 'samer_projector' version 1"),
         ({"format": "something"}, "format 'something'"),
         ({"projector": "0" * 64}, "damaged"),
-        ({"base_projector": None}, "trained on"),
+        ({"base_projector": None}, "no identity"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(shared, saved, values, words):
@@ -412,7 +418,9 @@ def test_legacy_files_load(shared, tmp_path):
         ({"format": "samer_projector_v2", "projector_state_dict": {}}, "not of format samer_projector_v1"),
         ({"weight": torch.zeros(16, 32)}, "not of format samer_projector_v1"),
         ([1, 2], "not of format samer_projector_v1"),
-        ({"projector_state_dict": {"weight": torch.zeros(16, 32)}}, "expected a weight"),
+        ({"projector_state_dict": {"weight": torch.zeros(16, 32)}}, r"is \(16, 32\) without bias, but .* with bias"),
+        ({"projector_state_dict": {"bias": torch.zeros(16)}}, "expected a weight"),
+        ({"projector_state_dict": {"weight": torch.zeros(16, 32), "bias": torch.zeros(8)}}, "expected a weight"),
         ({"projector_state_dict": {"weight": torch.zeros(512), "bias": torch.zeros(16)}}, "expected a weight"),
         ({"projector_state_dict": {"weight": torch.zeros(8, 32), "bias": torch.zeros(8)}}, r"is \(8, 32\)"),
     ],
@@ -480,7 +488,7 @@ def adapter(shared, tmp_path):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_lora_adapter_is_added_to_the_base(shared, adapter, rslora):
     folder, tensors = adapter(lora_alpha=12, use_rslora=rslora)
-    a, b = (tensors[f"base_model.model.projection.lora_{which}.weight"].double() for which in "AB")
+    a, b = (tensors[f"base_model.model.embedding_proj_layer.lora_{which}.weight"].double() for which in "AB")
     loaded = load_projector(folder, shared)
     expected = shared.base_projector.weight.double() + b @ a * 12 / (4**0.5 if rslora else 4)
     torch.testing.assert_close(loaded.weight.double(), expected, atol=1e-6, rtol=0)
@@ -565,7 +573,7 @@ def test_the_published_geometry_gives_1030_tokens(published, images):
     assert len(set(ids)) == len(names)
     assert retriever.processor.tokenizer.unk_token_id not in ids
     assert len(retriever.processor.tokenizer) == 256_000 + 1 + 1024 + 128
-    assert (retriever.image_token_id, retriever.grid) == (ids[3], 32)
+    assert (retriever.image_token_id, retriever.grid) == (ids[3], (32, 32))
     assert sum(file.stat().st_size for file in published.iterdir()) < 100e6
     inputs = retriever.image_inputs(images[:2])
     visual = retriever.encode_images(inputs)
@@ -607,7 +615,7 @@ def test_the_published_geometry_trains_caches_and_evaluates(published, world, sc
     trained = load_projector(tmp_path / "run", retriever)
     assert not same(trained, retriever.base_projector)
     model = ColPaliForRetrieval.from_pretrained(published, dtype=torch.float32).eval()
-    model.projection.load_state_dict({"weight": trained.weight, "bias": trained.bias})
+    model.embedding_proj_layer.load_state_dict({"weight": trained.weight, "bias": trained.bias})
     with torch.no_grad():  # ColPali's own forward pass, then the merge as plain loops
         embeddings = model(**retriever.image_inputs(images)).embeddings[0]
     grid = [(x / 31, y / 31) for y in range(32) for x in range(32)] + [(0.5, 0.5)] * 6

@@ -16,7 +16,7 @@ from samer.features import write as features_write
 from samer.features.read import FeatureStore
 from samer.features.write import quantise, write_features
 from samer.index.verify import verify
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.runtime.shards import write_manifest
 from samer.training import model as training_model
 from samer.training.batches import CaptionDataset, Collator, WindowSampler

@@ -14,7 +14,7 @@ from samer.config import InputError, MergeConfig
 from samer.index.read import Index
 from samer.index.write import build_index
 from samer.retrievers.base import Projector
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import save_projector
 from samer.runtime.shards import write_manifest
 

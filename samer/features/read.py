@@ -17,7 +17,7 @@ from samer.data.records import ImageRecord
 from samer.features.manifest import DTYPES, FORMAT, FORMAT_VERSION, check_manifest, fingerprint
 from samer.retrievers.attention import ATTENTION, check_signals
 from samer.retrievers.base import NO_OFFSET, Encoder, image_seeds
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector, read_projector
 from samer.runtime.files import lookup
 from samer.runtime.processes import print0

@@ -28,7 +28,7 @@ from samer.config import InputError
 from samer.data import make_reader
 from samer.features.manifest import DTYPES, FORMAT, FORMAT_VERSION, fingerprint
 from samer.retrievers.attention import ATTENTION
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.runtime.files import atomic_path, only_writer
 from samer.runtime.processes import gather_objects, print0, rank
 from samer.runtime.progress import Progress, batched

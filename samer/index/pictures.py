@@ -20,7 +20,7 @@ from samer.index.manifest import NO_REGION, SHARD_NAME, IndexSummary, _number, _
 from samer.index.read import Index
 from samer.index.write import _check_settings, _joined, _write_images, _writing
 from samer.retrievers.base import image_seeds
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.runtime.files import only_writer
 from samer.runtime.progress import Progress, batched, prefetched
 from samer.runtime.shards import load_header, parts_of, write_manifest

@@ -331,7 +331,7 @@ def test_an_index_built_over_a_spoiled_one(caches, data, dtype):
 
 def test_features_written_over_spoiled_ones(stores, data, base, monkeypatch):
     from samer.features import write as features_write
-    from samer.retrievers.colpali import Retriever
+    from samer.retrievers.hf import Retriever
 
     monkeypatch.setattr(features_write, "IMAGES_PER_SHARD", 2)
     monkeypatch.setattr(features_write, "TEXTS_PER_SHARD", 8)
@@ -354,7 +354,7 @@ def test_features_written_over_spoiled_ones(stores, data, base, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_a_spoiled_model(base, tmp_path):
     """The model's folder is transformers' to read: what it can't read is refused by name."""
-    from samer.retrievers.colpali import Retriever
+    from samer.retrievers.hf import Retriever
 
     work = Spoiled(base, tmp_path / "model")
     with survey("model: bytes", []) as found:
@@ -438,7 +438,7 @@ def test_a_spoiled_projector(projectors, kind):
 @pytest.fixture(scope="session")
 def stores(data, base, tmp_path_factory):
     from samer.features import write as features_write
-    from samer.retrievers.colpali import Retriever
+    from samer.retrievers.hf import Retriever
 
     retriever, result = Retriever.load(str(base)), {}
     before = features_write.IMAGES_PER_SHARD, features_write.TEXTS_PER_SHARD
