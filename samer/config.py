@@ -178,10 +178,17 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     if isinstance(kind, types.UnionType):
         inner = [k for k in typing.get_args(kind) if k is not type(None)]
         return None if value is None else _coerce(value, inner[0], key)
+    if dataclasses.is_dataclass(kind):
+        return build_dataclass(kind, value, key)
     if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{key} must be a list of whole numbers; it is {value!r}")
-        return tuple(_coerce(item, int, key) for item in value)
+            raise InputError(f"{key} must be a list{' of whole numbers' if inner is int else ''}; it is {value!r}")
+        return tuple(_coerce(item, inner, key) for item in value)
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{key} must be a mapping; it is {value!r}")
+        return {str(name): _coerce(item, typing.get_args(kind)[1], f"{key}.{name}") for name, item in value.items()}
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
@@ -198,8 +205,12 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     raise InputError(f"{key} must be {wanted}; it is {value!r}")
 
 
-def _build(cls: type, values: Any, where: str, prefix: str = "") -> Any:
-    """A dataclass from nested dicts; `where` names the file in messages."""
+def build_dataclass(cls: type, values: Any, where: str, prefix: str = "") -> Any:
+    """A dataclass from nested dicts, what they lack by its defaults; `where` names the file in messages.
+
+    Raises:
+        InputError: an unknown key, a wrong type, or a value out of range, named.
+    """
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -213,7 +224,7 @@ def _build(cls: type, values: Any, where: str, prefix: str = "") -> Any:
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(sorted(fields))}"
             raise InputError(f"{where}: unknown key {prefix}{name}; {hint}")
         if dataclasses.is_dataclass(hints[name]):
-            arguments[name] = _build(hints[name], value, where, f"{prefix}{name}.")
+            arguments[name] = build_dataclass(hints[name], value, where, f"{prefix}{name}.")
         else:
             arguments[name] = _coerce(value, hints[name], f"{where}: {prefix}{name}")
     try:
@@ -314,7 +325,7 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     values = load_yaml(path) if path is not None else {}
     where = str(path) if path is not None else "config"
     values = _spread_budgets(values, where)
-    _build(Config, values, where)  # the file is checked by itself, so that a message names it rightly
+    build_dataclass(Config, values, where)  # the file is checked by itself, so that a message names it rightly
     values = dict(values or {})
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -333,7 +344,7 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
             values["train"] = {k: v for k, v in values["train"].items() if k != "budgets"}  # it replaces a list too
     values = _spread_budgets(values, " ".join([f"{where} with", *overrides]))
     # the overrides are checked together: a range may hold only with the file's value or another override's
-    return _build(Config, values, " ".join([f"{where} with", *overrides]) if overrides else where)
+    return build_dataclass(Config, values, " ".join([f"{where} with", *overrides]) if overrides else where)
 
 
 def _is_text(section: str, name: str) -> bool:

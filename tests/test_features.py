@@ -368,7 +368,7 @@ class Random(Encoder):
     def hidden_states(self, inputs):
         return inputs["hidden"]
 
-frozen = Random("random", Projector(torch.randn(64, hidden) / hidden**0.5, torch.zeros(64)), 16, 7, "cpu")
+frozen = Random("random", Projector(torch.randn(64, hidden) / hidden**0.5, torch.zeros(64)), grid=(16, 16), image_token_id=7)
 ids = torch.full((captions, tokens), 7)
 ids[:, 256:] = 1
 full = lambda rows: torch.ones(captions, rows, dtype=torch.long)

@@ -29,7 +29,7 @@ from samer.runtime.shards import (
 )
 from samer.training.loop import CHECKSUMS
 
-STORES = {each.FORMAT: each.FORMAT_VERSION for each in (index_manifest, store_manifest)}
+STORES = {index_manifest.FORMAT: (index_manifest.FORMAT_VERSION,), store_manifest.FORMAT: store_manifest.READABLE}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def verify(path: str | Path) -> Verified:
             vouchers += 1
             if kind not in STORES:
                 raise InputError(f"{manifest}: format {kind[:40]!r} is none of {', '.join(STORES)}")
-            for file, *how in _listed(manifest.parent, read_manifest(manifest, kind, STORES[kind])):
+            for file, *how in _listed(manifest.parent, read_manifest(manifest, kind, *STORES[kind])):
                 checks[file] = tuple(how)
                 found.setdefault(file)
         except InputError as error:
@@ -102,7 +102,7 @@ def verify(path: str | Path) -> Verified:
 def _listed(folder: Path, manifest: dict) -> Iterator[tuple[Path, str, str]]:
     """Every file that a store's manifest vouches for: path, "bytes" or "projector", checksum."""
     if manifest["format"] == store_manifest.FORMAT:
-        store_manifest.check_manifest(folder / "manifest.json", manifest)
+        store_manifest.read_store_manifest(folder / "manifest.json")
         yield folder / "base.safetensors", "projector", manifest["base_projector"]
     else:
         index_manifest.check_manifest(folder / "manifest.json", manifest)

@@ -50,11 +50,30 @@ class Family:
         self.model, self.processor = model, processor
 
     @classmethod
-    def classes(cls) -> tuple[type, type]:
-        """The classes of model and processor, each with `from_pretrained`."""
+    def model_class(cls) -> Any:
+        """The model's class, with transformers' `from_pretrained`."""
         import transformers  # takes seconds, and most of SaMer does without
 
-        return getattr(transformers, cls.architecture), getattr(transformers, cls.processor_class)
+        return getattr(transformers, cls.architecture)
+
+    @classmethod
+    def load_processor(cls, name: str, **where: Any) -> Any:
+        """The processor of a checkpoint, with the picture pipeline that `settings` names.
+
+        transformers would take torchvision's where that is installed, and the pixels would come out otherwise.
+
+        Raises:
+            ValueError: there is no such pipeline for it. OSError and others: of transformers.
+        """
+        import transformers
+
+        processor = getattr(transformers, cls.processor_class).from_pretrained(name, **where)
+        backend = cls.settings["backend"]
+        pictures = transformers.AutoImageProcessor.from_pretrained(name, backend=backend, **where)
+        if pictures.backend != backend:
+            raise ValueError(f"there is no {backend} picture pipeline for it")
+        processor.image_processor = pictures
+        return processor
 
     @property
     def image_token_id(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from samer.config import InputError
@@ -102,8 +102,7 @@ class Retriever(Encoder):
         where = {"local_files_only": local_files_only, "revision": revision}
         try:
             family = find_family(PretrainedConfig.get_config_dict(name, **where)[0])
-            model_class, processor_class = family.classes()
-            model, report = model_class.from_pretrained(
+            model, report = family.model_class().from_pretrained(
                 name,
                 # float32 from the start: halves cast up would keep Gemma's embedding scale rounded
                 dtype=torch.float32 if dtype == torch.float32 else "auto",
@@ -113,12 +112,7 @@ class Retriever(Encoder):
                 ignore_mismatched_sizes=True,  # they come out in the report, and are refused by name below
                 **where,
             )
-            processor = processor_class.from_pretrained(name, **where)
-            # transformers takes torchvision where it is installed, and the pixels come out otherwise
-            backend = family.settings["backend"]
-            processor.image_processor = AutoImageProcessor.from_pretrained(name, backend=backend, **where)
-            if processor.image_processor.backend != backend:
-                raise ValueError(f"there is no {backend} picture processor for it")
+            processor = family.load_processor(name, **where)
         except Exception as error:  # many types, bare ones from tokenizers
             reason = " ".join(str(error).split())[:240]
             raise InputError(

@@ -32,17 +32,18 @@ def write_manifest(path: Path, manifest: dict) -> None:
     write_json(path, {**manifest, "checksum": _manifest_checksum(manifest)})
 
 
-def read_manifest(path: Path, kind: str, version: int) -> dict:
-    """A manifest without its checksum, which holds.
+def read_manifest(path: Path, kind: str, version: int, *older: int) -> dict:
+    """A manifest without its checksum, which holds; `version`, or one of the `older` that can be read.
 
     Raises:
         InputError: not readable, damaged, of another kind or version; names the file.
     """
     manifest = read_json(path)
     found = manifest.get("format"), manifest.get("format_version")
-    if found != (kind, version):
+    if found[0] != kind or type(found[1]) is not int or found[1] not in (version, *older):
+        versions = " and ".join(map(str, sorted((version, *older))))
         raise InputError(
-            f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {kind} {version}: make it anew"
+            f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {kind} {versions}: make it anew"
         )
     checksum = manifest.pop("checksum", None)
     if checksum != _manifest_checksum(manifest):

@@ -50,7 +50,7 @@ from samer.config import InputError, load_config
 from samer.data import flickr
 from samer.data.flickr import load_split
 from samer.data.pictures import load_image
-from samer.features.manifest import fingerprint
+from samer.retrievers.identity import fingerprint
 from samer.features.read import FeatureStore
 from samer.features.write import write_features
 from samer.index.pictures import delete_images
@@ -962,7 +962,7 @@ def test_names_too_long(tmp_path, monkeypatch, opener):
 def test_a_models_index_of_weights(tmp_path, weights):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
     with bounded():
-        found = outcome(lambda: fingerprint(str(tmp_path)))
+        found = outcome(lambda: fingerprint(tmp_path))
     if isinstance(found, InputError):
         found = {"refused": "0" * 64} if "model.safetensors.index.json" in str(found) else {"unnamed": ""}
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in found.values())
