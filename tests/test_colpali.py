@@ -164,6 +164,21 @@ def test_hidden_states_are_the_backbones_own_bit_for_bit(base, images, dtype):
         assert (hidden[~valid] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_transformers_own(base, images, dtype):
+    """The checkpoint loaded in that dtype by transformers alone, whose rotary frequencies stay in float32."""
+    retriever = Retriever.load(str(base), dtype=dtype)
+    stock = ColPaliForRetrieval.from_pretrained(base, dtype=dtype, attn_implementation="sdpa").eval()
+    for inputs in (retriever.image_inputs(images), retriever.query_inputs(TEXTS)):
+        given = {name: value for name, value in inputs.items() if name != "offsets"}
+        if "pixel_values" in given:
+            given["pixel_values"] = given["pixel_values"].to(dtype)
+        with torch.no_grad():
+            expected = stock.vlm(**given, use_cache=False).last_hidden_state
+        valid = inputs["attention_mask"].bool()
+        assert torch.equal(retriever.hidden_states(inputs)[valid], expected[valid])
+
+
 def test_no_layers_states_are_kept(shared, images, monkeypatch):
     """transformers' retrieval classes ask the backbone for the states of all layers, gigabytes for a large batch."""
     outputs = []

@@ -59,8 +59,12 @@ class Retriever(Encoder):
         self.processor = processor
         layer = model.get_submodule(self.family.projection)
         base = projector_of(layer)  # its stored values, so that its hash does not depend on dtype
-        # the layer goes along: a forward pass casts what the layer is given to the dtype of its weights
-        self.model = model.to(dtype or model.dtype).eval().requires_grad_(False)
+        # The layer goes along: a forward pass casts what the layer is given to the dtype of its weights. Buffers stay:
+        # rotary frequencies in bfloat16 would turn the thousandth token by up to two radians too much or too little.
+        dtype = dtype or model.dtype
+        for weight in model.parameters():
+            weight.data = weight.data.to(dtype)
+        self.model = model.eval().requires_grad_(False)
         self._layer = layer
         super().__init__(
             name, base, grid=self.family.grid, image_token_id=self.family.image_token_id, device=model.device
