@@ -473,7 +473,7 @@ def features_say(folder, kind, names):
         ends = np.cumsum(tensors["lengths"])
         assert len(own["stamp"]["names"]) == len(ends) == entry["count"]
         assert (tensors["lengths"] > 0).all()
-        keys = [key for key in ("hidden", "scales", "input_ids", "attention", "offsets") if key in tensors]
+        keys = [key for key in ("hidden", "scales", "coords", "patches", "attention", "offsets") if key in tensors]
         assert all(len(tensors[key]) == ends[-1] for key in keys)
         for row, name in enumerate(own["stamp"]["names"]):
             span = slice(ends[row] - tensors["lengths"][row], ends[row])
@@ -484,7 +484,7 @@ def features_say(folder, kind, names):
 def rows_of(batch):
     """A padded batch as a list of rows without padding."""
     lengths = batch["attention_mask"].sum(1).tolist()
-    keys = [key for key in ("hidden", "scales", "input_ids", "attention", "offsets") if key in batch]
+    keys = [key for key in ("hidden", "scales", "coords", "patches", "attention", "offsets") if key in batch]
     return [{key: batch[key][row, :count] for key in keys} for row, count in enumerate(lengths)]
 
 
