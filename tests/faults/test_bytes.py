@@ -50,12 +50,12 @@ from samer.config import InputError, load_config
 from samer.data import flickr
 from samer.data.flickr import load_split
 from samer.data.pictures import load_image
-from samer.retrievers.identity import fingerprint
 from samer.features.read import FeatureStore
 from samer.features.write import write_features
 from samer.index.pictures import delete_images
 from samer.index.read import Index
 from samer.index.verify import verify
+from samer.retrievers.identity import fingerprint
 from samer.retrievers.projectors import load_projector
 from samer.runtime import commands as runtime_commands
 
