@@ -288,7 +288,7 @@ def quality(runs):
     from samer.index.read import Index
     from samer.index.write import build_index
     from samer.metrics import retrieval_metrics
-    from samer.retrievers.colpali import Retriever
+    from samer.retrievers.hf import Retriever
     from samer.world.write import write_world
 
     with tempfile.TemporaryDirectory() as place:
@@ -329,7 +329,7 @@ def epoch(words):
 def training(runs):
     """Captions per second with the demo's settings, 200 images with 1,000 captions, no validation."""
     from samer.features.write import write_features
-    from samer.retrievers.colpali import Retriever
+    from samer.retrievers.hf import Retriever
     from samer.world.write import write_world
 
     rows = {"pixels": [], "features": []}

@@ -50,6 +50,7 @@ def main(argv=None):
             features=options.features,
             adapter_path=options.adapter_path,
             local_files_only=config.model.local_files_only,
+            revision=config.model.revision,
         )
         print0(f"writing the index to {options.cache_dir} ({options.adapter_path or 'projection untouched'})")
         summaries = build_index(

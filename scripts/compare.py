@@ -75,7 +75,7 @@ def run_comparison(options, config, sections, overrides):
     from samer.report.tables import recall_table
 
     config = replace(config, data=replace(config.data, root=options.data_root, features=features))
-    store = FeatureStore(features, config.model.name, pick_device())
+    store = FeatureStore(features, config.model.name, pick_device(), revision=config.model.revision)
     results = compare(config, options.out, store, seeds=options.seeds, sections=sections, split=options.split)
     files = write_tables(results, options.out)
     files = [Path(options.out) / "results.json", *files]

@@ -39,7 +39,12 @@ def main(argv=None):
     from samer.features.write import write_features
 
     with process_group():
-        retriever = open_encoder(config.model.name, device, local_files_only=config.model.local_files_only)
+        retriever = open_encoder(
+            config.model.name,
+            device,
+            local_files_only=config.model.local_files_only,
+            revision=config.model.revision,
+        )
         entries = write_features(
             options.out,
             options.data_root,
@@ -48,9 +53,10 @@ def main(argv=None):
             batch_size=options.batch_size,
             dtype=options.dtype or retriever.origin["computed_in"],
             limit_images=options.limit_images,
+            reader=config.data.reader,
         )
         for split, entry in entries.items():
-            images, texts = (sum(shard["count"] for shard in entry[kind]) for kind in ("images", "texts"))
+            images, texts = (sum(shard.count for shard in shards) for shards in (entry.images, entry.texts))
             print0(f"{split}: {images:,} images, {texts:,} distinct captions -> {Path(options.out) / split}")
     return entries
 

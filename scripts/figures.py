@@ -17,7 +17,7 @@ def main(argv=None):
     parser.add_argument("--out", default="assets", help="folder (assets)")
     parser.add_argument("--retriever", default="assets/retriever", help="whose regions are shown")
     options = parser.parse_args(argv)
-    from samer.retrievers.colpali import Retriever
+    from samer.retrievers.hf import Retriever
     from samer.world.figure import architecture_figure
 
     path = Path(options.out) / "architecture.png"

@@ -70,6 +70,7 @@ def main(argv=None):
         device,
         adapter_path=options.adapter_path,
         local_files_only=config.model.local_files_only,
+        revision=config.model.revision,
     )
     print(f"{len(paths):,} pictures under {root}; writing the index to {options.cache_dir}", flush=True)
     started = time.monotonic()

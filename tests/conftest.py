@@ -79,7 +79,7 @@ def base(tmp_path_factory):
 @pytest.fixture
 def retriever(base):
     """The small ColPali, loaded afresh in float32."""
-    from samer.retrievers.colpali import Retriever
+    from samer.retrievers.hf import Retriever
 
     return Retriever.load(str(base), dtype=torch.float32)
 

@@ -6,16 +6,19 @@ import weakref
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy_family import Toy, ToyForRetrieval, save_toy
 from transformers import ColPaliForRetrieval
 
 from samer.config import InputError
 from samer.data import flickr
 from samer.features.read import FeatureStore
 from samer.features.write import write_features
+from samer.retrievers import FAMILIES
 from samer.retrievers.attention import ATTENTION, signal_layers
 from samer.retrievers.base import NO_OFFSET, image_seeds
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 
 PATCHES, TOKENS = 64, 70
 TEXTS = [
@@ -128,6 +131,27 @@ def test_signals_are_those_of_eager_attention(models, records, layers, middle, l
     assert retriever.image_states(inputs)[1] == {}
     with pytest.raises(InputError, match="'first' is unknown; there are middle_mean, middle_max, last"):
         retriever.image_states(inputs, ["first"])
+
+
+def test_a_causal_model_is_read_as_such_with_and_without_padding(monkeypatch, tmp_path):
+    """sdpa is given no mask where a batch has no padding: causal by its own switch."""
+    monkeypatch.setitem(FAMILIES, Toy.architecture, Toy)
+    toy = Retriever.load(str(save_toy(tmp_path)))
+    eager = ToyForRetrieval.from_pretrained(tmp_path).eval()
+    eager.model.config._attn_implementation = "eager"
+    seen = []
+    for layer in eager.model.layers:
+        layer.self_attn.register_forward_hook(lambda *words: seen.append(words[-1][1]))
+    wide, tall = (Image.radial_gradient("L").resize(size).convert("RGB") for size in ((90, 60), (60, 90)))
+    for images in ([wide, wide], [wide, tall]):
+        inputs = toy.image_inputs(images)
+        signals = toy.image_states(inputs, ATTENTION)[1]
+        seen.clear()
+        with torch.no_grad():
+            eager(**{name: value for name, value in inputs.items() if name != "image_grids"})
+        patches = inputs["input_ids"] == toy.image_token_id
+        sums = torch.stack([(seen[-1][row].mean(0) * patches[row][:, None]).sum(0) for row in (0, 1)])
+        torch.testing.assert_close(signals["last"], sums * patches, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("left", [True, False])

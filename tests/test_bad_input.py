@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from samer.config import InputError, MergeConfig, load_config
 from samer.index.read import Index
 from samer.retrievers.base import Projector
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import save_projector
 from samer.runtime.commands import run
 from samer.training import model as training_model

@@ -14,15 +14,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import naive_merge
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import ColPaliForRetrieval, GemmaTokenizer
+from toy_family import Toy, save_toy
+from transformers import ColPaliForRetrieval, ColPaliProcessor, GemmaTokenizer, SiglipImageProcessorPil
+from transformers.models.auto import image_processing_auto
+from transformers.models.paligemma.modeling_paligemma import PaliGemmaModelOutputWithPast
 
 from samer.config import InputError, MergeConfig
 from samer.data import flickr, pictures
 from samer.index.read import Index
+from samer.retrievers import FAMILIES
+from samer.retrievers.attention import ATTENTION
 from samer.retrievers.base import Projector
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector, save_projector
 
 MERGE = MergeConfig(num_regions=16)
@@ -141,6 +147,51 @@ def test_token_types_are_forwarded_and_matter(shared, images, monkeypatch):
     assert F.cosine_similarity(full, causal, dim=-1)[valid].min() < 0.9
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_hidden_states_are_the_backbones_own_bit_for_bit(base, images, dtype):
+    """What the projection is given is what the backbone returns, in its dtype, whatever the projection is stored in."""
+    retriever = Retriever.load(str(base), dtype=dtype)
+    for inputs in (retriever.image_inputs(images), retriever.query_inputs(TEXTS)):
+        hidden = retriever.hidden_states(inputs)
+        given = {name: value for name, value in inputs.items() if name != "offsets"}
+        if "pixel_values" in given:
+            given["pixel_values"] = given["pixel_values"].to(dtype)
+        with torch.no_grad():
+            expected = retriever.model.vlm(**given, use_cache=False).last_hidden_state
+        valid = inputs["attention_mask"].bool()
+        assert hidden.dtype == dtype
+        assert torch.equal(hidden[valid], expected[valid])
+        assert (hidden[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_transformers_own(base, images, dtype):
+    """The checkpoint loaded in that dtype by transformers alone, whose rotary frequencies stay in float32."""
+    retriever = Retriever.load(str(base), dtype=dtype)
+    stock = ColPaliForRetrieval.from_pretrained(base, dtype=dtype, attn_implementation="sdpa").eval()
+    for inputs in (retriever.image_inputs(images), retriever.query_inputs(TEXTS)):
+        given = {name: value for name, value in inputs.items() if name != "offsets"}
+        if "pixel_values" in given:
+            given["pixel_values"] = given["pixel_values"].to(dtype)
+        with torch.no_grad():
+            expected = stock.vlm(**given, use_cache=False).last_hidden_state
+        valid = inputs["attention_mask"].bool()
+        assert torch.equal(retriever.hidden_states(inputs)[valid], expected[valid])
+
+
+def test_no_layers_states_are_kept(shared, images, monkeypatch):
+    """transformers' retrieval classes ask the backbone for the states of all layers, gigabytes for a large batch."""
+    outputs = []
+    forward = shared.model.vlm.forward
+    monkeypatch.setattr(shared.model.vlm, "forward", lambda **given: outputs.append(forward(**given)) or outputs[-1])
+    inputs = shared.image_inputs(images)
+    shared.hidden_states(inputs)
+    assert outputs[0].hidden_states is None
+    with torch.no_grad():
+        shared.model(**inputs)
+    assert outputs[1].hidden_states is not None
+
+
 def test_a_bare_string_is_refused(shared):
     with pytest.raises(InputError, match="list of texts"):
         shared.query_inputs("a dog")
@@ -153,7 +204,7 @@ def test_non_finite_features_are_refused_at_valid_positions_only(retriever, monk
     spoil = ~valid
 
     def forward(**given):
-        return SimpleNamespace(last_hidden_state=torch.where(spoil[..., None], float("nan"), clean))
+        return PaliGemmaModelOutputWithPast(last_hidden_state=torch.where(spoil[..., None], float("nan"), clean))
 
     monkeypatch.setattr(retriever.model.vlm, "forward", forward)
     hidden = retriever.hidden_states(inputs)
@@ -164,10 +215,12 @@ def test_non_finite_features_are_refused_at_valid_positions_only(retriever, monk
         retriever.hidden_states(inputs)
 
 
-def test_half_precision_sums_that_overflow_are_no_defect(retriever, monkeypatch):
+def test_half_precision_sums_that_overflow_are_no_defect(base, monkeypatch):
+    retriever = Retriever.load(str(base), dtype=torch.float16)
     inputs = retriever.query_inputs(["a dog"])
     large = torch.full((1, inputs["input_ids"].shape[1], 32), 6e4, dtype=torch.float16)
-    monkeypatch.setattr(retriever.model.vlm, "forward", lambda **given: SimpleNamespace(last_hidden_state=large))
+    output = PaliGemmaModelOutputWithPast(last_hidden_state=large)
+    monkeypatch.setattr(retriever.model.vlm, "forward", lambda **given: output)
     assert not torch.isfinite(large.sum())
     assert torch.equal(retriever.hidden_states(inputs), large)
 
@@ -178,14 +231,17 @@ def test_coordinates_follow_the_image_token_wherever_it_stands(shared):
     ids[0, :64] = shared.image_token_id
     later = torch.arange(64) + torch.tensor([0] * 10 + [3] * 20 + [6] * 34)  # prompt tokens before and in between
     ids[1, later] = shared.image_token_id
-    coords, patches = shared.image_coords(ids)
+    layout = shared.image_layout({"input_ids": ids})
+    coords, patches = layout.coords, layout.patches
+    assert layout.grid.tolist() == [[8, 8], [8, 8]]
+    assert torch.equal(layout.source, torch.stack([torch.arange(64), later]))
     assert patches.sum(1).tolist() == [64, 64]
     torch.testing.assert_close(coords[0, :64], torch.tensor(grid))
     torch.testing.assert_close(coords[1, later], torch.tensor(grid))
     assert (coords[~patches] == 0.5).all()
     ids[1, later[0]] = 7
-    with pytest.raises(InputError, match=r"expected 64 image tokens .* got \[64, 63\]"):
-        shared.image_coords(ids)
+    with pytest.raises(InputError, match=r"image 1 .* has 63 image tokens, expected 64 \(8 x 8\); processor and model"):
+        shared.image_layout({"input_ids": ids})
 
 
 def test_the_base_stays_frozen_and_the_projector_is_replaced(retriever, images):
@@ -295,6 +351,100 @@ def test_a_processor_of_another_checkpoint_is_refused(base, build):
         Retriever(ColPaliForRetrieval.from_pretrained(base), other.processor, "mixed")
 
 
+class OtherPixels(SiglipImageProcessorPil):
+    """Stands for torchvision's pipeline: other pixels of the same picture."""
+
+    def __call__(self, images, **more):
+        found = super().__call__(images, **more)
+        return type(found)({**found, "pixel_values": -found["pixel_values"]})
+
+
+def test_pixels_do_not_depend_on_torchvision(base, images, monkeypatch):
+    before = Retriever.load(str(base)).image_inputs(images)["pixel_values"]
+    OtherPixels.__name__ = "SiglipImageProcessor"  # as processor_config.json names it, and transformers looks it up
+    pipelines = {"torchvision": OtherPixels, "pil": SiglipImageProcessorPil}
+    monkeypatch.setitem(image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES, "siglip", pipelines)
+    monkeypatch.setattr(image_processing_auto, "is_torchvision_available", lambda: True)
+    stock = ColPaliProcessor.from_pretrained(base)
+    assert type(stock.image_processor) is OtherPixels  # transformers itself would take it
+    assert torch.equal(stock(images=images)["pixel_values"], -before)
+    retriever = Retriever.load(str(base))
+    assert retriever.processor.image_processor.backend == "pil"
+    assert torch.equal(retriever.image_inputs(images)["pixel_values"], before)
+
+
+# --- another family -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """A retriever of a family that one file and one line add: two grids, no bias, padding on the left."""
+    monkeypatch.setitem(FAMILIES, Toy.architecture, Toy)
+    return Retriever.load(str(save_toy(tmp_path / "toy")))
+
+
+def test_another_family_is_one_file_and_one_line(toy):
+    pictures = [Image.new("RGB", size, colour) for size, colour in (((90, 60), "red"), ((60, 90), "blue"))]
+    inputs = toy.image_inputs(pictures)
+    visual = toy.encode_images(inputs, ATTENTION)
+    with torch.no_grad():
+        expected = toy.model(**{k: v for k, v in inputs.items() if k != "image_grids"}).embeddings
+    wide, tall = inputs["attention_mask"].bool()
+    assert (int(wide.sum()), int(tall.sum())) == (5 + 15 + 1, 5 + 12 + 1)
+    assert torch.equal(visual.mask, torch.stack([wide, tall]))
+    torch.testing.assert_close(visual.tokens[visual.mask], expected[visual.mask], atol=1e-6, rtol=0)
+    assert visual.grid.tolist() == [[3, 5], [4, 3]]
+    assert visual.source[0].tolist() == list(range(5, 20))
+    assert visual.source[1].tolist() == [*range(8, 20), -1, -1, -1]
+    assert visual.coords[1, 8 + 4].tolist() == [0.5, pytest.approx(1 / 3)]  # row 1 of 4, column 1 of 3
+    assert (visual.attention["last"] > 0).equal(visual.patches)
+    queries = toy.query_inputs(["a dog", "sun"])
+    assert queries["offsets"][1].tolist()[-5:] == [[0, 1], [1, 2], [2, 3], [-1, -1], [-1, -1]]
+    assert toy.encode_queries(queries).tokens.shape == (2, 6 + 5 + 2, 16)
+    assert toy.identity.architecture == "ToyForRetrieval"
+    assert toy.base_projector.bias is None
+
+
+@pytest.mark.parametrize(
+    "config", [{"architectures": ["ColPaliForRetrieval"], "model_type": "bert"}, {"model_type": "toy"}, {}]
+)
+def test_a_model_of_no_family_is_refused_by_name(base, tmp_path, config):
+    folder = shutil.copytree(base, tmp_path / "base")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"is of model type {config.get('model_type')!r}.*there are 'colpali'"):
+        Retriever.load(str(folder))
+
+
+def test_a_projector_without_bias_goes_every_way(toy, tmp_path):
+    weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))
+    projector = Projector(weight, None)
+    save_projector(tmp_path / "saved", projector, toy, MERGE)
+    assert set(load_file(tmp_path / "saved/projector.safetensors")) == {"weight"}
+    torch.save({"projector_state_dict": {"weight": weight}}, tmp_path / "projector.pt")
+    for path in (tmp_path / "saved", tmp_path / "projector.pt"):
+        loaded = load_projector(path, toy)
+        assert loaded.bias is None
+        assert torch.equal(loaded.weight, weight)
+        toy.use_projector(loaded)
+        assert toy.current_projector().hash == projector.hash
+    torch.save({"projector_state_dict": {"weight": weight, "bias": torch.zeros(16)}}, tmp_path / "projector.pt")
+    with pytest.raises(InputError, match=r"\(16, 24\) with bias, but .*needs \(16, 24\) without bias"):
+        load_projector(tmp_path / "projector.pt", toy)
+
+
+def test_an_adapter_is_named_by_its_familys_layer(toy, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    settings = LoraConfig(r=2, lora_alpha=6, target_modules=["multi_vector_head.proj"], init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(toy.model), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    a, b = (t for _, t in sorted(load_file(tmp_path / "adapter/adapter_model.safetensors").items()))
+    loaded = load_projector(tmp_path / "adapter", toy)
+    torch.testing.assert_close(loaded.weight, toy.base_projector.weight + b @ a * 3, atol=1e-6, rtol=0)
+    assert loaded.bias is None
+
+
 # --- the projector on disk ------------------------------------------------------------------------------------------
 
 
@@ -334,7 +484,7 @@ def test_a_projector_of_another_base_is_refused(shared, saved, build):
         load_projector(saved.folder, build("another", seed=2))  # same sizes, other weights
     with pytest.raises(InputError, match="trained on"):
         load_projector(saved.folder, build("smaller", embedding_dim=8))
-    with pytest.raises(InputError, match=r"the projector is \(8, 32\), but .* needs \(16, 32\)"):
+    with pytest.raises(InputError, match=r"the projector is \(8, 32\).*, but .* needs \(16, 32\)"):
         shared.use_projector(build("smaller", embedding_dim=8).base_projector)
 
 
@@ -344,7 +494,7 @@ def test_a_projector_of_another_base_is_refused(shared, saved, build):
         ({"format_version": 2}, "version 2 is not 'samer_projector' version 1"),
         ({"format": "something"}, "format 'something'"),
         ({"projector": "0" * 64}, "damaged"),
-        ({"base_projector": None}, "trained on"),
+        ({"base_projector": None}, "no identity"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(shared, saved, values, words):
@@ -412,7 +562,9 @@ def test_legacy_files_load(shared, tmp_path):
         ({"format": "samer_projector_v2", "projector_state_dict": {}}, "not of format samer_projector_v1"),
         ({"weight": torch.zeros(16, 32)}, "not of format samer_projector_v1"),
         ([1, 2], "not of format samer_projector_v1"),
-        ({"projector_state_dict": {"weight": torch.zeros(16, 32)}}, "expected a weight"),
+        ({"projector_state_dict": {"weight": torch.zeros(16, 32)}}, r"is \(16, 32\) without bias, but .* with bias"),
+        ({"projector_state_dict": {"bias": torch.zeros(16)}}, "expected a weight"),
+        ({"projector_state_dict": {"weight": torch.zeros(16, 32), "bias": torch.zeros(8)}}, "expected a weight"),
         ({"projector_state_dict": {"weight": torch.zeros(512), "bias": torch.zeros(16)}}, "expected a weight"),
         ({"projector_state_dict": {"weight": torch.zeros(8, 32), "bias": torch.zeros(8)}}, r"is \(8, 32\)"),
     ],
@@ -480,7 +632,7 @@ def adapter(shared, tmp_path):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_lora_adapter_is_added_to_the_base(shared, adapter, rslora):
     folder, tensors = adapter(lora_alpha=12, use_rslora=rslora)
-    a, b = (tensors[f"base_model.model.projection.lora_{which}.weight"].double() for which in "AB")
+    a, b = (tensors[f"base_model.model.embedding_proj_layer.lora_{which}.weight"].double() for which in "AB")
     loaded = load_projector(folder, shared)
     expected = shared.base_projector.weight.double() + b @ a * 12 / (4**0.5 if rslora else 4)
     torch.testing.assert_close(loaded.weight.double(), expected, atol=1e-6, rtol=0)
@@ -565,7 +717,7 @@ def test_the_published_geometry_gives_1030_tokens(published, images):
     assert len(set(ids)) == len(names)
     assert retriever.processor.tokenizer.unk_token_id not in ids
     assert len(retriever.processor.tokenizer) == 256_000 + 1 + 1024 + 128
-    assert (retriever.image_token_id, retriever.grid) == (ids[3], 32)
+    assert (retriever.image_token_id, retriever.grid) == (ids[3], (32, 32))
     assert sum(file.stat().st_size for file in published.iterdir()) < 100e6
     inputs = retriever.image_inputs(images[:2])
     visual = retriever.encode_images(inputs)
@@ -607,7 +759,7 @@ def test_the_published_geometry_trains_caches_and_evaluates(published, world, sc
     trained = load_projector(tmp_path / "run", retriever)
     assert not same(trained, retriever.base_projector)
     model = ColPaliForRetrieval.from_pretrained(published, dtype=torch.float32).eval()
-    model.projection.load_state_dict({"weight": trained.weight, "bias": trained.bias})
+    model.embedding_proj_layer.load_state_dict({"weight": trained.weight, "bias": trained.bias})
     with torch.no_grad():  # ColPali's own forward pass, then the merge as plain loops
         embeddings = model(**retriever.image_inputs(images)).embeddings[0]
     grid = [(x / 31, y / 31) for y in range(32) for x in range(32)] + [(0.5, 0.5)] * 6

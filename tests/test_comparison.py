@@ -34,7 +34,7 @@ from samer.index.read import Index
 from samer.index.write import build_index
 from samer.report.results import write_tables
 from samer.report.tables import markdown
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector, save_projector
 from samer.training import loop as training_loop
 

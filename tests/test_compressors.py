@@ -22,7 +22,7 @@ from samer.index.read import Index
 from samer.index.write import build_index
 from samer.merging import merge_tokens
 from samer.retrievers.attention import ATTENTION
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector
 from samer.tokens import MergedTokens, VisualTokens
 from samer.training.loop import train

@@ -34,7 +34,7 @@ from samer.config import MergeConfig, ObjectsConfig, load_config
 from samer.data import flickr
 from samer.features import write as features_write
 from samer.index import write as index_write
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector
 from samer.runtime import commands as runtime_commands
 from samer.runtime import processes as runtime_processes

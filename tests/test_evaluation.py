@@ -14,7 +14,7 @@ from samer.data import flickr
 from samer.evaluation import both_directions, compress_images, encode_texts, evaluate_records
 from samer.index.read import Index
 from samer.index.write import build_index
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.runtime.progress import batched, prefetched
 
 METRICS = ["r@1", "r@5", "r@10", "median_rank", "mrr@10", "ndcg@5", "ndcg@10"]

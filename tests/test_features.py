@@ -1,23 +1,31 @@
 """The feature store: what is read equals what the model gives; nothing is lost by a kill; nothing stale is read."""
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from toy_family import Toy, save_toy
 
 from samer.config import InputError, MergeConfig, ObjectsConfig, load_config
 from samer.data import flickr
 from samer.features import write as features_write
-from samer.features.read import FeatureStore
+from samer.features.read import FeatureStore, open_encoder
 from samer.features.write import quantise, write_features
 from samer.index.verify import verify
-from samer.retrievers.colpali import Retriever
-from samer.runtime.shards import write_manifest
+from samer.retrievers import FAMILIES
+from samer.retrievers.attention import ATTENTION
+from samer.retrievers.hf import Retriever
+from samer.retrievers.projectors import load_projector
+from samer.runtime.shards import load_shard, write_manifest, write_shard
 from samer.training import model as training_model
 from samer.training.batches import CaptionDataset, Collator, WindowSampler
 from samer.training.loop import train
@@ -166,11 +174,169 @@ def test_too_little_disk_is_said_beforehand(base, world, tmp_path, monkeypatch):
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 
+def test_other_splits_bytes_are_no_progress(shards, base, world, tmp_path, monkeypatch):
+    """With val there, test must not start on an almost full disk; what is there of test itself counts."""
+    retriever = Retriever.load(str(base))
+    write_features(tmp_path / "store", world, ["train"], retriever, batch_size=4, dtype="float32")
+    before = contents(tmp_path / "store")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000))
+    with pytest.raises(InputError, match=r"need 0\.0 GB more, the disk has 0\.0 GB free"):
+        write_features(tmp_path / "store", world, ["val"], retriever, batch_size=4, dtype="float32")
+    assert contents(tmp_path / "store") == before
+    write_features(tmp_path / "store", world, ["train"], retriever, batch_size=4, dtype="float32")
+
+
+def test_missing_images_and_captions_are_refused_at_once(store, shards, base, world, tmp_path):
+    write_features(tmp_path / "s", world, ["val"], Retriever.load(str(base)), batch_size=4, dtype="float32")
+    stored = FeatureStore(tmp_path / "s", str(base))
+    val, test = (flickr.load_split(world, split, boxes=False) for split in ("val", "test"))
+    stored.check_records(val)
+    first = test[2].image_id
+    with pytest.raises(InputError, match=rf"no features of '{first}' and 5 more images of 12; it holds the splits val"):
+        stored.check_records(val + test[2:])
+    strange = replace(val[1], captions=(*val[1].captions[:4], replace(val[1].captions[4], text="never stored")))
+    with pytest.raises(InputError, match="no features of 'never stored' and 0 more captions of"):
+        stored.check_records([val[0], strange])
+
+
 def test_a_missing_split_is_named(shards, base, world, tmp_path):
     write_features(tmp_path / "s", world, ["val"], Retriever.load(str(base)), batch_size=4, dtype="float32")
     record = flickr.load_split(world, "test", boxes=False)[0]
     with pytest.raises(InputError, match=f"no features of '{record.image_id}'.*holds the splits val"):
         FeatureStore(tmp_path / "s", str(base)).record_inputs([record])
+
+
+# --- any grid, any format ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    monkeypatch.setitem(FAMILIES, Toy.architecture, Toy)
+    return Retriever.load(str(save_toy(tmp_path / "toy")))
+
+
+def test_a_store_keeps_the_layout_of_every_image(toy, shards, world, tmp_path):
+    """Without knowing the family: two grids in a batch, padding that stood on the left, no bias."""
+    records = flickr.load_split(world, "val", boxes=False)
+    for record in records[::2]:  # tall ones among the wide
+        with Image.open(record.image_path) as picture:
+            turned = picture.rotate(90, expand=True)
+        record = replace(record, image_path=tmp_path / record.image_path.name)
+        turned.save(record.image_path)
+        records[[each.image_id for each in records].index(record.image_id)] = record
+    patched = pytest.MonkeyPatch()
+    patched.setattr(flickr.Flickr, "load_split", lambda *_, **__: records)
+    write_features(tmp_path / "store", world, ["val"], toy, batch_size=3, dtype="float32")
+    patched.undo()
+    stored = FeatureStore(tmp_path / "store", toy.name)
+    assert stored.grid is None
+    assert stored.projection_layer == "multi_vector_head.proj"
+    assert stored.identity == toy.identity
+    ours, theirs = (e.encode_images(e.record_inputs(records), ATTENTION) for e in (stored, toy))
+    assert sorted(set(map(tuple, ours.grid.tolist()))) == [(3, 5), (4, 3)]
+    assert torch.equal(ours.grid, theirs.grid)
+    for row in range(len(records)):
+        mine, other = ours.mask[row], theirs.mask[row]
+        assert not mine.equal(other) or mine.all()  # the store pads on the right
+        torch.testing.assert_close(ours.tokens[row][mine], theirs.tokens[row][other], atol=1e-5, rtol=0)
+        for name in ("coords", "patches"):
+            assert torch.equal(getattr(ours, name)[row][mine], getattr(theirs, name)[row][other])
+        torch.testing.assert_close(ours.attention["last"][row][mine], theirs.attention["last"][row][other])
+        own = theirs.source[row] >= 0
+        assert torch.equal(ours.source[row] >= 0, own)
+        for place, wanted in zip(ours.source[row][own], theirs.source[row][own]):
+            torch.testing.assert_close(ours.tokens[row, place], theirs.tokens[row, wanted], atol=1e-5, rtol=0)
+
+
+def test_a_source_that_names_no_token_is_refused(store, base, world, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    path = next(copy.glob("val/images-*.safetensors"))
+    tensors, header = load_shard(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors["source"][3] = 70
+    write_shard(path, tensors, header["stamp"], header["entry"])
+    stored, records = FeatureStore(copy, str(base)), flickr.load_split(world, "val", boxes=False)
+    with pytest.raises(InputError, match=f"{path}: source of row 0 names no token"):
+        stored.record_inputs(records)
+
+
+OLD = ROOT / "tests/fixtures/format3"  # made by main's code before format 4: make_format3_store.py
+OLD_MODEL = str(ROOT / "assets/retriever")
+
+
+def test_a_store_of_format_3_still_gives_its_tokens():
+    stored = FeatureStore(OLD / "store", OLD_MODEL)
+    records = flickr.load_split(OLD / "store_data", "val", boxes=False)
+    stored.check_records(records)
+    expected = {name: torch.tensor(row) for name, row in json.loads((OLD / "store.json").read_text()).items()}
+    visual = stored.encode_images(stored.record_inputs(records), ["last"])
+    query = stored.encode_queries(stored.query_inputs([records[0].captions[0].text]))
+    torch.testing.assert_close(visual.tokens[0].sum(-1), expected["image"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(query.tokens[0].sum(-1), expected["query"], atol=1e-5, rtol=0)
+    assert torch.equal(visual.coords[0], expected["coords"])
+    assert torch.equal(visual.patches[0], expected["patches"])
+    assert visual.grid.tolist() == [[16, 16]]
+    assert torch.equal(visual.source[0], torch.arange(256))
+    assert stored.grid == (16, 16)
+    now = Retriever.load(OLD_MODEL)
+    assert stored.identity.difference(now.identity) is None
+    assert stored.identity.weights == now.identity.weights
+    assert stored.identity.processor == ""  # how its pictures were resized is not known
+    assert verify(OLD / "store").damages == []
+
+
+def test_a_store_of_format_3_is_refused_where_it_was_before(base, tmp_path):
+    with pytest.raises(InputError, match="stale, its weights"):
+        FeatureStore(OLD / "store", str(base))
+    other = tmp_path / "other"
+    shutil.copytree(OLD_MODEL, other)
+    settings = json.loads((other / "processor_config.json").read_text())
+    settings["image_processor"]["image_mean"] = [0.4, 0.5, 0.5]
+    (other / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="stale, its processor"):
+        FeatureStore(OLD / "store", str(other))
+
+
+def test_a_store_of_format_3_is_not_added_to(tmp_path):
+    shutil.copytree(OLD / "store", tmp_path / "store")
+    with pytest.raises(InputError, match="holds features of format 3, which are read but not added to"):
+        write_features(tmp_path / "store", OLD / "store_data", ["val"], Retriever.load(OLD_MODEL), dtype="int8")
+    assert contents(tmp_path / "store") == contents(OLD / "store")
+
+
+def test_a_store_of_format_3_trains(tmp_path):
+    changes = {"data.features": OLD / "store", "train.train_batch_size": 4, "train.num_train_epochs": 1}
+    result = train(settings(OLD_MODEL, OLD / "store_data", tmp_path / "run", **changes))
+    assert result.steps >= 1
+    stored = FeatureStore(OLD / "store", OLD_MODEL)
+    trained = load_projector(tmp_path / "run", stored)
+    assert trained.hash != stored.base_projector.hash
+
+
+def test_another_library_version_leaves_a_store_readable(store, base, world, shards, monkeypatch):
+    monkeypatch.setattr(features_write.transformers, "__version__", "5.99.0")
+    assert FeatureStore(store, str(base)).manifest.libraries["transformers"] != "5.99.0"
+    with pytest.raises(InputError, match="holds features with libraries="):
+        write_features(store, world, ["val"], Retriever.load(str(base)), batch_size=4, dtype="float32")
+
+
+def test_a_manifest_of_a_newer_samer_is_refused_by_its_key(store, base, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["checksum"]
+    write_manifest(copy / "manifest.json", {**manifest, "rotation": 3})
+    with pytest.raises(InputError, match=r"manifest\.json: unknown key rotation"):
+        FeatureStore(copy, str(base))
+
+
+def test_opening_an_encoder_leaves_the_collector_alone(base):
+    """A library call that freezes the collector would keep its caller's garbage for ever."""
+    before = gc.get_freeze_count()
+    open_encoder(str(base), "cpu")
+    assert gc.get_freeze_count() == before
 
 
 # --- training from the store ----------------------------------------------------------------------------------------
@@ -277,8 +443,6 @@ def test_the_best_epoch_is_kept_and_training_stops_early(store, base, world, tmp
     assert len(seen) == 4  # 50 was the best; two epochs without a better one end it
     assert result.validation["r@1"] == 50.0
     stored = FeatureStore(store, str(base))
-    from samer.retrievers.projectors import load_projector
-
     assert load_projector(tmp_path / "run", stored).hash == seen[1]
 
 
@@ -368,7 +532,8 @@ class Random(Encoder):
     def hidden_states(self, inputs):
         return inputs["hidden"]
 
-frozen = Random("random", Projector(torch.randn(64, hidden) / hidden**0.5, torch.zeros(64)), 16, 7, "cpu")
+base = Projector(torch.randn(64, hidden) / hidden**0.5, torch.zeros(64))
+frozen = Random("random", base, grid=(16, 16), image_token_id=7)
 ids = torch.full((captions, tokens), 7)
 ids[:, 256:] = 1
 full = lambda rows: torch.ones(captions, rows, dtype=torch.long)

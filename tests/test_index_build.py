@@ -22,7 +22,7 @@ from samer.index.write import build_index
 from samer.merging import merge_tokens
 from samer.retrievers import colpali as retrievers_colpali
 from samer.retrievers.base import Projector
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 
 MERGE = MergeConfig(num_regions=8)
 TOKENS = 64 + 6  # patches and prompt of the `base` fixture

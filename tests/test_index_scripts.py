@@ -16,7 +16,7 @@ from samer.index.manifest import write_index_manifest
 from samer.index.read import Index
 from samer.index.write import build_index
 from samer.retrievers.base import Projector
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import save_projector
 
 MERGE = MergeConfig(num_regions=6)

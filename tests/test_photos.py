@@ -13,7 +13,7 @@ from PIL import Image
 from samer.config import MergeConfig
 from samer.data import flickr
 from samer.index.read import Index
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector
 
 PHOTOS = Path(__file__).resolve().parent / "fixtures" / "photos"

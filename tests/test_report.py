@@ -31,7 +31,7 @@ from samer.report.page import Table, headline, metrics_table, write_report
 from samer.report.plots import plots
 from samer.report.tables import plain_tables, recall_table
 from samer.retrievers.base import Projector
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 
 K, GRID, IMAGES, CAPTIONS = 6, 8, 8, 40
 RANDOM = "Chosen at random"

@@ -8,7 +8,7 @@ from browser import SIZES, fits_sideways, opened, pixels, until
 from samer.config import MergeConfig
 from samer.index.write import build_index
 from samer.retrievers.base import Projector
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 
 pytestmark = pytest.mark.browser
 LOADED = "[...document.images].every((image) => image.complete && image.naturalWidth > 0)"

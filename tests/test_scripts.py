@@ -17,7 +17,7 @@ from samer.data import flickr, pictures
 from samer.evaluation import both_directions
 from samer.index.read import Index
 from samer.merging import MergeConfig, merge_tokens
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,7 @@ from samer.index.pictures import add_images, delete_images
 from samer.index.read import Index
 from samer.index.write import build_index
 from samer.retrievers.base import Projector
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.scoring import pack_signs
 from samer.search import open_index as search_open_index
 from samer.search.open_index import Models, SearchIndex, query_words

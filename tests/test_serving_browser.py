@@ -13,7 +13,7 @@ from browser import SIZES, fits_sideways, opened, pixels, until
 
 from samer.config import MergeConfig
 from samer.index.write import build_index
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 
 pytest.importorskip("starlette", reason="needs starlette (requirements-serve.txt)")
 pytest.importorskip("uvicorn", reason="needs uvicorn (requirements-serve.txt)")

@@ -18,7 +18,7 @@ CORNER, SPECK = (0.0, 0.0, 0.2, 0.2), (0.1, 0.1, 0.15, 0.15)
 
 @pytest.fixture(scope="module")
 def collator(base):
-    from samer.retrievers.colpali import Retriever
+    from samer.retrievers.hf import Retriever
 
     return Collator(Retriever.load(str(base)), ObjectsConfig())
 

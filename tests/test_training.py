@@ -14,7 +14,7 @@ from samer import evaluation
 from samer.config import InputError, MergeConfig, ObjectsConfig, dump_config, load_config
 from samer.data import flickr
 from samer.index.verify import verify
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector
 from samer.training import loop as training_loop
 from samer.training import model as training_model

@@ -13,7 +13,7 @@ from samer.index.pictures import add_images
 from samer.index.verify import verify
 from samer.index.write import build_index
 from samer.retrievers.base import Projector
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import save_projector
 from samer.runtime.shards import write_shard
 

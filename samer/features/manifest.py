@@ -1,76 +1,116 @@
-"""What a feature store's manifest says, and the fingerprint of the model that made it."""
+"""What a feature store's manifest says."""
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from samer.config import InputError
-from samer.runtime.files import file_hash, read_json
-from samer.runtime.shards import bare_name, whole_number
+from samer.config import InputError, build_dataclass
+from samer.retrievers.identity import ModelIdentity
+from samer.runtime.shards import bare_name, read_manifest
 
 FORMAT = "samer_features"
-FORMAT_VERSION = 3  # 1 had neither attention nor offsets, 2 no checksum of the manifest
+FORMAT_VERSION = 4  # 1 had neither attention nor offsets, 2 no checksum of the manifest, 3 one square grid for all
+READABLE = (FORMAT_VERSION, 3)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
-def fingerprint(name: str) -> dict[str, str] | None:
-    """Hashes of a model's weight files and of its processor's files, as they lie in a folder or the hub's cache.
+@dataclass(frozen=True)
+class StoredShard:
+    """A file of a split: its name there, how many images or captions it holds, SHA-256 of it."""
 
-    Returns:
-        `{"weights": sha256, "processor": sha256}`, or None if the files are not on this machine.
+    file: str = ""
+    count: int = 0
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class StoredSplit:
+    """The shards of a split, in order."""
+
+    images: tuple[StoredShard, ...] = ()
+    texts: tuple[StoredShard, ...] = ()
+
+
+@dataclass(frozen=True)
+class StoreManifest:
+    """What made a store (all but the last three: its shards carry it, too), and what is in it.
+
+    Attributes:
+        architecture, weights, processor, base_projector: as in `ModelIdentity`. In format 3 there is no architecture,
+            and `processor` is a hash of its files alone.
+        projection: dotted name of the projection layer in the model.
+        computed_in, dtype: what hidden states were computed and are stored in.
+        hidden_size: H.
+        libraries: versions of what computed them, by name; compared when a store is written to, not when it is read.
+        grid, image_token_id: format 3 only: patches per side, and what stands at them in `input_ids`.
+        base_model, revision: name of the model.
+        splits: by name; a split appears when it is complete.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-        try:
-            folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.json", "*.safetensors"]))
-        except (LocalEntryNotFoundError, HFValidationError, OSError):
-            return None
-    index = folder / "model.safetensors.index.json"
-    weights = ["model.safetensors"]
-    if index.is_file():
-        files = read_json(index).get("weight_map", {})
-        if not isinstance(files, dict) or not all(isinstance(file, str) and len(file) < 256 for file in files.values()):
-            raise InputError(f"{index}: weight_map must map each weight to a file; it may be damaged, restore it")
-        weights = sorted(set(files.values()))
-    result = {}
-    for part, names in (("weights", ["config.json", *weights]), ("processor", PROCESSOR_FILES)):
-        digest = hashlib.sha256()
-        for file in (folder / name for name in names):
-            if file.is_file():
-                digest.update(f"{file.name}\n{file_hash(file)}\n".encode())
-        result[part] = digest.hexdigest()
-    return result
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+    architecture: str = ""
+    weights: str = ""
+    processor: str = ""
+    base_projector: str = ""
+    projection: str = "embedding_proj_layer"
+    computed_in: str = ""
+    dtype: str = ""
+    hidden_size: int = 0
+    libraries: dict[str, str] = field(default_factory=dict)
+    grid: int | None = None
+    image_token_id: int | None = None
+    base_model: str = ""
+    revision: str = "main"
+    splits: dict[str, StoredSplit] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model that made it, as far as it is known: format 3 does not know the picture backend."""
+        processor = self.processor if self.format_version >= 4 else ""
+        return ModelIdentity(self.architecture, self.weights, processor, self.base_projector)
+
+    def stamp(self) -> dict[str, Any]:
+        """What made it, as its shards carry it."""
+        values = asdict(self)
+        for name in ("base_model", "revision", "splits"):
+            del values[name]
+        return {name: value for name, value in values.items() if value is not None}
 
 
-def check_manifest(path: Path, manifest: dict) -> None:
-    """Refuses a store's manifest that cannot be true, before anything believes it or opens what it names.
+def read_store_manifest(path: Path) -> StoreManifest:
+    """The manifest of a store, of this format or an older one that can be read; refuses what cannot be true.
 
     Raises:
-        InputError: names the manifest and what is wrong.
+        InputError: not readable, damaged, or of another format; names the file.
     """
+    values = read_manifest(path, FORMAT, *READABLE)
+    remedy = "it is damaged, compute the features anew"
+    try:
+        manifest = build_dataclass(StoreManifest, values, str(path))
+    except InputError as error:
+        raise InputError(f"{str(error)[:300]}; {remedy}") from None
 
     def check(right: bool, what: str) -> None:
         if not right:
-            raise InputError(f"{path}: {what}; it is damaged, compute the features anew")
+            raise InputError(f"{path}: {what}; {remedy}")
 
-    dtype = manifest.get("dtype")
-    check(isinstance(dtype, str) and dtype in DTYPES, f"dtype {str(dtype)[:40]!r} is unknown")
-    for key in ("hidden_size", "grid", "image_token_id"):
-        check(whole_number(manifest.get(key), 0 if key == "image_token_id" else 1), f"{key} is missing or no number")
-    for key in ("weights", "processor", "base_projector", "base_model", "computed_in"):
-        check(isinstance(manifest.get(key), str), f"{key} is missing or no text")
-    check(isinstance(manifest.get("splits"), dict), "splits is missing or no mapping")
-    for split, entry in manifest["splits"].items():
-        check(bare_name(split) and isinstance(entry, dict), f"split {split[:40]!r} is no split")
-        for kind in ("images", "texts"):
-            check(isinstance(entry.get(kind), list), f"{kind} of {split} are missing or no list")
-            for shard in entry[kind]:
-                right = isinstance(shard, dict) and bare_name(shard.get("file")) and whole_number(shard.get("count"), 1)
-                check(right and isinstance(shard.get("sha256"), str), f"an entry of {split}/{kind} can't be true")
+    check(manifest.dtype in DTYPES, f"dtype {manifest.dtype[:40]!r} is unknown")
+    check(manifest.hidden_size >= 1, "hidden_size is missing or no number")
+    if manifest.format_version == 3:
+        right = manifest.grid is not None and manifest.grid >= 1 and manifest.image_token_id is not None
+        check(right, "grid or image_token_id is missing or no number")
+    else:
+        check(bool(manifest.architecture), "architecture is missing or no text")
+    for key in ("weights", "processor", "base_projector", "computed_in"):
+        check(bool(getattr(manifest, key)), f"{key} is missing or no text")
+    for split, entry in manifest.splits.items():
+        check(bare_name(split), f"split {split[:40]!r} is no split")
+        for shard in (*entry.images, *entry.texts):
+            right = bare_name(shard.file) and shard.count >= 1 and bool(shard.sha256)
+            check(right, f"an entry of {split} can't be true")
+    return manifest

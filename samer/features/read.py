@@ -4,7 +4,6 @@ Shape letters: B images, N tokens, M query tokens, H hidden."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,14 +13,16 @@ from torch import Tensor
 
 from samer.config import InputError
 from samer.data.records import ImageRecord
-from samer.features.manifest import DTYPES, FORMAT, FORMAT_VERSION, check_manifest, fingerprint
+from samer.features.manifest import DTYPES, StoreManifest, read_store_manifest
 from samer.retrievers.attention import ATTENTION, check_signals
 from samer.retrievers.base import NO_OFFSET, Encoder, image_seeds
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever, identify
+from samer.retrievers.identity import ModelIdentity, fingerprint, model_folder
 from samer.retrievers.projectors import load_projector, read_projector
 from samer.runtime.files import lookup
 from samer.runtime.processes import print0
-from samer.runtime.shards import load_shard, read_manifest
+from samer.runtime.shards import load_shard
+from samer.tokens import ImageLayout
 
 
 def open_encoder(
@@ -32,6 +33,7 @@ def open_encoder(
     adapter_path: str | Path = "",
     dtype: torch.dtype | None = None,
     local_files_only: bool = False,
+    revision: str = "main",
 ) -> Encoder:
     """The encoder of a run: a retriever, or the feature store at `features`, with the projector at `adapter_path`.
 
@@ -39,9 +41,10 @@ def open_encoder(
         name: of the model, on the hub or a folder.
         device: to compute on.
         features: empty: load the model.
-        adapter_path: empty: the model's own projection.
+        adapter_path: a projector's folder, file or hub id; empty: the model's own projection.
         dtype: that the backbone computes in; None: bfloat16 on a GPU, else float32.
         local_files_only: don't ask the hub.
+        revision: of the model on the hub.
 
     Raises:
         InputError: as `Retriever.load`, `FeatureStore` and `load_projector`.
@@ -50,14 +53,11 @@ def open_encoder(
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     encoder: Encoder
     if features:
-        encoder = FeatureStore(features, name, device)
+        encoder = FeatureStore(features, name, device, revision=revision)
     else:
-        encoder = Retriever.load(name, dtype=dtype, device=device, local_files_only=local_files_only)
+        encoder = Retriever.load(name, dtype=dtype, device=device, local_files_only=local_files_only, revision=revision)
     if adapter_path:
-        encoder.use_projector(load_projector(adapter_path, encoder))
-    # a million objects of libraries and model stay for the whole run; each full collection over them takes 0.2 s
-    gc.collect()
-    gc.freeze()
+        encoder.use_projector(load_projector(adapter_path, encoder, local_files_only=local_files_only))
     return encoder
 
 
@@ -67,116 +67,128 @@ class FeatureStore(Encoder):
     Args:
         folder: made by `write_features`.
         model: the model that the features must come from (its name in the settings).
+        device: to compute on.
+        revision: of the model on the hub.
 
     Raises:
         InputError: no manifest, another format, features of another model or processor.
     """
 
-    def __init__(self, folder: str | Path, model: str, device: torch.device | str = "cpu") -> None:
-        now = fingerprint(model)
-        self._open(lookup(folder), model, device)
-        for part in ("weights", "processor") if now else ():
-            if now[part] != self.manifest[part]:
-                raise InputError(
-                    f"{self.folder}: stale, its {part} are not those of {model!r}; "
-                    "compute the features anew in another folder"
-                )
+    def __init__(
+        self, folder: str | Path, model: str, device: torch.device | str = "cpu", *, revision: str = "main"
+    ) -> None:
+        self._open(lookup(folder), model, device, revision)
+        now = _identity_now(model, revision, self.manifest.format_version)
         if now is None:
-            made = self.manifest["base_model"]
+            made = self.manifest.base_model
             print0(f"note: {model} is not on this machine, so {self.folder} is taken at its word (made with {made})")
+            return
+        made = ModelIdentity(self.manifest.architecture, self.manifest.weights, self.manifest.processor)
+        if stale := made.difference(now):
+            raise InputError(
+                f"{self.folder}: stale, its {stale} are not those of {model!r}; compute the features anew in another "
+                "folder"
+            )
 
-    def __getstate__(self) -> tuple[Path, str]:
-        return self.folder, self.name  # a data loader's worker maps the files again; nothing is copied to it
+    def __getstate__(self) -> tuple[Path, str, str]:
+        return self.folder, self.name, self.revision  # a data loader's worker maps the files again; nothing is copied
 
-    def __setstate__(self, state: tuple[Path, str]) -> None:
-        self._open(*state, "cpu")
+    def __setstate__(self, state: tuple[Path, str, str]) -> None:
+        folder, name, revision = state
+        self._open(folder, name, "cpu", revision)
 
-    def _open(self, folder: Path, model: str, device: torch.device | str) -> None:
+    def _open(self, folder: Path, model: str, device: torch.device | str, revision: str) -> None:
         self.folder = folder
         path = folder / "manifest.json"
         if not path.is_file():
             raise InputError(f"{folder}: no manifest.json; finish the features with bash/features.sh (it goes on)")
-        self.manifest = read_manifest(path, FORMAT, FORMAT_VERSION)
-        check_manifest(path, self.manifest)
+        self.manifest = read_store_manifest(path)
         path = folder / "base.safetensors"
         base = read_projector(path)
-        if base.hash != self.manifest["base_projector"]:
+        if base.hash != self.manifest.base_projector:
             raise InputError(f"{path}: differs from the manifest's hash; it is damaged, compute the features anew")
-        side = self.manifest["grid"]
-        super().__init__(model, base, grid=(side, side), image_token_id=self.manifest["image_token_id"], device=device)
-        self.origin = {"computed_in": self.manifest["computed_in"], "stored_in": self.manifest["dtype"]}
         self._places: dict[str, dict[str, tuple[int, int]]] = {"images": {}, "texts": {}}
-        self._shards: list[tuple[dict[str, Tensor], Tensor]] = []
-        for split, entry in self.manifest["splits"].items():
+        self._shards: list[_Shard] = []
+        for split, entry in self.manifest.splits.items():
             for kind in ("images", "texts"):
-                for shard in entry[kind]:
-                    tensors, names = self._map(self.folder / split / shard["file"], kind, shard["count"])
-                    starts = torch.cat([torch.zeros(1, dtype=torch.long), tensors["lengths"].cumsum(0)])
-                    for row, name in enumerate(names):
+                for shard in getattr(entry, kind):
+                    mapped = _map(self.folder / split / shard.file, kind, shard.count, self.manifest)
+                    for row, name in enumerate(mapped.names):
                         self._places[kind].setdefault(name, (len(self._shards), row))
-                    self._shards.append((tensors, starts))
+                    self._shards.append(mapped)
+        super().__init__(
+            model, base, grid=self._one_grid(), image_token_id=self.manifest.image_token_id or 0, device=device
+        )
+        self.revision = revision
+        self.projection_layer = self.manifest.projection
+        self.origin = {"computed_in": self.manifest.computed_in, "stored_in": self.manifest.dtype}
 
-    def _map(self, path: Path, kind: str, count: int) -> tuple[dict[str, Tensor], list[str]]:
-        """A shard's tensors, mapped from the file, and the names of its rows; both are what the manifest says."""
-        try:
-            tensors, header = load_shard(path)
-            stamp = header["stamp"]
-            other = [key for key in stamp if key != "names" and stamp[key] != self.manifest.get(key)]
-            if other:
-                raise ValueError(f"made with another {other[0]}")
-            names, lengths, total = stamp["names"], tensors["lengths"], len(tensors["hidden"])
-            right = isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names)
-            right = right and lengths.dtype == torch.int64 and lengths.shape == (count,) and int(lengths.min()) >= 1
-            right = right and int(lengths.sum()) == total
-            wanted = {"hidden": (DTYPES[self.manifest["dtype"]], (total, self.manifest["hidden_size"]))}
-            if self.manifest["dtype"] == "int8":
-                wanted["scales"] = torch.float32, (total,)
-            if kind == "images":
-                wanted |= {"input_ids": (torch.int32, (total,)), "attention": (torch.float32, (total, len(ATTENTION)))}
-            else:
-                wanted["offsets"] = torch.int32, (total, 2)
-            found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items() if name != "lengths"}
-            if not right or found != wanted:
-                raise ValueError("its tensors or names are not what the manifest says")
-            return tensors, names
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{path}: not readable ({str(error)[:120]}); remove it and run features again") from None
+    def _one_grid(self) -> tuple[int, int] | None:
+        """Rows and columns, if all stored images have the same."""
+        if self.manifest.grid is not None:
+            return self.manifest.grid, self.manifest.grid
+        grids = [shard.tensors["grid"].unique(dim=0) for shard in self._shards if "grid" in shard.tensors]
+        found = torch.cat(grids).unique(dim=0).tolist() if grids else []
+        return tuple(found[0]) if len(found) == 1 else None
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model that made the features, by the manifest."""
+        return self.manifest.identity
+
+    def check_records(self, records: Sequence[ImageRecord]) -> None:
+        """Refuses records whose image or captions are not stored."""
+        wanted = {
+            "images": [record.image_id for record in records],
+            "captions": [caption.text for record in records for caption in record.captions],
+        }
+        for what, names in wanted.items():
+            places = self._places["images" if what == "images" else "texts"]
+            missing = [name for name in dict.fromkeys(names) if name not in places]
+            if missing:
+                raise InputError(
+                    f"{self.folder}: no features of {missing[0][:80]!r} and {len(missing) - 1:,} more {what} of "
+                    f"{len(set(names)):,}; it holds the splits {', '.join(self.manifest.splits)}: run "
+                    "bash/features.sh for the one you need"
+                )
 
     def _rows(self, kind: str, names: Sequence[str]) -> dict[str, Tensor]:
         missing = [name for name in names if name not in self._places[kind]]
         if missing:
             raise InputError(
                 f"{self.folder}: no features of {missing[0]!r} ({kind}); it holds the splits "
-                f"{', '.join(self.manifest['splits'])}: run bash/features.sh for the one you need, or "
+                f"{', '.join(self.manifest.splits)}: run bash/features.sh for the one you need, or "
                 "scripts/verify.py if it should be there"
             )
         parts: dict[str, list[Tensor]] = {}
         for name in names:
             shard, row = self._places[kind][name]
-            tensors, starts = self._shards[shard]
-            span = slice(int(starts[row]), int(starts[row + 1]))
-            for key in ("hidden", "scales", "input_ids", "attention", "offsets"):
-                if key in tensors:
-                    parts.setdefault(key, []).append(tensors[key][span])
-            parts.setdefault("attention_mask", []).append(torch.ones(span.stop - span.start, dtype=torch.long))
-        fill = {"offsets": NO_OFFSET}
+            for key, value in self._shards[shard].row(row).items():
+                parts.setdefault(key, []).append(value)
+        fill = {"offsets": NO_OFFSET, "source": -1, "coords": 0.5}
         rows = {
             key: torch.nn.utils.rnn.pad_sequence(row, batch_first=True, padding_value=fill.get(key, 0))
             for key, row in parts.items()
         }
-        for key in ("input_ids", "offsets"):
+        for key in ("input_ids", "offsets", "source", "grid"):
             if key in rows:
                 rows[key] = rows[key].long()
         return rows
 
     def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
-        """Stored hidden states of images (B, N, H), right-padded, with token ids, attention (B, N, 3), mask, seeds."""
+        """Stored hidden states of images (B, N, H), right-padded, with layout, attention (B, N, 3), mask, seeds."""
         rows = self._rows("images", [record.image_id for record in records])
         return {**rows, "seeds": image_seeds(records)}
 
     def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Stored hidden states of captions (B, M, H), right-padded, with offsets and mask."""
         return self._rows("texts", texts)
+
+    def image_layout(self, inputs: dict[str, Tensor]) -> ImageLayout:
+        """The layouts as they were stored; a store of format 3 has token ids instead, and one grid."""
+        if "input_ids" in inputs:
+            return super().image_layout(inputs)
+        return ImageLayout(*(inputs[name] for name in ("coords", "patches", "grid", "source")))
 
     def hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
         """What `record_inputs` or `query_inputs` read, on the device."""
@@ -188,3 +200,80 @@ class FeatureStore(Encoder):
         check_signals(needs)
         attention = inputs["attention"].to(self.device) if needs else None
         return self.hidden_states(inputs), {name: attention[..., ATTENTION.index(name)] for name in needs}
+
+
+class _Shard:
+    """A shard's tensors, mapped from its file, and the names of its rows."""
+
+    def __init__(self, path: Path, tensors: dict[str, Tensor], names: list[str]) -> None:
+        self.path, self.tensors, self.names = path, tensors, names
+        self.starts = {"tokens": _starts(tensors["lengths"])}
+        if "grid" in tensors:
+            self.starts["patches"] = _starts(tensors["grid"].long().prod(1))
+
+    def row(self, number: int) -> dict[str, Tensor]:
+        """What is stored of one image or caption, and its `attention_mask`."""
+        tokens = slice(*self.starts["tokens"][number : number + 2].tolist())
+        found = {"attention_mask": torch.ones(tokens.stop - tokens.start, dtype=torch.long)}
+        for name, tensor in self.tensors.items():
+            if name == "grid":
+                found[name] = tensor[number]
+            elif name == "source":
+                found[name] = tensor[slice(*self.starts["patches"][number : number + 2].tolist())]
+                if found[name].min() < -1 or found[name].max() >= tokens.stop - tokens.start:
+                    raise InputError(f"{self.path}: source of row {number} names no token; run scripts/verify.py")
+            elif name != "lengths":
+                found[name] = tensor[tokens]
+        return found
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+
+
+def _identity_now(model: str, revision: str, format_version: int) -> ModelIdentity | None:
+    """What a store of `format_version` would be stamped with if it were made now; None: the model is not here."""
+    if format_version >= 4:
+        return identify(model, revision)
+    folder = model_folder(model, revision)
+    found = fingerprint(folder) if folder else None
+    return ModelIdentity(weights=found.weights, processor=found.processor) if found else None
+
+
+def _map(path: Path, kind: str, count: int, manifest: StoreManifest) -> _Shard:
+    """A shard whose tensors and names are what the manifest says.
+
+    Raises:
+        InputError: it is not; names the file.
+    """
+    try:
+        tensors, header = load_shard(path)
+        stamp, made = header["stamp"], manifest.stamp()
+        other = [key for key in stamp if key != "names" and stamp[key] != made.get(key)]
+        if other:
+            raise ValueError(f"made with another {other[0]}")
+        names, lengths, total = stamp["names"], tensors["lengths"], len(tensors["hidden"])
+        right = isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names)
+        right = right and lengths.dtype == torch.int64 and lengths.shape == (count,) and int(lengths.min()) >= 1
+        right = right and int(lengths.sum()) == total
+        wanted = {"hidden": (DTYPES[manifest.dtype], (total, manifest.hidden_size))}
+        if manifest.dtype == "int8":
+            wanted["scales"] = torch.float32, (total,)
+        if kind == "texts":
+            wanted["offsets"] = torch.int32, (total, 2)
+        else:
+            wanted["attention"] = torch.float32, (total, len(ATTENTION))
+        if kind == "images" and manifest.format_version == 3:
+            wanted["input_ids"] = torch.int32, (total,)
+        elif kind == "images":
+            grid = tensors["grid"]
+            right = right and grid.dtype == torch.int32 and grid.shape == (count, 2) and int(grid.min()) >= 1
+            patches = int(grid.long().prod(1).sum()) if right else 0
+            wanted |= {"grid": (torch.int32, (count, 2)), "source": (torch.int32, (patches,))}
+            wanted |= {"coords": (torch.float32, (total, 2)), "patches": (torch.bool, (total,))}
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items() if name != "lengths"}
+        if not right or found != wanted:
+            raise ValueError("its tensors or names are not what the manifest says")
+        return _Shard(path, tensors, names)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: not readable ({str(error)[:120]}); remove it and run features again") from None

@@ -1,20 +1,21 @@
 """Frozen hidden states, computed once and kept on disk; training, caching and evaluation read them instead of pixels.
 
     DIR/manifest.json                      what made it (stamp), written last; splits appear when they are complete
-    DIR/base.safetensors                   the base's own projection: weight, bias
-    DIR/<split>/images-00000.safetensors   hidden (sum N, H), input_ids (sum N,), lengths (n,), attention (sum N, 3),
-                                           int8: scales (sum N,)
+    DIR/base.safetensors                   the base's own projection: weight, and bias where it has one
+    DIR/<split>/images-00000.safetensors   hidden (sum N, H), lengths (n,), attention (sum N, 3), coords (sum N, 2),
+                                           patches (sum N,), grid (n, 2), source (sum P,), int8: scales (sum N,)
     DIR/<split>/texts-00000.safetensors    hidden (sum M, H), offsets (sum M, 2), lengths (t,) of distinct
                                            captions; int8: scales (sum M,)
 
-Shards are mapped, never loaded whole: the page cache is the cache. Shape letters: B images, N tokens, M query tokens,
-H hidden.
+Shards are mapped, never loaded whole: the page cache is the cache. Shape letters: B images, N tokens, P patches,
+M query tokens, H hidden.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import safetensors
@@ -26,9 +27,10 @@ from torch import Tensor
 
 from samer.config import InputError
 from samer.data import make_reader
-from samer.features.manifest import DTYPES, FORMAT, FORMAT_VERSION, fingerprint
+from samer.data.records import ImageRecord
+from samer.features.manifest import DTYPES, StoredShard, StoredSplit, StoreManifest, read_store_manifest
 from samer.retrievers.attention import ATTENTION
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.runtime.files import atomic_path, only_writer
 from samer.runtime.processes import gather_objects, print0, rank
 from samer.runtime.progress import Progress, batched
@@ -60,7 +62,7 @@ def write_features(
     dtype: str = "bfloat16",
     limit_images: int | None = None,
     reader: str = "flickr",
-) -> dict[str, dict]:
+) -> dict[str, StoredSplit]:
     """Computes the hidden states of splits once and keeps them; complete shards of an earlier try are kept.
 
     Bytes depend on the data, the model and the batch size, not on the number of processes or on interruptions.
@@ -89,137 +91,190 @@ def write_features(
         raise InputError(f"batch size must be at least 1; it is {batch_size}")
     if len(set(splits)) != len(splits):
         raise InputError(f"splits {' '.join(splits)}: a split is named twice")
-    stamp = _stamp(retriever, dtype)
+    made = _made_now(retriever, dtype)
     records = {
         split: make_reader(reader).load_split(data_root, split, boxes=False, limit_images=limit_images)
         for split in splits
     }
-    _open_for_writing(folder, stamp, retriever.name)  # before anything is made in a foreign folder
+    _open_for_writing(folder, made)  # before anything is made in a foreign folder
     with only_writer(folder), stoppable():
-        manifest = _open_for_writing(folder, stamp, retriever.name)
+        manifest = _open_for_writing(folder, made)
         _announce(folder, records, retriever, dtype)
         if rank() == 0:
-            base = {"weight": retriever.base_projector.weight, "bias": retriever.base_projector.bias}
             with atomic_path(folder / "base.safetensors") as temporary:
-                temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in base.items()}))
+                temporary.write_bytes(save(retriever.base_projector.tensors()))
         for split, rows in records.items():
             images = _write_shards(
-                folder / split, "images", list(batched(rows, IMAGES_PER_SHARD)), retriever, batch_size, dtype, stamp
+                folder / split, "images", list(batched(rows, IMAGES_PER_SHARD)), retriever, batch_size, made
             )
-            texts = list(dict.fromkeys(caption.text for record in rows for caption in record.captions))
             captions = _write_shards(
-                folder / split, "texts", list(batched(texts, TEXTS_PER_SHARD)), retriever, batch_size, dtype, stamp
+                folder / split, "texts", list(batched(_texts(rows), TEXTS_PER_SHARD)), retriever, batch_size, made
             )
-            manifest["splits"][split] = {"images": images, "texts": captions}
+            manifest = replace(manifest, splits={**manifest.splits, split: StoredSplit(images, captions)})
             if rank() == 0:
-                write_manifest(folder / "manifest.json", manifest)
+                write_manifest(folder / "manifest.json", _as_written(manifest))
             gather_objects(None)
-    return {split: manifest["splits"][split] for split in splits}
+    return {split: manifest.splits[split] for split in splits}
 
 
-def _stamp(retriever: Retriever, dtype: str) -> dict:
-    files = fingerprint(retriever.name)
-    if files is None:
+def _texts(records: Sequence[ImageRecord]) -> list[str]:
+    """Distinct captions, in the order of their first use."""
+    return list(dict.fromkeys(caption.text for record in records for caption in record.captions))
+
+
+def _made_now(retriever: Retriever, dtype: str) -> StoreManifest:
+    """The manifest, without a split, of a store that is made by this retriever with the libraries that are here."""
+    identity = retriever.identity
+    if not (identity.weights and identity.processor):
         raise InputError(
             f"model {retriever.name!r}: its files are not in a folder or the hub's cache; can't stamp a store"
         )
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        **files,
-        "base_projector": retriever.base_projector.hash,
-        "computed_in": str(retriever.model.dtype).removeprefix("torch."),
-        "dtype": dtype,
-        "hidden_size": retriever.hidden_size,
-        "grid": retriever.grid[0],
-        "image_token_id": retriever.image_token_id,
-        "libraries": {
+    return StoreManifest(
+        **asdict(identity),
+        projection=retriever.projection_layer,
+        computed_in=retriever.origin["computed_in"],
+        dtype=dtype,
+        hidden_size=retriever.hidden_size,
+        libraries={
             "torch": torch.__version__.split("+")[0],
             "transformers": transformers.__version__,
             "tokenizers": tokenizers.__version__,
             "safetensors": safetensors.__version__,
         },
-    }
+        base_model=retriever.name,
+        revision=retriever.revision,
+    )
 
 
-def _open_for_writing(folder: Path, stamp: dict, base_model: str) -> dict:
-    remedy = "name another folder, or remove it to compute them anew"
-    manifest = check_identity(folder / "manifest.json", stamp, "features", remedy)
-    if manifest is not None:
-        return manifest
-    foreign = lambda entry: not (entry.is_dir() or entry.name == "base.safetensors" or entry.name.startswith("."))
-    if folder.exists() and (not folder.is_dir() or any(map(foreign, folder.iterdir()))):
+def _as_written(manifest: StoreManifest) -> dict:
+    """A manifest's values for its file; those of older formats only are left out."""
+    return {name: value for name, value in asdict(manifest).items() if value is not None}
+
+
+def _open_for_writing(folder: Path, made: StoreManifest) -> StoreManifest:
+    """The manifest of the store in `folder`, or `made` where there is none yet.
+
+    Raises:
+        InputError: a store of another making, or something else is there.
+    """
+    path = folder / "manifest.json"
+    if path.is_file():
+        found = read_store_manifest(path)
+        if found.format_version != made.format_version:
+            raise InputError(
+                f"{folder} holds features of format {found.format_version}, which are read but not added to; "
+                "name another folder"
+            )
+        check_identity(path, made.stamp(), "features", "name another folder, or remove it to compute them anew")
+        return found
+    if folder.exists() and (not folder.is_dir() or any(map(_is_foreign, folder.iterdir()))):
         raise InputError(f"{folder} is or holds what is no feature store; name another folder")
-    return {**stamp, "base_model": base_model, "splits": {}}
+    return made
 
 
-def _announce(folder: Path, records: dict[str, list], retriever: Retriever, dtype: str) -> None:
+def _is_foreign(entry: Path) -> bool:
+    """Whether a file or folder belongs to no feature store."""
+    return not (entry.is_dir() or entry.name == "base.safetensors" or entry.name.startswith("."))
+
+
+def _announce(folder: Path, records: dict[str, list[ImageRecord]], retriever: Retriever, dtype: str) -> None:
     """Says what the store will take, and refuses to start where the disk has less than what is still missing."""
-    first = next(iter(records.values()))[:1]
-    per_image = retriever.record_inputs(first)["input_ids"].shape[1]
-    images = sum(len(rows) for rows in records.values())
-    texts = {caption.text for rows in records.values() for record in rows for caption in record.captions}
-    lengths = 0
-    for batch in batched(sorted(texts), 1024):
-        lengths += int(retriever.query_inputs(batch)["attention_mask"].sum())
+    per_image, patches = _sizes_of(next(iter(records.values())), retriever)
     width = retriever.hidden_size * DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0)
-    need = images * per_image * (width + 4 + 4 * len(ATTENTION)) + lengths * (width + 8)
-    have = sum(file.stat().st_size for file in folder.glob("*/*.safetensors")) if folder.is_dir() else 0
+    beside = 4 * len(ATTENTION) + 8 + 1  # attention, coords and patches of a token
+    need = have = missing = captions = 0
+    for split, rows in records.items():
+        texts = _texts(rows)
+        lengths = 0
+        for batch in batched(sorted(texts), 1024):
+            lengths += int(retriever.query_inputs(batch)["attention_mask"].sum())
+        wanted = len(rows) * (per_image * (width + beside) + 4 * patches) + lengths * (width + 8)
+        found = sum(file.stat().st_size for file in (folder / split).glob("*.safetensors"))
+        need, have, captions = need + wanted, have + found, captions + len(texts)
+        missing += max(0, wanted - found)  # what another split has is no progress of this one
     place = folder
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
+    images = sum(len(rows) for rows in records.values())
     print0(
-        f"features of {images:,} images ({per_image:,} tokens each) and {len(texts):,} distinct captions in {dtype}: "
+        f"features of {images:,} images ({per_image:,} tokens each) and {captions:,} distinct captions in {dtype}: "
         f"{need / 1e9:.2f} GB in {folder} ({have / 1e9:.2f} GB there already, {free / 1e9:.1f} GB free)"
     )
-    if need - have > free:
+    if missing > free:
         raise InputError(
-            f"{folder}: the features need {(need - have) / 1e9:.1f} GB more, the disk has {free / 1e9:.1f} GB free; "
+            f"{folder}: the features need {missing / 1e9:.1f} GB more, the disk has {free / 1e9:.1f} GB free; "
             "name another disk, use int8, or limit the images"
         )
 
 
-def _write_shards(folder: Path, kind: str, jobs: list, retriever: Retriever, batch_size: int, dtype: str, stamp: dict):
+def _sizes_of(records: Sequence[ImageRecord], retriever: Retriever) -> tuple[int, int]:
+    """Tokens and patches of an image: the mean of a few, as the grids of some retrievers depend on the picture."""
+    few = [retriever.record_inputs([record]) for record in records[:: max(1, len(records) // 8)][:8]]
+    tokens = sum(int(inputs["attention_mask"].sum()) for inputs in few)
+    patches = sum(int(retriever.image_layout(inputs).grid.prod()) for inputs in few)
+    return round(tokens / len(few)), round(patches / len(few))
+
+
+def _write_shards(
+    folder: Path, kind: str, jobs: list, retriever: Retriever, batch_size: int, made: StoreManifest
+) -> tuple[StoredShard, ...]:
     """Writes this process's share of the shards and returns the manifest entries of all of them."""
     own = []
     for number, items in Progress(shared_out(jobs), f"{folder.name} {kind}", unit="shards"):
         stop_here()
         path = folder / f"{kind}-{number:05d}.safetensors"
         names = [item if kind == "texts" else item.image_id for item in items]
-        mark = {**stamp, "names": names}
+        mark = {**made.stamp(), "names": names}
         entry = finished_shard(path, mark)
         if entry is None:
-            prepare = retriever.query_inputs if kind == "texts" else retriever.record_inputs
-            tensors = _encode(items, prepare, retriever, batch_size, dtype, kind)
+            encode = _encode_texts if kind == "texts" else _encode_images
+            tensors = _stored([encode(batch, retriever) for batch in batched(items, batch_size)], made.dtype)
             entry = write_shard(path, tensors, mark, {"count": len(names)})
-        own.append((number, entry))
-    return [entry for _, entry in in_order(own)]
+        own.append((number, StoredShard(**entry)))
+    return tuple(entry for _, entry in in_order(own))
 
 
-def _encode(
-    items: Sequence, prepare, retriever: Retriever, batch_size: int, dtype: str, kind: str
-) -> dict[str, Tensor]:
-    rows: dict[str, list[Tensor]] = {}
-    for batch in batched(items, batch_size):
-        inputs = prepare(batch)
-        mask = inputs["attention_mask"].bool()
-        if kind == "images":
-            hidden, attention = retriever.image_states(inputs, ATTENTION)
-            per_token = {
-                "input_ids": inputs["input_ids"].to(torch.int32),
-                "attention": torch.stack([attention[name] for name in ATTENTION], dim=-1).cpu(),  # (B, N, 3)
-            }
-        else:
-            hidden, per_token = retriever.hidden_states(inputs), {"offsets": inputs["offsets"].to(torch.int32)}
-        per_token["hidden"] = hidden.cpu()
-        for name, value in per_token.items():
-            rows.setdefault(name, []).append(value[mask])  # (sum of the batch's tokens, ...)
-        rows.setdefault("lengths", []).append(mask.sum(1))
-    tensors = {name: torch.cat(parts) for name, parts in rows.items()}
-    flat = tensors["hidden"]
+def _encode_images(records: Sequence[ImageRecord], retriever: Retriever) -> dict[str, Tensor]:
+    """What a shard holds of a batch of images: per token (sum N, ...), per patch (sum P,), per image (B, ...)."""
+    inputs = retriever.record_inputs(records)
+    hidden, attention = retriever.image_states(inputs, ATTENTION)
+    layout = retriever.image_layout(inputs)
+    mask = inputs["attention_mask"].bool()
+    # a token's number counts its own image's tokens: padding, which may stand on the left, is not stored
+    number = (mask.cumsum(1) - 1).to(layout.source.device)
+    source = torch.where(layout.source < 0, -1, number.gather(1, layout.source.clamp(min=0)))
+    own = torch.arange(source.shape[1], device=source.device) < layout.grid.prod(1)[:, None]
+    per_token = {
+        "hidden": hidden,
+        "attention": torch.stack([attention[name] for name in ATTENTION], dim=-1),  # (B, N, 3)
+        "coords": layout.coords,
+        "patches": layout.patches,
+    }
+    return {
+        **{name: value.cpu()[mask.cpu()] for name, value in per_token.items()},
+        "source": source[own].to(torch.int32).cpu(),
+        "grid": layout.grid.to(torch.int32).cpu(),
+        "lengths": mask.sum(1).cpu(),
+    }
+
+
+def _encode_texts(texts: Sequence[str], retriever: Retriever) -> dict[str, Tensor]:
+    """What a shard holds of a batch of captions, per token (sum M, ...)."""
+    inputs = retriever.query_inputs(texts)
+    mask = inputs["attention_mask"].bool().cpu()
+    return {
+        "hidden": retriever.hidden_states(inputs).cpu()[mask],
+        "offsets": inputs["offsets"].to(torch.int32)[mask],
+        "lengths": mask.sum(1),
+    }
+
+
+def _stored(batches: list[dict[str, Tensor]], dtype: str) -> dict[str, Tensor]:
+    """A shard's tensors: those of its batches together, hidden states in `dtype`."""
+    tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     if dtype == "int8":
-        tensors["hidden"], tensors["scales"] = quantise(flat)
+        tensors["hidden"], tensors["scales"] = quantise(tensors["hidden"])
     else:
-        tensors["hidden"] = flat.to(DTYPES[dtype])
+        tensors["hidden"] = tensors["hidden"].to(DTYPES[dtype])
     return tensors

@@ -22,7 +22,6 @@ from samer.runtime.shards import (
     bare_name,
     load_header,
     load_shard,
-    read_manifest,
     tensors_checksum,
     verify_shard,
 )
@@ -106,12 +105,11 @@ def _listed(path: Path, kind: str) -> Iterator[tuple[Path, str, str]]:
         yield folder / "projector.safetensors", "projector", index.projector
         yield from ((folder / file, "bytes", checksum) for file, checksum in index_manifest.files_of(index))
         return
-    manifest = read_manifest(path, store_manifest.FORMAT, store_manifest.FORMAT_VERSION)
-    store_manifest.check_manifest(path, manifest)
-    yield folder / "base.safetensors", "projector", manifest["base_projector"]
-    for split, entry in manifest["splits"].items():
-        for shard in (*entry["images"], *entry["texts"]):
-            yield folder / split / shard["file"], "bytes", shard["sha256"]
+    store = store_manifest.read_store_manifest(path)
+    yield folder / "base.safetensors", "projector", store.base_projector
+    for split, entry in store.splits.items():
+        for shard in (*entry.images, *entry.texts):
+            yield folder / split / shard.file, "bytes", shard.sha256
 
 
 def _own_voucher(file: Path) -> tuple[str, str]:

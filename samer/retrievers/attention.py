@@ -39,7 +39,10 @@ def _columns_attention(module, query, key, value, attention_mask, **kwargs):
     """sdpa as transformers computes it; where a layer carries a reader, it sees queries, keys and mask before."""
     reader = getattr(module, "samer_reader", None)
     if reader is not None:
-        reader(query, key, attention_mask, kwargs.get("scaling"))
+        rule, causal = attention_mask, kwargs.get("is_causal")
+        if rule is None and (getattr(module, "is_causal", True) if causal is None else causal):
+            rule = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+        reader(query, key, rule, kwargs.get("scaling"))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -43,6 +43,12 @@ class Projector:
         return {"weight": self.weight.contiguous(), **bias}
 
 
+def projector_of(layer: nn.Linear) -> Projector:
+    """A layer's weights as float32 copies on the CPU."""
+    weight, bias = (None if t is None else t.detach().float().cpu().clone() for t in (layer.weight, layer.bias))
+    return Projector(weight, bias)
+
+
 class Projection(nn.Linear):
     """The shared projection: hidden states (..., H) to unit tokens (..., D), in float32 whatever autocast says."""
 
@@ -59,8 +65,7 @@ class Projection(nn.Linear):
 
     def projector(self) -> Projector:
         """The weights as float32 copies on the CPU."""
-        copy = lambda t: None if t is None else t.detach().float().cpu().clone()
-        return Projector(copy(self.weight), copy(self.bias))
+        return projector_of(self)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Projects and normalises (METHOD section 1)."""
@@ -73,7 +78,18 @@ class Encoder:
 
     A subclass says where the hidden states come from: `Retriever` from the backbone, `features.FeatureStore` from disk.
     It is no `nn.Module` on purpose: whatever holds it neither trains it nor saves it.
+
+    Attributes:
+        name: of the model, on the hub or a folder.
+        revision: of the model on the hub; for information.
+        origin: where hidden states come from, as an index records it: {"computed_in", "stored_in"}.
+        base_projector: the model's own projection.
+        projection: the one in use.
+        projection_layer: dotted name of that layer in the model, as adapters name it.
+        grid: rows and columns, where every image has the same; else None.
     """
+
+    projection_layer = "embedding_proj_layer"
 
     def __init__(
         self,
@@ -94,16 +110,24 @@ class Encoder:
             device: to compute on.
         """
         self.name = name
-        self.revision = "main"  # of a model on the hub
-        self.origin: dict[str, str] = {}  # where hidden states come from, as an index records it
+        self.revision = "main"
+        self.origin: dict[str, str] = {}
         self.base_projector = base
         self.grid = grid
         self.image_token_id = image_token_id
         self.device = torch.device(device)
         self.projection = Projection(base).to(self.device).requires_grad_(False)
 
+    @property
+    def identity(self) -> ModelIdentity:
+        """What the tokens depend on, as far as it is known; here the untouched projection alone."""
+        return ModelIdentity(architecture=type(self).__name__, base_projector=self.base_projector.hash)
+
     def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
-        """What `hidden_states` needs of a batch of images; has `input_ids`, `attention_mask` (B, N), `seeds` (B,)."""
+        """What `hidden_states` needs of a batch of images; has `attention_mask` (B, N) and `seeds` (B,).
+
+        What `image_layout` needs is in it as well, in the base class `input_ids` (B, N).
+        """
         raise NotImplementedError
 
     def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -128,11 +152,6 @@ class Encoder:
         if needs:
             raise InputError(f"{self.name}: no attention signal {needs[0]!r} can be had from this encoder")
         return self.hidden_states(inputs), {}
-
-    @property
-    def identity(self) -> ModelIdentity:
-        """What the tokens depend on, as far as it is known here."""
-        return ModelIdentity("", "", "", self.base_projector.hash)
 
     @property
     def hidden_size(self) -> int:

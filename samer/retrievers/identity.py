@@ -1,8 +1,21 @@
-"""What a retriever is, as stores and projectors record it."""
+"""What a model is, whatever it is called: hashes of its files, and what indexes, stores and projectors record of it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from samer.config import InputError
+from samer.runtime.files import file_hash, read_json
+from samer.runtime.hub import hub_folder
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -10,21 +23,88 @@ class ModelIdentity:
     """A retriever by what its tokens depend on; "" where it is not known.
 
     Attributes:
-        architecture: its kind.
-        weights: a hash of the backbone's weights.
-        processor: a hash of the processor's settings.
-        base_projector: a hash of the untouched projection.
+        architecture: the model's class in transformers.
+        weights: hash of the weight files and config.json.
+        processor: hash of the processor's files and of what is fixed beside them, such as the picture backend.
+        base_projector: hash of the untouched projection.
     """
 
-    architecture: str
-    weights: str
-    processor: str
-    base_projector: str
+    architecture: str = ""
+    weights: str = ""
+    processor: str = ""
+    base_projector: str = ""
 
     def difference(self, other: ModelIdentity) -> str | None:
-        """The name of the first field that differs where both are known; None if none does."""
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine and theirs and mine != theirs:
-                return field.name
+        """The name of the first part that differs where both are known; None: no difference is known."""
+        for part in fields(self):
+            ours, theirs = getattr(self, part.name), getattr(other, part.name)
+            if ours and theirs and ours != theirs:
+                return part.name
         return None
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """SHA-256 over a model's files: config.json and the weights, and those of the processor."""
+
+    weights: str
+    processor: str
+
+
+def model_folder(name: str, revision: str = "main") -> Path | None:
+    """The folder with a model's files, itself or in the hub's cache; None: they are not on this machine."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return hub_folder(name, ["*.json", "*.safetensors"], revision=revision, local_files_only=True)
+    except InputError:
+        return None
+
+
+def fingerprint(folder: Path) -> Fingerprint:
+    """Hashes of a model's files in `folder`.
+
+    Raises:
+        InputError: weights listed by something that is no list of weights.
+    """
+    index = folder / "model.safetensors.index.json"
+    weights = ["model.safetensors"]
+    if index.is_file():
+        files = read_json(index).get("weight_map", {})
+        if not isinstance(files, dict) or not all(isinstance(file, str) and len(file) < 256 for file in files.values()):
+            raise InputError(f"{index}: weight_map must map each weight to a file; it may be damaged, restore it")
+        weights = sorted(set(files.values()))
+    return Fingerprint(_digest(folder, ["config.json", *weights]), _digest(folder, PROCESSOR_FILES))
+
+
+def processor_hash(files: str, settings: Mapping[str, Any]) -> str:
+    """The processor's part of an identity: its files' hash, and what is fixed beside them."""
+    return hashlib.sha256(f"{files}\n{json.dumps(settings, sort_keys=True)}".encode()).hexdigest()
+
+
+def _digest(folder: Path, names: list[str] | tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for file in (folder / name for name in names):
+        if file.is_file():
+            digest.update(f"{file.name}\n{content_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
+_BLOB = re.compile(r"[0-9a-f]{64}")
+_known: dict[tuple[str, int, int], str] = {}  # of this process's files, by path, size and time of change
+
+
+def content_hash(file: Path) -> str:
+    """SHA-256 of a file, without reading it where that is known.
+
+    The hub's cache names a large file's blob by its SHA-256, and links to it; a small file's blob has another name (the
+    SHA-1 of git, 40 digits) and is read. Other files are read once by a process, and again when they have changed.
+    """
+    target = Path(os.path.realpath(file))
+    if file.is_symlink() and target.parent.name == "blobs" and _BLOB.fullmatch(target.name):
+        return target.name
+    about = target.stat()
+    key = str(target), about.st_size, about.st_mtime_ns
+    if key not in _known:
+        _known[key] = file_hash(target)
+    return _known[key]

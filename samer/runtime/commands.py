@@ -6,13 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from samer.config import Config, InputError, load_config
 from samer.runtime.files import read_json
+from samer.runtime.hub import projector_place
 from samer.runtime.signals import Stopped, listening
 
 
@@ -58,19 +58,27 @@ def compute_device(options: argparse.Namespace) -> torch.device:
 def adapter_config(adapter_path: str, config_path: str | None, overrides: Sequence[str]) -> Config:
     """Settings of a trained projector: from the config file if given, else from its config.json; overrides win.
 
+    Args:
+        adapter_path: a projector's folder or file, or the hub id of one (owner/name); empty: none.
+        config_path: a YAML file, or None.
+        overrides: `section.key=value`.
+
     Raises:
         InputError: no projector there, or one that says nothing of its model and merge.
     """
-    folder = Path(adapter_path)
-    if adapter_path and not folder.exists():
-        raise InputError(f"{adapter_path}: no such projector; name the folder that scripts/train.py wrote")
-    if adapter_path and not config_path and (folder / "projector.safetensors").is_file():
-        trained = read_json(folder / "config.json")
-        name, merge = trained.get("base_model"), trained.get("merge")
-        if not (isinstance(name, str) and isinstance(merge, dict)):
-            raise InputError(f"{adapter_path}/config.json: no base_model or no merge settings; give --config")
-        overrides = [f"model.name={name}", *(f"merge.{key}={value}" for key, value in merge.items()), *overrides]
-    return load_config(config_path, overrides)
+    config = load_config(config_path, overrides)
+    if not adapter_path:
+        return config
+    folder = projector_place(adapter_path, local_files_only=config.model.local_files_only)
+    if config_path or not (folder / "projector.safetensors").is_file():
+        return config
+    trained = read_json(folder / "config.json")
+    name, merge = trained.get("base_model"), trained.get("merge")
+    if not (isinstance(name, str) and isinstance(merge, dict)):
+        raise InputError(f"{adapter_path}/config.json: no base_model or no merge settings; give --config")
+    about = {"model.name": name, "model.revision": trained.get("revision", "main")}
+    about |= {f"merge.{key}": value for key, value in merge.items()}
+    return load_config(None, [*(f"{key}={value}" for key, value in about.items()), *overrides])
 
 
 def split_words(parser: argparse.ArgumentParser, splits: Sequence[str], overrides: Sequence[str]):

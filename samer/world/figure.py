@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from samer.config import MergeConfig
 from samer.merging import merge_tokens
 from samer.report.drawing import INK, PAPER, SOFT, region_colours
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.world.captions import caption_text
 from samer.world.scenes import make_group
 

@@ -190,7 +190,7 @@ def make_projectors(folder):
     adapted.save_pretrained(folder / "lora")
     (folder / "lora" / "README.md").unlink(missing_ok=True)
     shutil.copytree(folder / "lora", folder / "whole")
-    names = {n: f"base_model.model.projection.{n}" for n in ("weight", "bias")}
+    names = {n: f"base_model.model.embedding_proj_layer.{n}" for n in ("weight", "bias")}
     tensors = {names["weight"]: base.weight + 0.02, names["bias"]: base.bias.clone()}
     save_file(tensors, folder / "whole" / "adapter_model.safetensors")
     (folder / "legacy").mkdir()
@@ -206,7 +206,7 @@ def projector_says(folder, kind):
         return None  # no checksum in that format: see the test
     name = "projector.safetensors" if kind == "ours" else "adapter_model.safetensors"
     tensors, _ = tensors_of((folder / kind / name).read_bytes())
-    tensors = {key.removeprefix("base_model.model.projection."): value for key, value in tensors.items()}
+    tensors = {key.removeprefix("base_model.model.embedding_proj_layer."): value for key, value in tensors.items()}
     if kind != "lora":
         return tensors["weight"], tensors["bias"]
     config = json.loads((folder / kind / "adapter_config.json").read_text())

@@ -50,12 +50,12 @@ from samer.config import InputError, load_config
 from samer.data import flickr
 from samer.data.flickr import load_split
 from samer.data.pictures import load_image
-from samer.features.manifest import fingerprint
 from samer.features.read import FeatureStore
 from samer.features.write import write_features
 from samer.index.pictures import delete_images
 from samer.index.read import Index
 from samer.index.verify import verify
+from samer.retrievers.identity import fingerprint
 from samer.retrievers.projectors import load_projector
 from samer.runtime import commands as runtime_commands
 
@@ -332,7 +332,7 @@ def test_an_index_built_over_a_spoiled_one(caches, data, dtype):
 
 def test_features_written_over_spoiled_ones(stores, data, base, monkeypatch):
     from samer.features import write as features_write
-    from samer.retrievers.colpali import Retriever
+    from samer.retrievers.hf import Retriever
 
     monkeypatch.setattr(features_write, "IMAGES_PER_SHARD", 2)
     monkeypatch.setattr(features_write, "TEXTS_PER_SHARD", 8)
@@ -355,7 +355,7 @@ def test_features_written_over_spoiled_ones(stores, data, base, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_a_spoiled_model(base, tmp_path):
     """The model's folder is transformers' to read: what it can't read is refused by name."""
-    from samer.retrievers.colpali import Retriever
+    from samer.retrievers.hf import Retriever
 
     work = Spoiled(base, tmp_path / "model")
     with survey("model: bytes", []) as found:
@@ -439,7 +439,7 @@ def test_a_spoiled_projector(projectors, kind):
 @pytest.fixture(scope="session")
 def stores(data, base, tmp_path_factory):
     from samer.features import write as features_write
-    from samer.retrievers.colpali import Retriever
+    from samer.retrievers.hf import Retriever
 
     retriever, result = Retriever.load(str(base)), {}
     before = features_write.IMAGES_PER_SHARD, features_write.TEXTS_PER_SHARD
@@ -474,7 +474,7 @@ def features_say(folder, kind, names):
         ends = np.cumsum(tensors["lengths"])
         assert len(own["stamp"]["names"]) == len(ends) == entry["count"]
         assert (tensors["lengths"] > 0).all()
-        keys = [key for key in ("hidden", "scales", "input_ids", "attention", "offsets") if key in tensors]
+        keys = [key for key in ("hidden", "scales", "coords", "patches", "attention", "offsets") if key in tensors]
         assert all(len(tensors[key]) == ends[-1] for key in keys)
         for row, name in enumerate(own["stamp"]["names"]):
             span = slice(ends[row] - tensors["lengths"][row], ends[row])
@@ -485,7 +485,7 @@ def features_say(folder, kind, names):
 def rows_of(batch):
     """A padded batch as a list of rows without padding."""
     lengths = batch["attention_mask"].sum(1).tolist()
-    keys = [key for key in ("hidden", "scales", "input_ids", "attention", "offsets") if key in batch]
+    keys = [key for key in ("hidden", "scales", "coords", "patches", "attention", "offsets") if key in batch]
     return [{key: batch[key][row, :count] for key in keys} for row, count in enumerate(lengths)]
 
 
@@ -963,7 +963,7 @@ def test_names_too_long(tmp_path, monkeypatch, opener):
 def test_a_models_index_of_weights(tmp_path, weights):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
     with bounded():
-        found = outcome(lambda: fingerprint(str(tmp_path)))
+        found = outcome(lambda: fingerprint(tmp_path))
     if isinstance(found, InputError):
         found = {"refused": "0" * 64} if "model.safetensors.index.json" in str(found) else {"unnamed": ""}
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in found.values())

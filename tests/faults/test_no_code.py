@@ -28,7 +28,7 @@ from samer.data.flickr import load_split
 from samer.data.pictures import load_image
 from samer.features.read import FeatureStore
 from samer.index.read import Index
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector, save_projector
 from samer.runtime.commands import adapter_config
 

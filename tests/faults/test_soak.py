@@ -21,7 +21,7 @@ from samer.data import flickr
 from samer.index import pictures as index_pictures
 from samer.index.pictures import FOLDER_SPLIT, add_images, compact_images, delete_images
 from samer.index.read import Index
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.world.write import write_world
 
 ROOT = Path(__file__).resolve().parents[2]

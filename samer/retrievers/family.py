@@ -1,0 +1,136 @@
+"""What differs between the retrievers of one family: where their projection is, and what their tokens stand for.
+
+Shape letters: B images, N tokens per image, M query tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from samer.config import InputError
+from samer.coords import grid_layout
+from samer.retrievers.base import NO_OFFSET
+from samer.tokens import ImageLayout
+
+BESIDE = ("seeds", "offsets")  # in the inputs for our own use; a model is not given them
+
+
+class Family:
+    """One architecture of transformers as a retriever: subclass it, and add it to `samer.retrievers.FAMILIES`.
+
+    What is written here is what most have in common: tokens of a picture are those of `image_token_id`, and the grid of
+    a picture has as many cells. One whose tokens stand elsewhere (tiles, a view of the whole) overrides `layout`.
+
+    Attributes:
+        architecture: name of its class in transformers, as config.json's `architectures` has it.
+        processor_class: name of its processor's class there.
+        model_type: as config.json has it.
+        projection: dotted name of the layer from hidden states to embeddings.
+        options: what a forward pass is told besides the inputs.
+        required: inputs without which the attention would be another.
+        settings: what is fixed beside the processor's files; "backend" names the picture pipeline.
+        grid: rows and columns, where all images have the same; else None.
+    """
+
+    architecture: str = ""
+    processor_class: str = ""
+    model_type: str = ""
+    projection: str = "embedding_proj_layer"
+    options: Mapping[str, Any] = {"use_cache": False}
+    required: Sequence[str] = ()
+    settings: Mapping[str, Any] = {"backend": "pil"}
+    grid: tuple[int, int] | None = None
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        """Keeps both; a subclass may read off what it needs."""
+        self.model, self.processor = model, processor
+
+    @classmethod
+    def model_class(cls) -> Any:
+        """The model's class, with transformers' `from_pretrained`."""
+        import transformers  # takes seconds, and most of SaMer does without
+
+        return getattr(transformers, cls.architecture)
+
+    @classmethod
+    def load_processor(cls, name: str, **where: Any) -> Any:
+        """The processor of a checkpoint, with the picture pipeline that `settings` names.
+
+        transformers would take torchvision's where that is installed, and the pixels would come out otherwise.
+
+        Raises:
+            ValueError: there is no such pipeline for it. OSError and others: of transformers.
+        """
+        import transformers
+
+        processor = getattr(transformers, cls.processor_class).from_pretrained(name, **where)
+        backend = cls.settings["backend"]
+        pictures = transformers.AutoImageProcessor.from_pretrained(name, backend=backend, **where)
+        if pictures.backend != backend:
+            raise ValueError(f"there is no {backend} picture pipeline for it")
+        processor.image_processor = pictures
+        return processor
+
+    @property
+    def image_token_id(self) -> int:
+        """What stands at an image's patches in `input_ids`, by the model's config."""
+        return self.model.config.vlm_config.image_token_id
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What runs before the projection."""
+        return self.model.vlm
+
+    @property
+    def language_model(self) -> nn.Module:
+        """Whose `layers[k].self_attn` give the attention signals."""
+        return self.backbone.language_model
+
+    @property
+    def query_start(self) -> int:
+        """How many characters the processor writes before a query's text."""
+        return len(self.processor.query_prefix)
+
+    def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """All that the processor returns for RGB images, but labels, which retrieval has no use for."""
+        inputs = self.processor(images=list(images))
+        return {name: value for name, value in inputs.items() if name != "labels"}
+
+    def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """All that the processor returns for texts, and `offsets` (B, M, 2) as in `Encoder.query_inputs`.
+
+        Raises:
+            InputError: a text that holds the image token.
+        """
+        token = self.processor.image_token
+        marked = [text for text in texts if token in text]
+        if marked:
+            raise InputError(f"query {marked[0][:80]!r} holds {token}, which stands for an image")
+        inputs = dict(self.processor(text=list(texts), return_offsets_mapping=True))
+        lengths = torch.tensor([len(text) for text in texts])
+        offsets = inputs.pop("offset_mapping") - self.query_start  # (B, M, 2)
+        first, last = offsets.clamp(min=0).minimum(lengths[:, None, None]).unbind(-1)
+        inputs["offsets"] = torch.where((first < last)[..., None], torch.stack([first, last], -1), NO_OFFSET)
+        return inputs
+
+    def model_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """What the model's forward pass is given, on its device: the processor's inputs, and `options`."""
+        kept = {name: value.to(self.model.device) for name, value in inputs.items() if name not in BESIDE}
+        return {**kept, **self.options}
+
+    def grids(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Rows and columns of each image's patches, (B, 2) long; here the one grid of all."""
+        ids = inputs["input_ids"]
+        return torch.tensor(self.grid, device=ids.device).expand(len(ids), 2)
+
+    def layout(self, inputs: dict[str, Tensor]) -> ImageLayout:
+        """Where each token stands, on the device of `input_ids`.
+
+        Raises:
+            InputError: an image with another number of image tokens than its grid has cells.
+        """
+        return grid_layout(inputs["input_ids"] == self.image_token_id, self.grids(inputs))
