@@ -16,7 +16,7 @@ from samer.index.pictures import add_images, compact_images, delete_images
 from samer.index.read import Index
 from samer.index.verify import verify
 from samer.index.write import build_index
-from samer.retrievers.colpali import Retriever
+from samer.retrievers.hf import Retriever
 from samer.retrievers.identity import ModelIdentity
 from samer.runtime.shards import load_header
 from samer.world.write import write_world
