@@ -27,7 +27,7 @@ from samer.runtime.shards import (
     tensors_checksum,
     verify_shard,
 )
-from samer.training.loop import CHECKSUMS
+from samer.training.checkpoints import CHECKSUMS
 
 STORES = {each.FORMAT: each.FORMAT_VERSION for each in (index_manifest, store_manifest)}
 
