@@ -25,7 +25,7 @@ from samer.runtime.shards import (
     tensors_checksum,
     verify_shard,
 )
-from samer.training.loop import CHECKSUMS
+from samer.training.checkpoints import CHECKSUMS
 
 STORES = (index_manifest.FORMAT, store_manifest.FORMAT)
 

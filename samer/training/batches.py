@@ -5,18 +5,23 @@ Shape letters: B captions, U distinct images, N tokens per image, M query tokens
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from samer.config import InputError, ObjectsConfig
 from samer.data.records import Caption, ImageRecord
 from samer.objects import instance_labels
 from samer.retrievers.base import Encoder
+
+WINDOW_IMAGES = 4096  # 17 GB of ColPali features: the page cache holds what one window needs
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,6 @@ def caption_boxes(caption: Caption) -> tuple[Tensor, Tensor]:
     return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(owners, dtype=torch.long)
 
 
-WINDOW_IMAGES = 4096  # 17 GB of ColPali features: the page cache holds what one window needs
-
-
 class WindowSampler(Sampler[int]):
     """Shuffles captions so that an image's are near each other: each image is read from disk once per epoch.
 
@@ -136,7 +138,7 @@ class WindowSampler(Sampler[int]):
             self.captions.setdefault(row.image, []).append(index)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Trainer before each epoch."""
+        """Says which epoch's order comes next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -150,3 +152,71 @@ class WindowSampler(Sampler[int]):
             yield from (window[int(k)] for k in rng.permutation(len(window)))
         if self.missing:
             yield from [-1 - window[0]] * self.missing  # one image: the least to read
+
+
+class RankBatches(Sampler[list[int]]):
+    """A process's share of the batches of an epoch: those of a step go round the processes, one each.
+
+    So what a step sees does not depend on how many processes share it, as long as processes x accumulation stay.
+
+    Args:
+        sampler: the order of all rows.
+        batch_size: rows of a batch.
+        rank, world_size: which share; the sampler has as many whole batches for each.
+    """
+
+    def __init__(self, sampler: WindowSampler, batch_size: int, rank: int, world_size: int) -> None:
+        self.sampler, self.batch_size, self.rank, self.world_size = sampler, batch_size, rank, world_size
+        self.skipped = 0
+
+    def begin(self, epoch: int, skipped: int = 0) -> None:
+        """Says which epoch comes next, and how many of this process's batches are done already."""
+        self.sampler.set_epoch(epoch)
+        self.skipped = skipped
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        starts = range(self.rank * self.batch_size, len(order), self.batch_size * self.world_size)
+        yield from (order[start : start + self.batch_size] for start in starts[self.skipped :])
+
+
+def make_loader(batches: RankBatches, dataset: CaptionDataset, collate: Collator, workers: int, ahead: int | None):
+    """The loader of one process: `ahead` batches per worker are prepared while one is at work (None: torch's choice).
+
+    Its workers' seeds leave the random state that checkpoints keep alone, and SIGTERM reaches them from their trainer
+    only, not from who stops a whole process group.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        prefetch_factor=ahead if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),
+    )
+
+
+def end_workers(loader: DataLoader) -> None:
+    """Ends a loader's workers; left to the garbage collector, each is waited for 5 seconds."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        loader._iterator = None
+        iterator._shutdown_workers()
+
+
+def _start_worker(number: int) -> None:
+    trainer = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

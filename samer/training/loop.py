@@ -1,30 +1,26 @@
-"""Projector-only training on transformers.Trainer: the frozen retriever feeds it, the merge shapes the loss.
+"""Projector-only training on accelerate: one plain loop; the frozen retriever feeds it, the merge shapes the loss.
 
-Shape letters: B captions of this process, U distinct images, N tokens, K regions, D embedding, I images scored.
+What a run leaves in its folder: config.yaml (as resolved), checkpoint-<step>/ (`checkpoints`), best/,
+and at its end projector.safetensors + config.json and history.json, a list of log entries.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import send_to_device, set_seed
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import PrinterCallback, TrainerState
+from torch.optim import AdamW
 
 from samer import evaluation
 from samer.compressors import make_compressor
@@ -32,224 +28,15 @@ from samer.config import Config, InputError, TrainConfig, dump_config, load_conf
 from samer.data import make_reader
 from samer.data.records import ImageRecord
 from samer.features.read import open_encoder
+from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import load_projector, save_projector
-from samer.runtime.files import atomic_path, file_hash, only_writer, read_json, write_json
+from samer.runtime.files import atomic_path, only_writer
 from samer.runtime.processes import gather_objects, print0, rank, stop_asked, world_size
-from samer.runtime.shards import bare_name
 from samer.runtime.signals import Stopped, stop_here, stoppable
-from samer.training.batches import CaptionDataset, Collator, WindowSampler
+from samer.training import checkpoints
+from samer.training.batches import CaptionDataset, Collator, RankBatches, WindowSampler, end_workers, make_loader
+from samer.training.checkpoints import RunState
 from samer.training.model import ProjectorModel
-
-STATE = "trainer_state.json"
-CHECKSUMS = "checksums.json"  # the last file of a checkpoint: SHA-256 of the others but STATE, which validation changes
-CONTINUATION = "continuation.json"  # of a checkpoint: losses summed up for the next log; is its step validated
-KEPT_CHECKPOINTS = 2
-
-
-class SamerTrainer(Trainer):
-    """Trainer that logs the object diagnostics, evaluates by retrieval and saves projectors."""
-
-    def __init__(self, *args, validation: list[ImageRecord], config: Config, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.validation = validation
-        self.samer_config = config
-        self.continuation: dict[str, Any] = {}  # what a checkpoint keeps beside Trainer's own files
-        self.saved_step = -1  # of the newest checkpoint
-        self.loader: DataLoader | None = None  # of the captions, once training has begun
-
-    def _get_train_sampler(self, train_dataset=None):
-        step = self.args.train_batch_size * world_size() if world_size() > 1 else 1
-        self.sampler = WindowSampler(self.train_dataset, self.args.seed, step)
-        return self.sampler
-
-    def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper does not hand attributes on
-        inner.worker_init_fn = partial(_start_worker, inner.worker_init_fn)
-        inner.generator = torch.Generator()  # workers' seeds leave the state that checkpoints keep alone
-        self.loader = inner
-        return loader
-
-    def end_workers(self) -> None:
-        """Ends the data loader's workers; left to the garbage collector, each is waited for 5 seconds."""
-        iterator = getattr(self.loader, "_iterator", None)
-        if iterator is not None:
-            self.loader._iterator = None
-            iterator._shutdown_workers()
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        module = self.accelerator.unwrap_model(model)
-        module.diagnose = (self.state.global_step + 1) % self.args.logging_steps == 0
-        outputs = model(**inputs)
-        if not torch.isfinite(outputs["loss"]):
-            raise InputError(
-                f"the loss is {float(outputs['loss'].detach())} at step {self.state.global_step + 1}; start anew in "
-                "another train.output_dir with a lower train.learning_rate, or train.bf16=false"
-            )
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs:
-            logs = {**logs, **self.accelerator.unwrap_model(self.model).diagnostics}
-        super().log(logs, *args, **kwargs)
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Box-free retrieval metrics on the validation split with the projector as it stands.
-
-        While training, a checkpoint is written before, so that a picture that can't be read does not cost the epoch,
-        and holds the metrics in the end.
-        """
-        if self.is_in_train:
-            self._save_checkpoint(self.model, None)
-        module = self.accelerator.unwrap_model(self.model)
-        retriever = module.retriever
-        before = retriever.current_projector()
-        retriever.use_projector(module.projection.projector())
-        try:
-            metrics = evaluation.evaluate_records(
-                retriever, self.validation, module.merge, batch_size=self.args.eval_batch_size
-            )
-        finally:
-            retriever.use_projector(before)
-        values = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(values)
-        self._watch_best(module)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, values)
-        if self.is_in_train:
-            self._save_checkpoint(self.model, None)
-        return values
-
-    def make_up_for_validation(self, checkpoint: Path) -> None:
-        """Adds the metrics to a checkpoint, whose state is loaded, if its validation failed."""
-        step = self.state.global_step
-        validated = any("eval_r@1" in entry and entry["step"] == step for entry in self.state.log_history)
-        if read_json(checkpoint / CONTINUATION)["validates"] and not validated:
-            self._load_from_checkpoint(str(checkpoint))
-            self.evaluate()
-            self.saved_step = step
-            self._save_checkpoint(self.model, None)
-
-    def _watch_best(self, module: ProjectorModel) -> None:
-        """Keeps the projector of the best validation R@1 in best/ and stops when it has not improved for too long."""
-        settings = self.samer_config.train
-        since = _evaluations_since_best(self.state.log_history)
-        if settings.select_best and since == 0 and rank() == 0:
-            folder = Path(settings.output_dir) / "best"
-            save_projector(folder, module.projection.projector(), module.retriever, self.samer_config.merge)
-        if _is_stale(settings, self.state.log_history):
-            print0(f"validation R@1 has not improved in {since} evaluations; stopping")
-            self.control.should_training_stop = True
-            self.control.should_save = True  # the end of the run, as max_steps would be
-
-    def take_up_loss(self, continuation: dict) -> None:
-        """Goes on with the sum of losses since the last log as a checkpoint holds it."""
-        sums = continuation["loss_sums"]
-        self._tr_loss += sums[rank()] if len(sums) == world_size() else float(np.mean(sums))
-        self._globalstep_last_logged = continuation["logged_at"]
-
-    def _save_checkpoint(self, model, trial) -> None:
-        if self.saved_step == self.state.global_step:  # written already: only what was logged since is new
-            if rank() == 0:
-                with atomic_path(Path(self.args.output_dir) / f"checkpoint-{self.saved_step}" / STATE) as temporary:
-                    self.state.save_to_json(str(temporary))
-            gather_objects(None)
-            return
-        self.continuation["loss_sums"] = gather_objects(self._tr_loss.item())
-        self.continuation["logged_at"] = self._globalstep_last_logged
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError):  # safetensors and torch.save don't say why
-            _check_room(Path(self.args.output_dir))
-            raise
-        self.saved_step = self.state.global_step
-        gather_objects(None)  # every process has written its part
-        if rank() == 0:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.saved_step}"
-            files = sorted(file for file in folder.iterdir() if file.name not in (STATE, CHECKSUMS))
-            write_json(folder / CHECKSUMS, {file.name: file_hash(file) for file in files})
-            for old in _checkpoints(folder.parent)[:-KEPT_CHECKPOINTS]:
-                _remove(old)
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
-        # what Trainer needs to resume is model.safetensors; beside it goes what the other scripts load
-        (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
-        write_json(Path(output_dir) / CONTINUATION, self.continuation)
-        module = self.accelerator.unwrap_model(self.model)
-        save_projector(output_dir, module.projection.projector(), module.retriever, self.samer_config.merge)
-
-
-def _start_worker(seeded: Callable[[int], None] | None, number: int) -> None:
-    """A data loader's worker that takes SIGTERM from its trainer only, not from who stops the whole process group."""
-    trainer = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-    if seeded is not None:
-        seeded(number)
-
-
-class Continuation(TrainerCallback):
-    """What makes a resumed run end as an undisturbed one would.
-
-    The mean loss goes on where the checkpoint left it, and a checkpoint knows whether its step is one to validate
-    after: the last of an epoch, or of the run. After SIGTERM a run ends with a checkpoint of the step at work.
-    """
-
-    def __init__(self, trainer: SamerTrainer, checkpoint: Path | None) -> None:
-        self.trainer, self.checkpoint = trainer, checkpoint
-        self.stopped, self.steps_per_epoch = False, 1
-
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
-        self.steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-        if self.checkpoint is not None:
-            self.trainer.take_up_loss(read_json(self.checkpoint / CONTINUATION))
-
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        # accelerate does not reach the sampler of several processes behind the batches that a resumed epoch skips
-        self.trainer.sampler.set_epoch(state.global_step // self.steps_per_epoch)
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        epoch_ends = state.global_step % self.steps_per_epoch == 0 or state.global_step >= state.max_steps
-        control.should_evaluate = bool(self.trainer.validation) and epoch_ends
-        self.trainer.continuation["validates"] = control.should_evaluate
-        if stop_asked():
-            self.stopped = control.should_save = control.should_training_stop = True
-
-
-class LineLogger(TrainerCallback):
-    """One plain line per log on the first process: step, loss, rate, throughput, time left."""
-
-    def __init__(self, captions_per_step: int) -> None:
-        self.captions_per_step = captions_per_step
-        self.started = self.first_step = 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.started, self.first_step = time.monotonic(), state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        logs = logs or {}
-        done = state.global_step - self.first_step
-        if "loss" in logs and done:
-            pace = (time.monotonic() - self.started) / done
-            left = pace * (state.max_steps - state.global_step)
-            words = [
-                f"step {state.global_step}/{state.max_steps}",
-                f"loss {logs['loss']:.4f}",
-                f"lr {logs.get('learning_rate', 0):.2e}",
-                f"{self.captions_per_step / pace:.1f} captions/s",
-                f"{left / 60:.1f} min left",
-            ]
-            words += [f"{name} {logs[name]:.3f}" for name in ("object_mass_on_own", "entropy") if name in logs]
-            print0(" | ".join(words))
-        elif "eval_r@1" in logs:
-            shown = ", ".join(f"{n} {logs[f'eval_{n}']:.1f}" for n in ("r@1", "r@5", "r@10"))
-            print0(f"step {state.global_step}/{state.max_steps} | validation, box-free: {shown}")
 
 
 @dataclass(frozen=True)
@@ -265,11 +52,12 @@ class TrainResult:
 def train(config: Config) -> TrainResult:
     """Trains the projector as configured and writes `projector.safetensors` + `config.json` to the output folder.
 
-    Resumes from the last complete checkpoint in the output folder if `train.resume` is on.
+    Resumes from the last complete checkpoint in the output folder if `train.resume` is on, with as many captions per
+    step as before, whatever the number of processes.
 
     Raises:
         InputError: bad data, a folder that holds another run or is written to by another process, a full disk, a
-            non-finite loss.
+            non-finite loss, a number of processes that can't share the run's steps.
         Stopped: SIGTERM came; a checkpoint of the last step is written.
     """
     with only_writer(config.train.output_dir):
@@ -280,98 +68,341 @@ def _train(config: Config) -> TrainResult:
     settings = config.train
     output = Path(settings.output_dir)
     if not config.data.root:
-        raise InputError("data.root is not set; give the Flickr30k-Entities folder as data.root=DIR (DATA_ROOT=DIR)")
+        raise InputError("data.root is not set; give the data set's folder as data.root=DIR (DATA_ROOT=DIR)")
     make_compressor(config.merge)  # an unknown name is refused before any work
-    arguments = _arguments(config)
+    trackers = _trackers(settings.report_to)
     _check_output(output, config)
     if settings.resume and (output / "history.json").is_file() and (output / "projector.safetensors").is_file():
         print0(f"{output} holds this run, finished; nothing is left to train")
-        return _result(output, _history(output / "history.json"), settings, 0.0)
-    reader = make_reader(config.data.reader)
-    records = reader.load_split(
-        config.data.root, config.data.train_split, boxes=True, limit_images=config.data.limit_train_images
+        return _result(output, _read_history(output / "history.json"), settings, 0.0)
+    torn = checkpoints.torn(output)
+    found = checkpoints.whole(output) if settings.resume else []
+    state = checkpoints.read_state(found[-1]) if found else RunState()
+    accumulation = _accumulation(settings, state, output) if found else settings.grad_accum_steps
+    # without processes started by hand or torchrun, accelerate must not look for a GPU where there is none
+    accelerator = Accelerator(
+        mixed_precision="bf16" if settings.bf16 else "no",
+        cpu=not torch.cuda.is_available(),
+        log_with=trackers or None,
+        project_dir=str(output / "runs") if trackers else None,
+        # False would lay the gradients out anew after a start's first step, and sums of 3 round otherwise then
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    validation = []
-    if config.data.eval_split:
-        validation = reader.load_split(
-            config.data.root, config.data.eval_split, boxes=False, limit_images=config.data.limit_eval_images
-        )
+    records, validation, retriever = _open(config, accelerator.device)
     dataset = CaptionDataset(records)
-    retriever = open_encoder(
-        config.model.name,
-        arguments.device,
-        features=config.data.features,
-        dtype=torch.bfloat16 if settings.bf16 else torch.float32,
-        local_files_only=config.model.local_files_only,
-    )
+    gather_objects(None)  # no process may still be looking for a run in this folder when the first one marks it
+    if rank() == 0:
+        for folder in torn:
+            print0(f"{folder} was cut short; removing it")
+            checkpoints.remove(folder)
+        with atomic_path(output / "config.yaml") as temporary:
+            temporary.write_text(dump_config(config), encoding="utf-8")
+    set_seed(settings.seed)
     model = ProjectorModel(retriever, config.merge, settings.temperature, settings.gather_negatives, settings.budgets)
     trainable = sum(p.numel() for p in model.parameters())
-    dropped = 5 * len(records) - len(dataset)
+    dropped = sum(len(record.captions) for record in records) - len(dataset)
     print0(
         f"training {trainable:,} parameters of {config.model.name} on {len(dataset):,} captions of {len(records):,} "
         f"images ({dataset.boxless():,} captions name nothing boxed, {dropped:,} unrelated ones left out); "
         f"writing to {output}"
     )
-    gather_objects(None)  # no process may still be looking for a run in this folder when the first one marks it
+    run = Run(config, accelerator, model, dataset, validation, accumulation, state)
+    seconds = run.go(found[-1] if found else None)
+    history = [*run.state.history, {"epoch": run.state.epoch, "step": run.state.step}]
     if rank() == 0:
-        for folder in _torn_checkpoints(output):
-            print0(f"{folder} was cut short; removing it")
-            _remove(folder)
-        with atomic_path(output / "config.yaml") as temporary:
-            temporary.write_text(dump_config(config), encoding="utf-8")
-    trainer = SamerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        eval_dataset=validation or None,
-        data_collator=Collator(retriever, config.objects),
-        validation=validation,
-        config=config,
-        callbacks=[LineLogger(settings.train_batch_size * settings.grad_accum_steps * world_size())],
+        best = load_projector(output / "best", retriever) if settings.select_best and validation else None
+        save_projector(output, best or model.projection.projector(), retriever, config.merge)
+        with atomic_path(output / "history.json") as temporary:
+            # sorted, so that bytes don't depend on the order of a log's values
+            temporary.write_text(json.dumps(history, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return _result(output, history, settings, seconds)
+
+
+def _open(config: Config, device: torch.device) -> tuple[list[ImageRecord], list[ImageRecord], Encoder]:
+    """Everything that a run will read, looked at before its first step: both splits, and the encoder that has them."""
+    data, load = config.data, make_reader(config.data.reader).load_split
+    records = load(data.root, data.train_split, boxes=True, limit_images=data.limit_train_images)
+    validation = []
+    if data.eval_split:
+        validation = load(data.root, data.eval_split, boxes=False, limit_images=data.limit_eval_images)
+    retriever = open_encoder(
+        config.model.name,
+        device,
+        features=data.features,
+        dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
+        local_files_only=config.model.local_files_only,
+        revision=config.model.revision,
     )
-    trainer.remove_callback(PrinterCallback)
-    checkpoint = (_checkpoints(output) or [None])[-1] if settings.resume else None
-    continuation = Continuation(trainer, checkpoint)
-    trainer.add_callback(continuation)
-    started = time.monotonic()
-    if checkpoint is not None:
-        trainer.state = _checked_state(checkpoint)
-        gather_objects(None)  # every process has read it before the first one may change it
-        trainer.make_up_for_validation(checkpoint)
-    state = trainer.state
-    ended = state.global_step >= state.max_steps or _is_stale(settings, state.log_history)
-    if checkpoint is not None and ended:
-        print0(f"{checkpoint} is the end of this run; nothing is left to train")
-        trainer._load_from_checkpoint(str(checkpoint))
-    else:
+    retriever.check_records([*records, *validation])
+    return records, validation, retriever
+
+
+class Run:
+    """A run at work: its model, optimizer and batches, and the state that its checkpoints keep."""
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        model: ProjectorModel,
+        dataset: CaptionDataset,
+        validation: list[ImageRecord],
+        accumulation: int,
+        state: RunState,
+    ) -> None:
+        """Lays everything out; `state` is a fresh one, or that of the checkpoint to go on from."""
+        settings = config.train
+        self.config, self.settings, self.accelerator, self.validation = config, settings, accelerator, validation
+        self.output = Path(settings.output_dir)
+        self.accumulation = accumulation
+        rows = settings.train_batch_size
+        order = WindowSampler(dataset, settings.seed, rows * world_size() if world_size() > 1 else 1)
+        self.batches = RankBatches(order, rows, rank(), world_size())
+        # a batch of stored features is large and quick to read: few workers, none far ahead
+        stored = bool(config.data.features)
+        workers = min(settings.dataloader_num_workers, 2) if stored else settings.dataloader_num_workers
+        collate = Collator(model.retriever, config.objects)
+        self.loader = make_loader(self.batches, dataset, collate, workers, 1 if stored else None)
+        self.steps_per_epoch = math.ceil(len(self.batches) / accumulation)
+        self.module = model
+        decayed = [p for p in model.parameters() if p.dim() > 1]
+        rest = [p for p in model.parameters() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self.model = accelerator.prepare(model)
+        self.optimizer = AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, fused=True)
+        self.state = replace(
+            state,
+            max_steps=math.ceil(settings.num_train_epochs * self.steps_per_epoch),
+            captions_per_step=rows * world_size() * accumulation,
+            seed=settings.seed,
+        )
+        sums = state.loss_sums
+        own = sums[rank()] if len(sums) == world_size() else sum(sums) / len(sums)
+        self.loss_sum = torch.tensor(own, device=accelerator.device)  # since the last log, of this process
+        self.pace = Pace(self.state)
+
+    def go(self, checkpoint: Path | None) -> float:
+        """Trains to the end, from `checkpoint` on if there is one; returns the seconds that it took."""
+        started = time.monotonic()
+        if checkpoint is not None:
+            checkpoints.read_tensors(checkpoint, self.module, self.optimizer)
+            gather_objects(None)  # every process has read it before the first one may change it
+            if self.state.validates and not self.state.validated():
+                self.validate()  # which failed, or was stopped
+        if self.state.step >= self.state.max_steps or self.is_stale():
+            print0(f"{checkpoint} is the end of this run; nothing is left to train")
+            return time.monotonic() - started
         if checkpoint is not None:
             print0(f"resuming from {checkpoint}")
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers(self.settings.run_name)
         with stoppable():
             try:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                self.loop()
             except RuntimeError as error:
                 if "DataLoader worker" in str(error):  # SIGTERM may reach one before `_start_worker` does
                     stop_here()
                 raise
             finally:
-                trainer.end_workers()
-            if continuation.stopped:
-                print0(f"stopped after step {trainer.state.global_step} with a checkpoint in {output}")
-                raise Stopped
-    seconds = time.monotonic() - started
-    # Trainer's last entry tells the time and the loss since this start only
-    history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-    history.append({"epoch": trainer.state.epoch, "step": trainer.state.global_step})
-    if rank() == 0:
-        best = load_projector(output / "best", retriever) if settings.select_best and validation else None
-        save_projector(output, best or model.projection.projector(), retriever, config.merge)
-        with atomic_path(output / "history.json") as temporary:
-            # sorted, as checkpoints keep them
-            temporary.write_text(json.dumps(history, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return _result(output, history, settings, seconds)
+                end_workers(self.loader)
+        if self.accelerator.log_with:
+            self.accelerator.end_training()
+        return time.monotonic() - started
+
+    def loop(self) -> None:
+        """Epochs of steps: batches, gradient, update; then what is due: log, validation, checkpoint."""
+        state, every = self.state, self.settings
+        while state.step < state.max_steps and not self.is_stale():
+            epoch, done = divmod(state.step, self.steps_per_epoch)
+            self.batches.begin(epoch, done * self.accumulation)
+            batches = iter(self.loader)
+            for position in range(done, self.steps_per_epoch):
+                logged = self.step(list(islice(batches, self.accumulation)))
+                state.step += 1
+                state.epoch = epoch + min((position + 1) * self.accumulation, len(self.batches)) / len(self.batches)
+                ends = position + 1 == self.steps_per_epoch or state.step >= state.max_steps
+                state.validates = bool(self.validation) and ends
+                if state.step % every.logging_steps == 0:
+                    self.log_step(logged)
+                stopping = stop_asked()
+                if state.validates and not stopping:
+                    self.validate()
+                over = state.step >= state.max_steps or self.is_stale()
+                if stopping or over or state.step % every.save_steps == 0:
+                    self.save()
+                if stopping:
+                    print0(f"stopped after step {state.step} with a checkpoint in {self.output}")
+                    raise Stopped
+                if over:
+                    return
+
+    def step(self, batches: Sequence[dict]) -> dict[str, float]:
+        """One optimizer step over the batches of an accumulation; returns what a log says of it."""
+        number, settings = self.state.step + 1, self.settings
+        self.module.diagnose = number % settings.logging_steps == 0
+        for place, batch in enumerate(batches, 1):
+            # gradients of several processes are exchanged once a step
+            with nullcontext() if place == len(batches) else self.accelerator.no_sync(self.model):
+                loss = self.model(**send_to_device(batch, self.accelerator.device))["loss"]
+                if not torch.isfinite(loss):
+                    raise InputError(
+                        f"the loss is {float(loss.detach())} at step {number}; start anew in another "
+                        "train.output_dir with a lower train.learning_rate, or train.bf16=false"
+                    )
+                loss = loss / len(batches)
+                self.accelerator.backward(loss)
+            self.loss_sum += loss.detach()
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
+        rate = settings.learning_rate * rate_factor(self.state.step, self.state.max_steps, settings.warmup_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {"grad_norm": float(norm), "learning_rate": rate}
+
+    def log_step(self, values: dict[str, float]) -> None:
+        """Logs the mean loss since the last log, over all processes, and what the object prior does."""
+        state = self.state
+        total = self.accelerator.gather(self.loss_sum.reshape(1)).mean().item()
+        self.loss_sum.zero_()
+        loss = total / (state.step - state.logged_at)
+        state.logged_at = state.step
+        self.log({"loss": loss, **values, **self.module.diagnostics})
+
+    def log(self, values: dict[str, float]) -> None:
+        """Into the history, to the trackers and as a line."""
+        self.state.history.append({**values, "epoch": self.state.epoch, "step": self.state.step})
+        if self.accelerator.log_with and self.accelerator.trackers:
+            self.accelerator.log(values, step=self.state.step)
+        self.pace.show(self.state, values)
+
+    def validate(self) -> None:
+        """Box-free retrieval metrics on the validation split with the projector as it stands.
+
+        A checkpoint is written before, so that a picture that can't be read does not cost the epoch, and holds the
+        metrics in the end.
+        """
+        self.save()
+        retriever, settings = self.module.retriever, self.settings
+        before = retriever.current_projector()
+        retriever.use_projector(self.module.projection.projector())
+        try:
+            metrics = evaluation.evaluate_records(
+                retriever, self.validation, self.module.merge, batch_size=settings.eval_batch_size
+            )
+        finally:
+            retriever.use_projector(before)
+        self.log({f"eval_{name}": value for name, value in metrics.items()})
+        since = _evaluations_since_best(self.state.history)
+        if settings.select_best and since == 0 and rank() == 0:
+            projector = self.module.projection.projector()
+            save_projector(self.output / "best", projector, retriever, self.config.merge)
+        if self.is_stale():
+            print0(f"validation R@1 has not improved in {since} evaluations; stopping")
+        self.save()
+
+    def is_stale(self) -> bool:
+        """Whether validation has not improved for too long."""
+        patience = self.settings.early_stop_patience
+        return patience is not None and _evaluations_since_best(self.state.history) >= patience
+
+    def save(self) -> None:
+        """Writes the checkpoint of this step; one that is there already gets what was logged since."""
+        folder = checkpoints.place_of(self.output, self.state.step)
+        self.state.loss_sums = gather_objects(self.loss_sum.item())
+        self.state.world_size = world_size()
+        if rank() == 0:
+            try:
+                if (folder / checkpoints.CHECKSUMS).is_file():
+                    checkpoints.write_state(folder, self.state)
+                else:
+                    checkpoints.write_tensors(folder, self.module, self.optimizer)
+                    save_projector(folder, self.module.projection.projector(), self.module.retriever, self.config.merge)
+                    checkpoints.write_state(folder, self.state)
+                    checkpoints.finish(folder)
+            except (OSError, SafetensorError, InputError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(
+                    f"{folder}: a checkpoint can't be written ({reason}); make room and run the same command again to "
+                    "go on"
+                ) from None
+        gather_objects(None)  # no process goes on before it is written
 
 
-def _history(path: Path) -> list[dict]:
+def rate_factor(step: int, max_steps: int, warmup_ratio: float) -> float:
+    """What the learning rate of a step, from 0, is multiplied by: a linear warm-up, then half a cosine down to 0."""
+    warmup = math.ceil(max_steps * warmup_ratio)
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, max_steps - warmup)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+class Pace:
+    """One plain line per log on the first process: step, loss, rate, throughput, time left."""
+
+    def __init__(self, state: RunState) -> None:
+        self.started, self.first = time.monotonic(), state.step
+
+    def show(self, state: RunState, values: dict[str, float]) -> None:
+        """Prints what was logged."""
+        done = state.step - self.first
+        if "loss" in values and done:
+            pace = (time.monotonic() - self.started) / done
+            words = [
+                f"step {state.step}/{state.max_steps}",
+                f"loss {values['loss']:.4f}",
+                f"lr {values['learning_rate']:.2e}",
+                f"{state.captions_per_step / pace:.1f} captions/s",
+                f"{pace * (state.max_steps - state.step) / 60:.1f} min left",
+            ]
+            words += [f"{name} {values[name]:.3f}" for name in ("object_mass_on_own", "entropy") if name in values]
+            print0(" | ".join(words))
+        elif "eval_r@1" in values:
+            shown = ", ".join(f"{name} {values[f'eval_{name}']:.1f}" for name in ("r@1", "r@5", "r@10"))
+            print0(f"step {state.step}/{state.max_steps} | validation, box-free: {shown}")
+
+
+def _accumulation(settings: TrainConfig, state: RunState, output: Path) -> int:
+    """Batches per step and process that keep a run's captions per step.
+
+    Raises:
+        InputError: this number of processes can't.
+    """
+    rows = settings.train_batch_size * world_size()
+    if state.captions_per_step % rows:
+        raise InputError(
+            f"{output} holds a run of {state.captions_per_step} captions per step ({state.world_size} processes); "
+            f"{world_size()} processes with train.train_batch_size={settings.train_batch_size} take {rows} at a time, "
+            "which does not divide it; start as many processes as before"
+        )
+    accumulation = state.captions_per_step // rows
+    if accumulation != settings.grad_accum_steps:
+        print0(
+            f"{world_size()} processes instead of {state.world_size}: {accumulation} batches per step and process "
+            f"instead of {settings.grad_accum_steps} keep {state.captions_per_step} captions per step"
+        )
+    return accumulation
+
+
+def _trackers(report_to: str) -> list[str]:
+    """Names of the trackers to log to, all of them installed.
+
+    Raises:
+        InputError: one that accelerate does not know, or that is not installed.
+    """
+    names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    there = {str(tracker.value if hasattr(tracker, "value") else tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise InputError(f"train.report_to: {name!r} is unknown; use none, or some of {', '.join(known)}")
+        if name not in there:
+            raise InputError(f"train.report_to: {name} is not installed; pip install {name}, or train.report_to=none")
+    return names
+
+
+def _read_history(path: Path) -> list[dict]:
     try:
         history = json.loads(path.read_text(encoding="utf-8"))
         if not (isinstance(history, list) and all(isinstance(entry["step"], int) for entry in history) and history):
@@ -391,131 +422,10 @@ def _result(output: Path, history: list[dict], settings: TrainConfig, seconds: f
     return TrainResult(output, max(entry["step"] for entry in history), seconds, metrics)
 
 
-def _arguments(config: Config) -> TrainingArguments:
-    settings = config.train
-    # a batch of stored features is large and quick to read: few workers, none far ahead
-    workers = min(settings.dataloader_num_workers, 2) if config.data.features else settings.dataloader_num_workers
-    try:
-        arguments = TrainingArguments(
-            output_dir=settings.output_dir,
-            run_name=settings.run_name,
-            per_device_train_batch_size=settings.train_batch_size,
-            per_device_eval_batch_size=settings.eval_batch_size,
-            gradient_accumulation_steps=settings.grad_accum_steps,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            warmup_steps=settings.warmup_ratio,  # below 1 it is a share of all steps
-            lr_scheduler_type="cosine",
-            num_train_epochs=settings.num_train_epochs,
-            max_grad_norm=settings.max_grad_norm,
-            seed=settings.seed,
-            data_seed=settings.seed,
-            report_to=settings.report_to,
-            dataloader_num_workers=workers,
-            dataloader_persistent_workers=workers > 0,
-            dataloader_prefetch_factor=1 if config.data.features and workers else None,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            logging_steps=settings.logging_steps,
-            logging_nan_inf_filter=False,
-            save_steps=settings.save_steps,
-            eval_strategy="no",  # `Continuation` says when
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            # False would lay the gradients out anew after a start's first step, and sums of 3 round otherwise then
-            ddp_find_unused_parameters=True,
-            label_names=[],
-            use_cpu=not torch.cuda.is_available(),  # else accelerate ignores torchrun on CPUs: each would train alone
-        )
-        for callback in get_reporting_integration_callbacks(arguments.report_to):
-            callback()  # says what is not installed; Trainer would only ask after the model is loaded
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise InputError(f"train settings: {' '.join(str(error).split())[:200]}") from None
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # without torchrun one GPU trains: DataParallel would cut our nested batches apart
-    return arguments
-
-
-def _numbered(output: Path) -> list[Path]:
-    """Folders named as checkpoints are, in order of their steps."""
-    number = lambda folder: folder.name.removeprefix("checkpoint-")
-    found = [folder for folder in output.glob("checkpoint-*") if number(folder).isdecimal() and folder.is_dir()]
-    return sorted(found, key=lambda folder: int(number(folder)))
-
-
-def _checkpoints(output: Path) -> list[Path]:
-    """Checkpoints that were written whole and are not being removed, oldest first."""
-    return [folder for folder in _numbered(output) if (folder / CHECKSUMS).is_file()]
-
-
-def _torn_checkpoints(output: Path) -> list[Path]:
-    """Checkpoints of this run that were cut short while they were written or removed.
-
-    Raises:
-        InputError: whole ones that something else wrote.
-    """
-    torn = [folder for folder in _numbered(output) if folder not in _checkpoints(output)]
-    for folder in torn:
-        if not (output / "config.yaml").is_file() or (
-            (folder / STATE).is_file() and not (folder / CONTINUATION).is_file()
-        ):
-            raise InputError(f"{folder} is no checkpoint of this run; name another train.output_dir, or remove it")
-    return torn
-
-
-def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint; what a kill meanwhile leaves is not taken for whole, nor for something else's."""
-    for name in (CHECKSUMS, STATE):
-        (checkpoint / name).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
-
-
-def _checked_state(checkpoint: Path) -> TrainerState:
-    """A checkpoint's state, if it is as it was written.
-
-    Raises:
-        InputError: names the file that is damaged.
-    """
-    remedy = f"remove {checkpoint.name} to go on from the one before"
-    for name, checksum in read_json(checkpoint / CHECKSUMS).items():
-        try:
-            if not bare_name(name) or file_hash(checkpoint / name) != checksum:
-                raise InputError(f"{checkpoint / name}: contents differ from {CHECKSUMS}; {remedy}")
-        except OSError as error:
-            raise InputError(f"{checkpoint / name}: not readable ({error.strerror}); {remedy}") from None
-    try:
-        state = TrainerState.load_from_json(str(checkpoint / STATE))
-        right = f"checkpoint-{state.global_step}" == checkpoint.name and state.max_steps >= 1
-        right = right and all(isinstance(entry["step"], int) for entry in state.log_history)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        right = False
-    if not right:
-        raise InputError(f"{checkpoint / STATE}: not what Trainer wrote; {remedy}")
-    return state
-
-
-def _check_room(folder: Path) -> None:
-    """Raises InputError if a megabyte can't be written, as after a checkpoint that filled the disk."""
-    try:
-        with atomic_path(folder / "room") as temporary:
-            temporary.write_bytes(bytes(2**20))
-    except InputError as error:
-        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
-        raise InputError(
-            f"{folder}: a checkpoint can't be written ({reason}); make room and run the same command again to go on"
-        ) from None
-    (folder / "room").unlink()
-
-
 def _evaluations_since_best(history: list[dict]) -> int:
     """How many evaluations came after the best one, the first of equals; 0 also if there is none."""
     measured = [entry["eval_r@1"] for entry in history if "eval_r@1" in entry]
     return len(measured) - 1 - measured.index(max(measured)) if measured else 0
-
-
-def _is_stale(settings: TrainConfig, history: list[dict]) -> bool:
-    """Whether validation has not improved for too long."""
-    patience = settings.early_stop_patience
-    return patience is not None and _evaluations_since_best(history) >= patience
 
 
 def _check_output(output: Path, config: Config) -> None:
@@ -523,13 +433,13 @@ def _check_output(output: Path, config: Config) -> None:
     previous = output / "config.yaml"
     if not previous.is_file():
         return
-    old, new = load_config(previous), config
+    old = load_config(previous)
     if not config.train.resume:
         raise InputError(f"{output} holds a run and train.resume is false; name another train.output_dir or remove it")
+    free = ("output_dir", "report_to", "run_name", "dataloader_num_workers", "eval_batch_size")
     for section in ("model", "data", "merge", "objects", "train"):
-        before, now = vars(getattr(old, section)), vars(getattr(new, section))
+        before, now = vars(getattr(old, section)), vars(getattr(config, section))
         for key, value in now.items():
-            free = ("output_dir", "report_to", "run_name", "dataloader_num_workers", "eval_batch_size")
             if before[key] != value and key not in free:
                 raise InputError(
                     f"{output} holds a run with {section}.{key}={before[key]!r}, now {value!r}; "

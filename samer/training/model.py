@@ -28,8 +28,6 @@ DIAGNOSED = 64  # captions of a batch that the object diagnostics look at
 class ProjectorModel(nn.Module):
     """The shared projection, the only thing that trains; the frozen retriever stands beside it, not in it."""
 
-    accepts_loss_kwargs = False  # the loss is a mean over this batch; Trainer divides it by the accumulation steps
-
     def __init__(
         self,
         retriever: Encoder,
