@@ -1068,7 +1068,7 @@ def test_report_says_how_methods_are_named(world, script, tmp_path, capsys, opti
 def test_an_index_of_another_model_is_refused(caches, world, base, encoder, script, tmp_path):
     other = Retriever.load(str(base), dtype=torch.float32)
     with torch.no_grad():
-        other.model.projection.weight.mul_(1.5)
+        other.model.embedding_proj_layer.weight.mul_(1.5)
     other.model.save_pretrained(tmp_path / "other")
     other.processor.save_pretrained(tmp_path / "other")
     build_index(
