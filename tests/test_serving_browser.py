@@ -15,8 +15,8 @@ from samer.config import MergeConfig
 from samer.index.write import build_index
 from samer.retrievers.colpali import Retriever
 
-pytest.importorskip("starlette", reason="needs starlette (requirements-serve.txt)")
-pytest.importorskip("uvicorn", reason="needs uvicorn (requirements-serve.txt)")
+pytest.importorskip("starlette", reason="needs starlette (the extra `serve`)")
+pytest.importorskip("uvicorn", reason="needs uvicorn (the extra `serve`)")
 pytestmark = pytest.mark.browser
 WORD = "#words button"
 RESULT = "#results li"
