@@ -1,7 +1,7 @@
 """Grounding of scores in boxes: BoxMass, RegionHit, CoverageIoU, and OSR (METHOD sections 6 and 7).
 
-Shape letters: B images, N tokens per image, K vectors, D embedding, T query tokens that concern an image, P phrases,
-C captions, G patches (h * w).
+Shape letters: B images, N tokens per image, K vectors, D embedding, T query tokens that concern an image, P patches per
+image, p phrases, c captions, C captions of a split.
 """
 
 from __future__ import annotations
