@@ -36,8 +36,13 @@ def main(argv=None):
     images, queries, regions, size = cache.size(options.split)
     scores, image_of = cache.scores(options.split, device)
     metrics = both_directions(scores, image_of)
-    about = {name: getattr(cache.manifest, name) for name in ("base_model", "projector", "dtype")}
-    about["merge"] = asdict(cache.manifest.merge)
+    made = cache.manifest
+    about = {
+        "base_model": made.base_model,
+        "projector": made.projector,
+        "merge": asdict(made.merge),
+        "dtype": made.dtype,
+    }
     result = {
         "split": options.split,
         "images": images,
