@@ -32,6 +32,7 @@ def open_encoder(
     adapter_path: str | Path = "",
     dtype: torch.dtype | None = None,
     local_files_only: bool = False,
+    revision: str = "main",
 ) -> Encoder:
     """The encoder of a run: a retriever, or the feature store at `features`, with the projector at `adapter_path`.
 

@@ -5,6 +5,7 @@ Shape letters: I images, K regions, N tokens before compression, D embedding, Q 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +23,46 @@ from samer.scoring import StoredImages, maxsim, score_stored, search
 from samer.tokens import QueryTokens
 
 CANDIDATES = 10  # 1-bit scores choose so many times the results asked for, at least 100, for exact re-ranking
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    tokens: Tensor
+    mask: Tensor
+    regions: Tensor | None
+    grid: tuple[int, int] | None
+
+
+class _Shim(dict):
+    def __getattr__(self, name):
+        from types import SimpleNamespace
+
+        from samer.config import MergeConfig
+
+        if name == "merge":
+            return MergeConfig(**self["merge"])
+        if name == "model":
+            return SimpleNamespace(base_projector=self["base_projector"])
+        if name == "revision":
+            return "main"
+        if name == "splits":
+            return {
+                key: SimpleNamespace(
+                    images=tuple(
+                        SimpleNamespace(
+                            **{"exact": None, **e, **({"exact": SimpleNamespace(**e["exact"])} if "exact" in e else {})}
+                        )
+                        for e in split["images"]
+                    ),
+                    root=split.get("root"),
+                    deleted=split.get("deleted", {}),
+                )
+                for key, split in self["splits"].items()
+            }
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 class Index:
@@ -42,6 +83,7 @@ class Index:
             )
         self.manifest = read_manifest(path, FORMAT, FORMAT_VERSION)
         check_manifest(path, self.manifest)
+        self.manifest = _Shim(self.manifest)
         self._mapped: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
         self._uploaded: dict[tuple[str, str, str], Tensor] = {}  # tokens on a device, once they were asked for there
         self._checked: set[tuple[str, str]] = set()
@@ -254,8 +296,12 @@ class Index:
         tokens = exact["tokens"][row].float()
         if exact["tokens"].dtype == torch.int8:
             tokens = tokens * self.manifest["scale"]
-        regions = tensors["assignments"][row] if "assignments" in tensors else None
-        return tokens, tensors["mask"][row], regions
+        regions = tensors["assignments"][row].long() if "assignments" in tensors else None
+        if regions is not None:
+            regions = regions.masked_fill(regions == 255, -1)
+        if self.manifest["merge"]["compressor"] == "none":
+            regions = torch.arange(len(tensors["mask"][row]))
+        return StoredVectors(tokens, tensors["mask"][row], regions, None)
 
     def queries(self, split: str, block: int = 1024) -> Iterator[tuple[QueryTokens, Tensor, list[str]]]:
         """Blocks of queries in order: padded `QueryTokens`, the image each describes (q,), and their texts."""
@@ -325,7 +371,8 @@ class Index:
             if not names:  # every image was deleted
                 result.append([])
                 continue
-            tokens, masks, _ = zip(*(self.vectors(split, numbers[name]) for name in names))
+            found_rows = [self.vectors(split, numbers[name]) for name in names]
+            tokens, masks = [row.tokens for row in found_rows], [row.mask for row in found_rows]
             pad = torch.nn.utils.rnn.pad_sequence
             mask = pad(masks, batch_first=True).to(device)
             exact = maxsim(query, pad(tokens, batch_first=True).to(device), None, mask)[0].tolist()

@@ -189,7 +189,7 @@ class _Writer:
             steps = np.linspace(0, len(records) - 1, min(SCALE_IMAGES, len(records))).round().astype(int)
             sample = [records[k] for k in steps]
             batches = compress_images(self.retriever, batched(sample, self.batch_size), compressor)
-            self.choose_scale_from([self.kept(merged) for _, merged in batches])
+            self.choose_scale_from([self.kept(merged) for _, _, merged in batches])
 
     def choose_scale_from(self, parts: Sequence[MergedTokens]) -> None:
         """The same from tokens at hand: all but a share of 1e-4 of the components fit into +-127."""
@@ -246,7 +246,7 @@ class _Writer:
                 for number, ours in jobs.items():
                     stop_here()
                     parts = []
-                    for _, merged in itertools.islice(results, len(ours)):
+                    for _, _, merged in itertools.islice(results, len(ours)):
                         parts.append(self.kept(merged))
                         bar.update()
                     yield number, parts

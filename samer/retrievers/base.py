@@ -93,6 +93,7 @@ class Encoder:
             device: to compute on.
         """
         self.name = name
+        self.revision = "main"
         self.origin: dict[str, str] = {}  # where hidden states come from, as an index records it
         self.base_projector = base
         self.grid = grid

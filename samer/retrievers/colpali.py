@@ -35,7 +35,7 @@ class Retriever(Encoder):
     def __init__(self, model: ColPaliForRetrieval, processor: ColPaliProcessor, name: str) -> None:
         self.processor = processor
         self.model = model.eval().requires_grad_(False)
-        layer, vision = model.projection, model.config.vlm_config.vision_config
+        layer, vision = model.embedding_proj_layer, model.config.vlm_config.vision_config
         side = vision.image_size // vision.patch_size
         super().__init__(
             name,
