@@ -115,7 +115,9 @@ def stored(folder):
     tokens = tensors["tokens"]
     if manifest["dtype"] == "binary":
         tokens = load_file(folder / "test" / "images-00000.exact.safetensors")["tokens"]
-    tokens = tokens.float().numpy() * (manifest["scale"] or 1)
+    tokens = tokens.float().numpy()
+    if manifest["dtype"] == "int8":
+        tokens = tokens * tensors["scales"].numpy()[:, None, None]
     regions = tensors.get("assignments")
     return tokens, tensors["mask"].numpy(), None if regions is None else regions.numpy()
 
@@ -311,7 +313,12 @@ def test_an_image_is_found_by_its_number(world, base, tmp_path, monkeypatch, dty
         None,
     ]
     held = {name: row for ids, *rows in cache.images("images") for name, row in zip(ids, zip(*rows))}
-    regions = {name: row for ids, rows in cache.assignments("images") for name, row in zip(ids, rows)}
+    regions = {name: row for ids, rows, _ in cache.assignments("images") for name, row in zip(ids, rows)}
+    scales = {
+        name: scale
+        for ids, images in cache.stored("images")
+        for name, scale in zip(ids, [1] * len(ids) if images.scale is None else images.scale)
+    }
     assert list(held) == list(regions) == list(cache.numbers("images"))
     for name, number in cache.numbers("images").items():
         found = cache.vectors("images", number)
@@ -319,10 +326,11 @@ def test_an_image_is_found_by_its_number(world, base, tmp_path, monkeypatch, dty
         if dtype == "binary":
             assert torch.equal(pack_signs(found.tokens), stored)
         else:
-            assert torch.equal(found.tokens, stored.float() * (cache.manifest.scale or 1))
+            assert torch.equal(found.tokens, stored.float() * scales[name])
         assert torch.equal(found.mask, stored_mask)
         own = regions[name].long()
         assert torch.equal(found.regions, own.masked_fill(own == 255, -1))
+        assert found.grid == (8, 8)
 
 
 # --- requests -------------------------------------------------------------------------------------------------------
