@@ -1072,7 +1072,7 @@ def test_ranks_in_a_report_are_the_indexes_own(caches, world, script, tmp_path):
 WRONG = {
     "no cache": (["all tokens=none", "x=missing"], [], r"missing: no manifest\.json"),
     "other images": (["all tokens=none", "x=few"], [], r"few: its images are not those of test in "),
-    "no such split": (["all tokens=none"], ["--split", "val"], "no split 'val' in this cache; it holds: test"),
+    "no such split": (["all tokens=none"], ["--split", "val"], "no split 'val' in this index; it holds: test"),
     "unknown sweep": (["all tokens=none"], ["--sweep", "all"], "--sweep 'all': name a method of --method"),
 }
 

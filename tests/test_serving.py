@@ -297,6 +297,27 @@ def test_a_model_is_loaded_once_and_reads_a_text_once(caches, world, monkeypatch
     assert indexes[0].encoder is indexes[1].encoder
 
 
+def test_models_with_the_same_projection_are_told_apart(caches, world, base, tmp_path):
+    """Two backbones in one server: each index is asked with its own, also for a text that the other has read."""
+    other = Retriever.load(str(base))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in other.model.vlm.language_model.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+    other.model.save_pretrained(tmp_path / "other")
+    other.processor.save_pretrained(tmp_path / "other")
+    other = Retriever.load(str(tmp_path / "other"))
+    assert other.base_projector.hash == Retriever.load(str(base)).base_projector.hash
+    build_index(tmp_path / "c", world, ["test"], other, MergeConfig(num_regions=6))
+    models = Models("cpu")
+    indexes = [SearchIndex(folder, models) for folder in (caches / "samer", tmp_path / "c")]
+    expected = Index(tmp_path / "c").search(other.encode_queries(other.query_inputs([QUERY])), "test", 5)[0]
+    mine, theirs = (index.search(QUERY, 5).hits for index in indexes)
+    assert theirs == expected
+    assert mine != theirs
+    assert indexes[0].search(QUERY, 5).hits == mine
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "binary"])
 def test_an_image_is_found_by_its_number(world, base, tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(index_pictures, "PICTURES_PER_SHARD", 3)
