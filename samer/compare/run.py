@@ -69,7 +69,7 @@ def sweep(
     Returns:
         As `compare`, with rows in the sections untouched, adapted and budgets only.
     """
-    tokens_per_image = encoder.record_inputs(records[:1])["input_ids"].shape[1]
+    tokens_per_image = encoder.record_inputs(records[:1])["attention_mask"].shape[1]
     rows, jobs = [], {}
     for method in shown:
         trained = None if method.projector.hash == encoder.base_projector.hash else method.merge
@@ -123,7 +123,7 @@ def compare(
         config.data.root, split, boxes=True, limit_images=config.data.limit_eval_images
     )
     size_thirds(named_objects(records)[0])  # data without a box is refused before anything is trained
-    tokens_per_image = store.record_inputs(records[:1])["input_ids"].shape[1]
+    tokens_per_image = store.record_inputs(records[:1])["attention_mask"].shape[1]
     rows = [row for row in plan(config.merge, tokens_per_image) if row.section in sections]
     jobs: Jobs = {}
     for row in rows:
