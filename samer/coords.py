@@ -1,4 +1,4 @@
-"""Token coordinates in the unit square, for fixed and dynamic patch grids.
+"""Token coordinates in the unit square, and layouts of batches whose images have grids of their own.
 
 Shape letters: B images, N tokens per image, P patches per image.
 """

@@ -1,7 +1,7 @@
 """Grounding of scores in boxes: BoxMass, RegionHit, CoverageIoU, and OSR (METHOD sections 6 and 7).
 
-Shape letters: B images, N tokens per image, K vectors, D embedding, T query tokens that concern an image, P phrases,
-C captions, G patches (h * w).
+Shape letters: B images, N tokens per image, K vectors, D embedding, T query tokens that concern an image, P patches per
+image, p phrases, c captions, C captions of a split.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def ground(merged: MergedTokens, own: OwnTokens, index: PhraseIndex, visual: Vis
     best, chosen = products.max(dim=2)  # (B, T)
     real = own.captions >= 0
     captions, place = own.captions[real].unique(return_inverse=True)
-    match = torch.zeros(len(captions), dtype=best.dtype, device=best.device).index_add_(0, place, best[real])
+    match = _sums(best[real], place, len(captions))
     images, tokens = (own.phrases >= 0).nonzero(as_tuple=True)  # (n,) phrase tokens
     phrases, place = own.phrases[images, tokens].unique(return_inverse=True)
     winner = chosen[images, tokens]
@@ -161,12 +161,12 @@ def ground(merged: MergedTokens, own: OwnTokens, index: PhraseIndex, visual: Vis
     home = torch.empty_like(phrases)
     home[place] = images  # the image of each phrase
     covered = index.coverage(phrases, visual.grid[home], visual.source.shape[1]).to(evidence)  # (p, P)
-    add = lambda values: torch.zeros(len(phrases), *values.shape[1:]).to(values).index_add_(0, place, values)
-    size = add(torch.ones_like(place, dtype=evidence.dtype))
-    evidence = add(evidence) / size[:, None]  # (p, P)
+    size = _sums(torch.ones_like(place, dtype=evidence.dtype), place, len(phrases))
+    evidence = _sums(evidence, place, len(phrases)) / size[:, None]  # (p, P)
     mass = (evidence * covered).sum(1)
     regions = regions_of_patches(merged.assignments, visual.source)  # (B, P)
-    region = add((regions[images] == winner[:, None]).to(evidence.dtype)) > 0  # (p, P)
+    stands = (regions[images] == winner[:, None]).to(evidence.dtype)  # (n, P)
+    region = _sums(stands, place, len(phrases)) > 0  # (p, P)
     overlap = (region * covered).sum(1)
     union = region.sum(1) + covered.sum(1) - overlap
     return {
@@ -177,6 +177,11 @@ def ground(merged: MergedTokens, own: OwnTokens, index: PhraseIndex, visual: Vis
         "match": match,
         "evidence": evidence,
     }
+
+
+def _sums(values: Tensor, place: Tensor, count: int) -> Tensor:
+    """Sums over the rows (n, ...) of each place, (count, ...)."""
+    return values.new_zeros(count, *values.shape[1:]).index_add_(0, place, values)
 
 
 def size_thirds(smallest: np.ndarray) -> tuple[tuple[float, float], np.ndarray]:

@@ -53,23 +53,10 @@ def instance_labels(
         raise InputError(f"{len(rows)} box lists but {len(owners)} phrase lists")
     if not rows or (coords.dim() == 3 and len(coords) != len(rows)):
         raise InputError(f"boxes for {len(rows)} captions, but coords of shape {tuple(coords.shape)}")
-    tensors = [torch.as_tensor(row, dtype=torch.float32, device=coords.device) for row in rows]
-    tensors = [row.reshape(len(row), -1) if len(row) else row.new_zeros(0, 4) for row in tensors]
-    ids = []
-    for row, (box, owner) in enumerate(zip(tensors, owners)):
-        if len(box) and box.shape[1] != 4:
-            raise InputError(f"boxes of caption {row} have shape {tuple(box.shape)}; expected (n, 4)")
-        owner = torch.arange(len(box)) if owner is None else torch.as_tensor(owner, dtype=torch.long)
-        if len(owner) != len(box):
-            raise InputError(f"caption {row} has {len(box)} boxes but {len(owner)} phrase numbers")
-        ids.append(owner.to(coords.device))
-    widest = max(len(box) for box in tensors)
-    if widest == 0:
+    box, owner, real = _padded_boxes(rows, owners, coords.device)
+    if box.shape[1] == 0:
         labels = torch.zeros(len(rows), coords.shape[-2], dtype=torch.long, device=coords.device)
         return labels[0] if single else labels
-    box = torch.stack([F.pad(b.reshape(-1, 4), (0, 0, 0, widest - len(b))) for b in tensors])  # (B, n, 4)
-    owner = torch.stack([F.pad(o, (0, widest - len(o)), value=-1) for o in ids])  # (B, n)
-    real = torch.stack([torch.arange(widest, device=coords.device) < len(b) for b in tensors])  # (B, n)
     sides = box[..., 2:] - box[..., :2]
     wrong = real & ~((sides >= 0).all(-1) & (box >= -EPS).all(-1) & (box <= 1 + EPS).all(-1))
     if wrong.any():
@@ -80,18 +67,7 @@ def instance_labels(
         )
     area = sides.clamp(max=1).prod(-1)  # (B, n); a box that rounding puts EPS past the border is not too large
     kept = real & (area >= min_area) & (area <= max_area)
-    # a phrase counts by its largest kept box; one box stands for each phrase: its largest, the first among equals
-    candidate = area.masked_fill(~kept, -1.0)
-    before = torch.arange(widest, device=coords.device)
-    first = before[:, None] < before[None, :]  # (n, n): column comes after row
-    larger = (candidate[:, :, None] > candidate[:, None, :]) | (
-        (candidate[:, :, None] == candidate[:, None, :]) & first
-    )  # (B, n, n): row box beats column box
-    same = owner[:, :, None] == owner[:, None, :]
-    stands = kept & ~(larger & same).any(1)  # (B, n)
-    phrase_rank = ((larger & stands[:, :, None]).int().sum(1)).masked_fill(~stands, 0)  # phrases with a larger box
-    rank_of_box = (same & stands[:, :, None]).int().mul(phrase_rank[:, :, None]).sum(1)  # (B, n)
-    kept &= rank_of_box < max_phrases
+    kept &= _phrase_ranks(area, owner, kept) < max_phrases
     number = kept.long().cumsum(1)  # (B, n): labels 1.. in the given order
     points = coords.expand(len(rows), -1, -1) if coords.dim() == 2 else coords  # (B, N, 2)
     inside = (points[:, :, None] >= box[:, None, :, :2]) & (points[:, :, None] <= box[:, None, :, 2:])
@@ -100,6 +76,48 @@ def instance_labels(
     smallest = size.argmin(-1)  # the first among equals
     labels = number.gather(1, smallest).masked_fill(~inside.any(-1), 0)  # (B, N)
     return labels[0] if single else labels
+
+
+def _padded_boxes(
+    rows: Sequence[Tensor | Sequence], owners: Sequence[Sequence | None], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (B, n, 4), the phrase of each (B, n), and which are no padding (B, n); n may be 0."""
+    tensors = [torch.as_tensor(row, dtype=torch.float32, device=device) for row in rows]
+    tensors = [row.reshape(len(row), -1) if len(row) else row.new_zeros(0, 4) for row in tensors]
+    ids = []
+    for row, (box, owner) in enumerate(zip(tensors, owners)):
+        if len(box) and box.shape[1] != 4:
+            raise InputError(f"boxes of caption {row} have shape {tuple(box.shape)}; expected (n, 4)")
+        owner = torch.arange(len(box)) if owner is None else torch.as_tensor(owner, dtype=torch.long)
+        if len(owner) != len(box):
+            raise InputError(f"caption {row} has {len(box)} boxes but {len(owner)} phrase numbers")
+        ids.append(owner.to(device))
+    lengths = torch.tensor([len(box) for box in tensors], device=device)
+    boxes = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+    owners = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
+    return boxes, owners, torch.arange(boxes.shape[1], device=device) < lengths[:, None]
+
+
+def _phrase_ranks(area: Tensor, owner: Tensor, kept: Tensor) -> Tensor:
+    """How many phrases have a larger box than the phrase of each box; (B, n), what it says of boxes not kept is 0.
+
+    A phrase counts by its largest kept box, the first among equals.
+
+    Args:
+        area: (B, n) of boxes.
+        owner: (B, n) long, their phrases.
+        kept: (B, n) bool.
+    """
+    candidate = area.masked_fill(~kept, -1.0)
+    before = torch.arange(area.shape[1], device=area.device)
+    first = before[:, None] < before[None, :]  # (n, n): column comes after row
+    larger = (candidate[:, :, None] > candidate[:, None, :]) | (
+        (candidate[:, :, None] == candidate[:, None, :]) & first
+    )  # (B, n, n): row box beats column box
+    same = owner[:, :, None] == owner[:, None, :]
+    stands = kept & ~(larger & same).any(1)  # (B, n): one box stands for each phrase
+    rank = ((larger & stands[:, :, None]).int().sum(1)).masked_fill(~stands, 0)  # phrases with a larger box
+    return (same & stands[:, :, None]).int().mul(rank[:, :, None]).sum(1)
 
 
 def instance_inconsistency(hard: Tensor, labels: Tensor, num_labels: int) -> Tensor:
@@ -141,7 +159,6 @@ def object_diagnostics(
     weights, hard_index = merged.weights.double(), merged.assignments
     valid = hard_index >= 0 if mask is None else mask
     count = valid.sum(1).clamp(min=1)
-    per_token = lambda value: (value * valid).sum(1) / count
     regions = weights.shape[2]
     hard = F.one_hot(hard_index.clamp(min=0), regions).double() * valid[..., None]  # (B, N, K)
     labels = labels.masked_fill(~valid, 0)
@@ -158,14 +175,15 @@ def object_diagnostics(
     own_mass = ((weights * own).sum(-1) * on_object).sum(1) / on_object.sum(1).clamp(min=1)
     filled = (size > 0).sum(1).clamp(min=1)
     result = {
-        "entropy": per_token(-(weights * log_weights).sum(-1)),
+        "entropy": (-(weights * log_weights).sum(-1) * valid).sum(1) / count,
         "object_mass_on_own": torch.where(on_object.any(1), own_mass, nan),
         "purity": counts.amax(-1).sum(1) / count,
         "mixed_clusters": ((counts[..., 1:] > 0).sum(-1) >= 2).sum(1) / filled.double(),
-        "argmax_agreement": per_token((weights.argmax(-1) == hard_index).double()),
+        "argmax_agreement": ((weights.argmax(-1) == hard_index) & valid).double().sum(1) / count,
         "empty_clusters": ((size == 0) & real).sum(1) / real.sum(1).clamp(min=1).double(),
     }
     if box_free is not None:
         log_free = box_free.weights.double().clamp(min=1e-30).log()
-        result["kl_to_box_free"] = per_token((weights * (log_weights - log_free)).sum(-1))
+        divergence = (weights * (log_weights - log_free)).sum(-1)  # (B, N)
+        result["kl_to_box_free"] = (divergence * valid).sum(1) / count
     return result

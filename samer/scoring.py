@@ -67,49 +67,27 @@ def maxsim(
     if block_elements < 1:
         raise InputError(f"block_elements is {block_elements}; it must be at least 1")
 
-    query_count, tokens_per_query, _ = queries.shape
     tokens_per_image = images.shape[1]
-    dtype = torch.promote_types(torch.promote_types(queries.dtype, images.dtype), torch.float32)
     query_mask = _drop_full_mask("queries", query_mask)
     image_mask = _drop_full_mask("images", image_mask)
-
-    pair_elements = tokens_per_query * tokens_per_image
-    queries_per_block = max(
-        1, min(query_count, _BLOCK_QUERY_TOKENS // tokens_per_query, block_elements // pair_elements)
-    )
-    images_per_block = max(1, block_elements // (queries_per_block * pair_elements))
-
+    trains = queries.requires_grad or images.requires_grad
     with torch.autocast(queries.device.type, enabled=False):  # it would run the product in half precision
-        product = torch.mm if queries.requires_grad or images.requires_grad else _ReusedProduct(torch.mm)
-        if (
-            isinstance(product, _ReusedProduct)
-            and queries.dtype == images.dtype
-            and half_product_works(images.device, images.dtype)
-        ):
-            dtype, product = images.dtype, _half_product
-        clean_queries = _clean(queries, query_mask, dtype)
-        _check_finite("queries", [_finite_rows(clean_queries)])
-        ragged = query_mask is not None and not (queries.requires_grad or images.requires_grad or queries.is_cuda)
-        if ragged:  # padding is left out of the products, not only out of the mean
-            valid = _ValidTokens(
-                clean_queries, query_mask, min(_BLOCK_QUERY_TOKENS, block_elements // tokens_per_image)
-            )
-            images_per_block = max(1, block_elements // (valid.columns * tokens_per_image))
+        dtype, product = _working_product(queries, images)
+        clean = _clean(queries, query_mask, dtype)
+        _check_finite("queries", [_finite_rows(clean)])
+        most = min(_BLOCK_QUERY_TOKENS, block_elements // tokens_per_image)
+        if query_mask is not None and not (trains or queries.is_cuda):
+            rows = _ValidTokens(clean, query_mask, most)  # padding is left out of the products, not only of the mean
         else:
-            query_blocks = clean_queries.split(queries_per_block)  # each (q, M, D)
-            query_masks = _split(query_mask, queries_per_block, len(query_blocks))
-
+            rows = _WholeQueries(clean, query_mask, most)
+        images_per_block = max(1, block_elements // (rows.columns * tokens_per_image))
         image_blocks = images.split(images_per_block)
         image_masks = _split(image_mask, images_per_block, len(image_blocks))
         columns, sums = [], []
         for block, block_mask in zip(image_blocks, image_masks):
             block = _clean(block, block_mask, dtype)  # (b, K, D)
             sums.append(block.detach().sum(dtype=torch.promote_types(dtype, torch.float32)))
-            if ragged:
-                columns.append(valid.score(block, block_mask, product))
-            else:
-                rows = zip(query_blocks, query_masks)
-                columns.append(torch.cat([_score_block(q, block, q_mask, block_mask, product) for q, q_mask in rows]))
+            columns.append(rows.score(block, block_mask, product))
         if not torch.stack(sums).isfinite().all():  # rare, so rows are looked at only now; a huge sum may be innocent
             blocks = zip(image_blocks, image_masks)
             _check_finite("images", [_finite_rows(_clean(block, mask, dtype)) for block, mask in blocks])
@@ -117,6 +95,34 @@ def maxsim(
     if not scores.detach().isfinite().all():
         raise InputError(f"the scores overflow {dtype}; MaxSim expects tokens of about unit length")
     return scores
+
+
+def _working_product(queries: Tensor, images: Tensor) -> tuple[torch.dtype, Callable[[Tensor, Tensor], Tensor]]:
+    """What the tokens are multiplied in, and the product: float32 or float64, or halves where a GPU adds in float32."""
+    if queries.requires_grad or images.requires_grad:
+        product = torch.mm
+    elif queries.dtype == images.dtype and half_product_works(images.device, images.dtype):
+        return images.dtype, _half_product
+    else:
+        product = _ReusedProduct(torch.mm)
+    return torch.promote_types(torch.promote_types(queries.dtype, images.dtype), torch.float32), product
+
+
+class _WholeQueries:
+    """A query batch in blocks of whole queries, padding and all; differentiable."""
+
+    def __init__(self, queries: Tensor, mask: Tensor | None, columns: int) -> None:
+        """(Q, M, D) clean tokens and their (Q, M) mask; at most `columns` tokens, or one query, go into one product."""
+        count, length, _ = queries.shape
+        per_block = max(1, min(count, columns // length))
+        self.columns = per_block * length
+        self.blocks = queries.split(per_block)  # each (q, M, D)
+        self.masks = _split(mask, per_block, len(self.blocks))
+
+    def score(self, images: Tensor, image_mask: Tensor | None, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """(Q, b) scores against one block of clean image tokens (b, K, D)."""
+        rows = zip(self.blocks, self.masks)
+        return torch.cat([_score_block(block, images, mask, image_mask, product) for block, mask in rows])
 
 
 class _ValidTokens:

@@ -67,7 +67,7 @@ def run_comparison(options, config, sections, overrides):
             write.main([*words, *(["--limit-images", str(limit)] if limit else []), *overrides])
     from samer.compare.plan import shown_methods
     from samer.compare.run import compare
-    from samer.data import flickr
+    from samer.data import make_reader
     from samer.features.read import FeatureStore
     from samer.report.gallery import make_gallery
     from samer.report.page import Table, write_report
@@ -79,7 +79,7 @@ def run_comparison(options, config, sections, overrides):
     results = compare(config, options.out, store, seeds=options.seeds, sections=sections, split=options.split)
     files = write_tables(results, options.out)
     files = [Path(options.out) / "results.json", *files]
-    records = flickr.load_split(
+    records = make_reader(config.data.reader).load_split(
         options.data_root, options.split, boxes=True, limit_images=config.data.limit_eval_images
     )
     methods, regions = shown_methods(config.merge, options.out, store, sections, options.seeds[0])

@@ -9,6 +9,7 @@ what winning vectors stand on. For that the captions shown are encoded again, by
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,6 +24,7 @@ def main(argv=None):
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument("--output-json", required=True, help="where the metrics go")
     parser.add_argument("--data-root", help="Flickr30k-Entities folder, with boxes, for the report's pictures")
+    parser.add_argument("--reader", default="flickr", help="kind of data set at --data-root (flickr)")
     parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
     add_compute_options(parser)
     options = parser.parse_args(argv)
@@ -34,7 +36,13 @@ def main(argv=None):
     images, queries, regions, size = cache.size(options.split)
     scores, image_of = cache.scores(options.split, device)
     metrics = both_directions(scores, image_of)
-    about = {key: cache.manifest[key] for key in ("base_model", "projector", "merge", "dtype")}
+    made = cache.manifest
+    about = {
+        "base_model": made.base_model,
+        "projector": made.projector,
+        "merge": asdict(made.merge),
+        "dtype": made.dtype,
+    }
     result = {
         "split": options.split,
         "images": images,
@@ -56,21 +64,23 @@ def main(argv=None):
 
 
 def write_eval_report(path, cache, result, scores, options, device):
-    from samer.config import MergeConfig
     from samer.report.gallery import Shown, check_images, make_gallery
     from samer.report.page import headline, metrics_table, write_report
 
     gallery = None
-    name = MergeConfig(**result["cache"]["merge"]).compressor
+    name = cache.manifest.merge.compressor
     if options.data_root:
-        from samer.data import flickr
+        from samer.data import make_reader
         from samer.features.read import open_encoder
 
-        records = flickr.load_split(options.data_root, options.split, boxes=True, limit_images=result["images"])
+        reader = make_reader(options.reader)
+        records = reader.load_split(options.data_root, options.split, boxes=True, limit_images=result["images"])
         check_images(cache, options.split, records, options.data_root)
-        encoder = open_encoder(result["cache"]["base_model"], device, features=options.features)
+        encoder = open_encoder(
+            cache.manifest.base_model, device, features=options.features, revision=cache.manifest.revision
+        )
         cache.check_model(encoder)
-        shown = Shown(name, MergeConfig(**cache.manifest["merge"]), cache.projector(), scores)
+        shown = Shown(name, cache.manifest.merge, cache.projector(), scores)
         gallery = make_gallery(encoder, records, [shown])
     row = {"name": name, **result}
     merge = ", ".join(f"{key} {value}" for key, value in result["cache"]["merge"].items())

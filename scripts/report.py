@@ -10,11 +10,12 @@ scripts/compare.py and scripts/eval.py make the same report.
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from samer.config import InputError, MergeConfig
+from samer.config import InputError
 from samer.runtime.commands import add_compute_options, compute_device, run
 from samer.runtime.files import read_json
 
@@ -22,6 +23,7 @@ from samer.runtime.files import read_json
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", required=True, help="Flickr30k-Entities folder, with boxes")
+    parser.add_argument("--reader", default="flickr", help="kind of data set at --data-root (flickr)")
     parser.add_argument("--out", required=True, help="the HTML file; pictures for papers go beside it")
     parser.add_argument("--method", nargs="+", required=True, metavar="NAME=CACHE_DIR", help="in the gallery and table")
     parser.add_argument(
@@ -40,7 +42,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     device = compute_device(options)
     from samer.compare.run import sweep
-    from samer.data import flickr
+    from samer.data import make_reader
     from samer.evaluation import both_directions
     from samer.features.read import open_encoder
     from samer.index.read import Index
@@ -65,16 +67,18 @@ def main(argv=None):
         raise InputError(f"--sweep {sorted(unknown)[0]!r}: name a method of --method")
     caches = {place: Index(place) for _, place in [*methods_in, *regions_in]}
     limit = max(cache.size(options.split)[0] for cache in caches.values())
-    records = flickr.load_split(options.data_root, options.split, boxes=True, limit_images=limit)
+    reader = make_reader(options.reader)
+    records = reader.load_split(options.data_root, options.split, boxes=True, limit_images=limit)
     for cache in caches.values():
         check_images(cache, options.split, records, options.data_root)
-    model = options.model or caches[methods_in[0][1]].manifest["base_model"]
-    encoder = open_encoder(model, device, features=options.features)
+    first = caches[methods_in[0][1]].manifest
+    model = options.model or first.base_model
+    encoder = open_encoder(model, device, features=options.features, revision=first.revision)
     for cache in caches.values():
         cache.check_model(encoder)
 
     def shown(name, cache, scores=None):
-        return Shown(name, MergeConfig(**cache.manifest["merge"]), cache.projector(), scores)
+        return Shown(name, cache.manifest.merge, cache.projector(), scores)
 
     methods, rows = [], []
     for name, place in methods_in:
@@ -84,7 +88,7 @@ def main(argv=None):
         measured = both_directions(scores, image_of)
         rows.append({"name": name, "vectors_per_image": vectors, "bytes_per_image": size, **measured})
     # a row of the table only that is compressed as the baseline is: what training alone does
-    base = caches[methods_in[0][1]].manifest["merge"]
+    base = asdict(first.merge)
     controls = [{"name": name, **row} for name, row in others if row["cache"]["merge"] == base]
     tiles = headline(rows[0], rows[-1], controls)
     rows += [{"name": name, **row} for name, row in others]

@@ -32,7 +32,8 @@ def main(argv=None):
     if options.top < 1:
         parser.error("--top must be at least 1")
     device = compute_device(options)
-    from samer.search.open_index import Models, SearchIndex
+    from samer.search.models import Models
+    from samer.search.open_index import SearchIndex
 
     index = SearchIndex(options.cache_dir, Models(device, options.model), options.split)
     print(

@@ -23,17 +23,20 @@ def main(argv=None):
     parser.add_argument("--cache-dir", required=True, nargs="+", help="made by scripts/index.py or scripts/cache.py")
     parser.add_argument("--split", help="default: each index's only one")
     parser.add_argument("--data-root", help="Flickr30k-Entities folder, for indexes that scripts/cache.py made")
+    parser.add_argument("--reader", default="flickr", help="kind of data set at --data-root (flickr)")
     parser.add_argument("--model", help="where the model is, if not where the indexes say")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1, this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="8000; 0: any that is free")
     add_compute_options(parser)
     options = parser.parse_args(argv)
     device = compute_device(options)
-    from samer.search.open_index import Models, SearchIndex
-    from samer.search.page import serve
+    from samer.search.models import Models
+    from samer.search.open_index import SearchIndex
+    from samer.search.server import serve
 
     models = Models(device, options.model)
-    indexes = [SearchIndex(folder, models, options.split, options.data_root) for folder in options.cache_dir]
+    place = options.split, options.data_root, options.reader
+    indexes = [SearchIndex(folder, models, *place) for folder in options.cache_dir]
     serve(indexes, options.host, options.port)
 
 

@@ -1,10 +1,11 @@
-"""Token coordinates: a grid by hand, the published grids, and what has no coordinates."""
+"""Token coordinates: a grid by hand, the published one, several in a batch, and what has no coordinates."""
 
+import numpy as np
 import pytest
 import torch
 
 from samer.config import InputError
-from samer.coords import batch_coords, dynamic_grids, visual_coords
+from samer.coords import grid_layout, visual_coords
 
 
 def test_two_rows_of_three_and_two_prompt_tokens_by_hand():
@@ -37,39 +38,57 @@ def test_an_empty_grid_is_refused(height, width, prompt_tokens):
         visual_coords(height, width, prompt_tokens=prompt_tokens)
 
 
-def test_dynamic_grids_divide_height_and_width():
-    """ColQwen2: 14-pixel patches, 2 x 2 of them to a token."""
-    image_grid_thw = torch.tensor([[1, 38, 54], [1, 2, 2], [1, 26, 34]])
-    grids = dynamic_grids(image_grid_thw, 2)
-    assert grids == [(19, 27), (1, 1), (13, 17)]
-    assert dynamic_grids(image_grid_thw, 1) == [(38, 54), (2, 2), (26, 34)]
-    coords, mask = batch_coords(grids)
-    assert coords.shape == (3, 19 * 27, 2)
-    assert mask.sum(1).tolist() == [19 * 27, 1, 13 * 17]
+# --- layouts of several grids in a batch ----------------------------------------------------------------------------
+
+GRIDS = [(3, 5), (4, 2), (1, 1), (3, 5)]
 
 
-@pytest.mark.parametrize("grid", [[2, 4, 4], [1, 3, 4], [1, 4, 3], [0, 4, 4]])
-def test_videos_and_grids_that_do_not_divide_are_refused(grid):
-    with pytest.raises(InputError, match=f"image grid {grid[0]} x {grid[1]} x {grid[2]} is no still image"):
-        dynamic_grids(torch.tensor([[1, 4, 4], grid]), 2)
+def written(grids, seed=0):
+    """Sequences with prompt tokens before, between and after the patches, and each one's patch positions in order."""
+    rng = np.random.default_rng(seed)
+    counts = [rows * columns for rows, columns in grids]
+    patches = torch.zeros(len(grids), max(counts) + 6, dtype=torch.bool)
+    places = [sorted(rng.permutation(count + 4)[:count].tolist()) for count in counts]
+    for row, own in zip(patches, places):
+        row[own] = True
+    return patches, places
 
 
-def test_batch_coords_pads_on_the_right_with_zeros():
-    grids = [(2, 2), (3, 4), (1, 5)]
-    coords, mask = batch_coords(grids)
-    assert coords.shape == (3, 12, 2)
-    assert coords.dtype == torch.float32
-    assert mask.dtype == torch.bool
-    for row, (height, width) in enumerate(grids):
-        count = height * width
-        assert torch.equal(coords[row, :count], visual_coords(height, width))
-        assert (coords[row, count:] == 0).all()
-        assert mask[row].tolist() == [True] * count + [False] * (12 - count)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_layout_equals_a_loop_over_patches(seed):
+    patches, places = written(GRIDS, seed)
+    layout = grid_layout(patches, torch.tensor(GRIDS))
+    assert torch.equal(layout.patches, patches)
+    assert layout.grid.tolist() == [list(grid) for grid in GRIDS]
+    assert (layout.coords.dtype, layout.coords.shape) == (torch.float32, (*patches.shape, 2))
+    assert (layout.source.dtype, layout.source.shape) == (torch.long, (4, 15))
+    for image, (rows, columns) in enumerate(GRIDS):
+        across, down = torch.linspace(0, 1, columns), torch.linspace(0, 1, rows)
+        own = places[image]
+        for patch, token in enumerate(own):
+            row, column = divmod(patch, columns)
+            assert layout.coords[image, token].tolist() == [across[column].item(), down[row].item()]  # to the bit
+        others = [token for token in range(patches.shape[1]) if token not in own]
+        assert (layout.coords[image, others] == 0.5).all()
+        assert layout.source[image].tolist() == own + [-1] * (15 - len(own))
 
 
-def test_batch_coords_of_equal_grids_has_no_padding():
-    coords, mask = batch_coords([(2, 3)] * 4)
-    assert torch.equal(coords, visual_coords(2, 3).expand(4, -1, -1))
-    assert mask.all()
-    with pytest.raises(InputError, match="patch grid of 0 x 2"):
-        batch_coords([(2, 3), (0, 2)])
+def test_colpalis_layout_is_its_coordinates():
+    patches = (torch.arange(1030) < 1024).expand(2, -1)
+    layout = grid_layout(patches, torch.tensor([[32, 32], [32, 32]]))
+    assert torch.equal(layout.coords, visual_coords(32, 32, prompt_tokens=6).expand(2, -1, -1))
+    assert torch.equal(layout.source, torch.arange(1024).expand(2, -1))
+
+
+@pytest.mark.parametrize(("wrong", "count"), [((3, 4), 15), ((5, 4), 15), ((2, 2), 15)])
+def test_another_number_of_image_tokens_than_cells_is_refused(wrong, count):
+    patches, _ = written(GRIDS)
+    rows, columns = wrong
+    words = f"image 3 of the batch has {count} image tokens, expected {rows * columns} \\({rows} x {columns}\\)"
+    with pytest.raises(InputError, match=words):
+        grid_layout(patches, torch.tensor([*GRIDS[:3], wrong]))
+
+
+def test_a_layout_of_an_empty_grid_is_refused():
+    with pytest.raises(InputError, match="patch grid of 0 x 3"):
+        grid_layout(torch.zeros(1, 4, dtype=torch.bool), torch.tensor([[0, 3]]))

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from samer.compare.measure import measure
 from samer.compressors import make_compressor
 from samer.config import InputError, MergeConfig
-from samer.coords import visual_coords
+from samer.coords import grid_layout, visual_coords
 from samer.data import flickr
 from samer.data.records import Caption, ImageRecord, Phrase
 from samer.evaluation import encode_texts, fitted_compressor
@@ -97,20 +98,27 @@ def test_coverage_by_hand(boxes, rows, columns, expected):
     np.testing.assert_allclose(box_coverage(boxes, rows, columns), expected, atol=1e-7)
 
 
-# --- a small written world: images of GRID x GRID patches, prompt tokens among them, captions with phrases ----------
+# --- a small written world: images of several grids, prompt tokens among the patches, captions with phrases ----------
 
-GRID, PROMPTS, DIM = 4, 3, 8
-LONGEST = GRID * GRID + PROMPTS + 2  # some images are padded
+SQUARE, RAGGED = ((4, 4),) * 4, ((3, 5), (4, 2), (1, 6), (5, 3))  # rows and columns of each image
+PROMPTS, DIM = 3, 8
 
 
 class Written:
-    """Random records, queries, and visual tokens; `phrases` says independently which tokens name what."""
+    """Random records, queries, and visual tokens; `phrases` and `holders` say independently what is what.
 
-    def __init__(self, seed, images=4):
+    Attributes:
+        phrases: (image, boxes, caption, token numbers) of each phrase with boxes.
+        holders: per image, the token that each of its patches went to, in row-major order.
+    """
+
+    def __init__(self, seed, grids=SQUARE, reduced=False):
+        """`reduced`: some tokens hold two patches each, as behind a tower that merges them."""
         rng = np.random.default_rng(seed)
         unit = lambda *shape: F.normalize(torch.from_numpy(rng.normal(size=shape)).float(), dim=-1)
-        self.records, offsets, self.phrases = [], [], []  # phrases: image, boxes, caption, token numbers
-        for image in range(images):
+        self.grids = grids
+        self.records, offsets, self.phrases = [], [], []
+        for image in range(len(grids)):
             captions = []
             for _ in range(int(rng.integers(1, 4))):
                 captions.append(self._caption(rng, image, len(offsets), offsets))
@@ -123,17 +131,38 @@ class Written:
             mask = pad([torch.ones(len(rows), dtype=torch.bool) for rows in offsets[part]])
             tokens = pad(self.flat[part], padding_value=9.0)
             self.queries.append(QueryTokens(tokens, mask, pad([torch.tensor(rows) for rows in offsets[part]])))
-        mask = torch.arange(LONGEST) < LONGEST - torch.arange(images)[:, None] % 3
-        places = [rng.permutation(int(row.sum()))[: GRID * GRID] for row in mask]
-        patches = torch.zeros(images, LONGEST, dtype=torch.bool)
-        for row, place in zip(patches, places):
-            row[torch.from_numpy(place)] = True
-        coords = torch.full((images, LONGEST, 2), 0.5)
-        coords[patches] = visual_coords(GRID, GRID).repeat(images, 1)
+        self._see(rng, unit, reduced)
+        self.index = PhraseIndex(self.records, self.queries)
+
+    def _see(self, rng, unit, reduced):
+        """Visual tokens: prompts before, between and after the patches, then padding of which nothing may be used."""
+        self.holders = []
+        lengths = []
+        for image, (rows, columns) in enumerate(self.grids):
+            patches = rows * columns
+            held = patches - patches // 3 if reduced else patches  # a third of the patches has gone to another's token
+            lengths.append(held + PROMPTS + image % 2)
+            places = np.sort(rng.permutation(lengths[-1])[:held]).tolist()
+            token_of = [*range(held), *rng.permutation(held)[: patches - held].tolist()]
+            token_of = rng.permutation(token_of).tolist() if reduced else token_of
+            self.holders.append([places[token] for token in token_of])
+        images, longest, most = len(self.grids), max(lengths) + 1, max(map(len, self.holders))
+        mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        patches = torch.zeros(images, longest, dtype=torch.bool)
+        coords = torch.full((images, longest, 2), 0.5)
+        source = torch.full((images, most), -1)
+        for image, (holders, grid) in enumerate(zip(self.holders, self.grids)):
+            patches[image, holders] = True
+            coords[image, holders] = visual_coords(*grid)
+            source[image, : len(holders)] = torch.tensor(holders)
         seeds = torch.from_numpy(rng.integers(-(2**62), 2**62, images))
-        tokens = unit(images, LONGEST, DIM).masked_fill(~mask[..., None], float("nan"))
-        self.visual = VisualTokens(tokens, coords, mask, patches, seeds)
-        self.index = PhraseIndex(self.records, self.queries, GRID)
+        tokens = unit(images, longest, DIM).masked_fill(~mask[..., None], float("nan"))
+        grid = torch.tensor(self.grids)
+        if not reduced:
+            layout = grid_layout(patches, grid)
+            assert torch.equal(layout.source, source)
+            assert torch.equal(layout.coords, coords)
+        self.visual = VisualTokens(tokens, coords, mask, patches, seeds, grid=grid, source=source)
 
     def _caption(self, rng, image, number, offsets):
         words = ["".join(rng.choice(list("abcdef"), int(rng.integers(1, 5)))) for _ in range(int(rng.integers(3, 9)))]
@@ -161,22 +190,25 @@ class Written:
         return Caption(" ".join(words), tuple(phrases), True)
 
 
-def naive_phrase(merged, row, tokens, boxes, patches):
-    """BoxMass and IoU of one phrase, by METHOD section 6's words, one number at a time."""
-    places = patches[row].nonzero()[:, 0].tolist()
-    covered = box_coverage(boxes, GRID, GRID).tolist()
-    masses, region = [], set()
+def naive_phrase(merged, row, tokens, boxes, grid, holders):
+    """Evidence, BoxMass and IoU of one phrase, by METHOD section 6's words, one number at a time.
+
+    A token of several patches shares its weight evenly among them.
+    """
+    covered = box_coverage(boxes, *grid).tolist()
+    evidence, masses, region = [0.0] * len(holders), [], set()
     for token in tokens:
         similarity = [
             float(token @ vector) if real else -math.inf for vector, real in zip(merged.tokens[row], merged.mask[row])
         ]
         winner = similarity.index(max(similarity))
-        weight = [float(merged.weights[row, place, winner]) for place in places]
-        mass = sum(w * c for w, c in zip(weight, covered))
-        masses.append(mass / sum(weight) if sum(weight) > 0 else 0.0)
-        region |= {cell for cell, place in enumerate(places) if merged.assignments[row, place] == winner}
+        weight = [float(merged.weights[row, place, winner]) / holders.count(place) for place in holders]
+        shares = [w / sum(weight) if sum(weight) > 0 else 0.0 for w in weight]
+        evidence = [e + share / len(tokens) for e, share in zip(evidence, shares)]
+        masses.append(sum(share * c for share, c in zip(shares, covered)))
+        region |= {cell for cell, place in enumerate(holders) if merged.assignments[row, place] == winner}
     overlap = sum(covered[cell] for cell in region)
-    return sum(masses) / len(masses), overlap / (len(region) + sum(covered) - overlap)
+    return evidence, sum(masses) / len(masses), overlap / (len(region) + sum(covered) - overlap)
 
 
 def merged_by(name, visual, regions=5):
@@ -186,30 +218,38 @@ def merged_by(name, visual, regions=5):
 
 
 def rows_of(visual, images):
-    take = lambda value: value[torch.tensor(images)]
-    return VisualTokens(*map(take, (visual.tokens, visual.coords, visual.mask, visual.patches, visual.seeds)))
+    names = ("tokens", "coords", "mask", "patches", "seeds", "grid", "source")
+    return VisualTokens(**{name: getattr(visual, name)[torch.tensor(images)] for name in names})
 
 
 # --- ground ---------------------------------------------------------------------------------------------------------
 
 
+WORLDS = {"square": (SQUARE, False), "ragged": (RAGGED, False), "reduced": (RAGGED, True)}
+
+
 @pytest.mark.parametrize("name", ["merge_tokens", "hpool", "random", "none"])
 @pytest.mark.parametrize("seed", range(4))
-def test_ground_equals_a_loop_over_phrases(name, seed):
-    written = Written(seed)
-    for images in ([0, 1, 2, 3], [2], [1, 2]):
+@pytest.mark.parametrize("kind", WORLDS)
+def test_ground_equals_a_loop_over_phrases(kind, name, seed):
+    written = Written(seed, *WORLDS[kind])
+    for images in ([0, 1, 2, 3], [2], [1, 2], [3, 0]):
         visual = rows_of(written.visual, images)
         merged = merged_by(name, visual)
-        found = ground(merged, written.index.own_tokens(images, written.flat), written.index, visual.patches)
+        found = ground(merged, written.index.own_tokens(images, written.flat), written.index, visual)
         expected, numbers = [], []
         for number, (image, boxes, caption, tokens) in enumerate(written.phrases):
             if image in images:
-                row = images.index(image)
                 numbers.append(number)
-                expected.append(naive_phrase(merged, row, written.flat[caption][tokens], boxes, visual.patches))
+                named = written.flat[caption][tokens]
+                grid, holders = written.grids[image], written.holders[image]
+                expected.append(naive_phrase(merged, images.index(image), named, boxes, grid, holders))
         assert found["phrases"].tolist() == numbers
-        close(found["box_mass"], torch.tensor([mass for mass, _ in expected]))
-        close(found["iou"], torch.tensor([iou for _, iou in expected]))
+        assert found["evidence"].shape == (len(numbers), visual.source.shape[1])
+        for evidence, (naive, _, _) in zip(found["evidence"], expected):
+            close(evidence, F.pad(torch.tensor(naive), (0, len(evidence) - len(naive))))
+        close(found["box_mass"], torch.tensor([mass for _, mass, _ in expected]))
+        close(found["iou"], torch.tensor([iou for *_, iou in expected]))
         captions = [k for k, record in enumerate(written.records) for _ in record.captions]
         numbers = [number for number, image in enumerate(captions) if image in images]
         assert found["captions"].tolist() == numbers
@@ -223,27 +263,67 @@ def test_ground_equals_a_loop_over_phrases(name, seed):
 
 def test_the_written_world_has_what_the_loop_is_for():
     """Prompt tokens win somewhere, phrases have several boxes and tokens, some captions name nothing boxed."""
-    worlds = [Written(seed) for seed in range(4)]
+    worlds = [Written(seed, *WORLDS[kind]) for seed in range(4) for kind in WORLDS]
     assert {len(boxes) for world in worlds for _, boxes, _, _ in world.phrases} == {1, 2}
     assert {len(tokens) for world in worlds for *_, tokens in world.phrases} >= {1, 2, 3}
     for world in worlds:
         merged = merged_by("none", world.visual)
-        found = ground(merged, world.index.own_tokens(range(4), world.flat), world.index, world.visual.patches)
+        found = ground(merged, world.index.own_tokens(range(4), world.flat), world.index, world.visual)
         assert (found["box_mass"] == 0).any()
         assert (found["iou"] > HIT_IOU).any()
+    shared = [max(map(holders.count, holders)) for world in worlds for holders in world.holders]
+    assert set(shared) >= {1, 2}
+    assert any(not world.visual.patches[:, 0].all() for world in worlds)  # a prompt token stands first
 
 
-def hand(tokens, weights, assignments, own, phrases, coverage, patches, mask=None):
-    """`ground` for one image; everything is given."""
+def test_a_batch_of_several_grids_is_its_images_alone():
+    """What pads the smaller grids reaches nobody."""
+    written = Written(0, *WORLDS["reduced"])
+    whole = ground(
+        merged_by("hpool", written.visual),
+        written.index.own_tokens(range(4), written.flat),
+        written.index,
+        written.visual,
+    )
+    start = 0
+    for image, (rows, columns) in enumerate(written.grids):
+        visual = rows_of(written.visual, [image])
+        visual = replace(visual, source=visual.source[:, : rows * columns])
+        own = written.index.own_tokens([image], written.flat)
+        alone = ground(merged_by("hpool", visual), own, written.index, visual)
+        end = start + len(alone["phrases"])
+        assert end > start
+        for name in ("phrases", "box_mass", "iou"):
+            close(whole[name][start:end], alone[name])
+        close(whole["evidence"][start:end, : rows * columns], alone["evidence"])
+        assert (whole["evidence"][start:end, rows * columns :] == 0).all()
+        start = end
+    assert start == len(whole["phrases"])
+
+
+class Given(PhraseIndex):
+    """A phrase index whose coverage is given, (phrases, P)."""
+
+    def __init__(self, coverage):
+        super().__init__([], [])
+        self.given = torch.tensor(coverage)
+
+    def coverage(self, phrases, grid, width):
+        assert grid.tolist() == [[1, width]] * len(phrases)
+        return self.given[phrases]
+
+
+def hand(tokens, weights, assignments, own, phrases, coverage, source, mask=None):
+    """`ground` for one image of one row of patches; everything is given."""
     tokens, weights = torch.tensor(tokens, dtype=torch.float32)[None], torch.tensor(weights)[None]
     mask = torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else torch.tensor([mask])
     merged = MergedTokens(tokens, torch.zeros(*tokens.shape[:2], 2), mask, weights, torch.tensor([assignments]))
     own = OwnTokens(
         torch.tensor(own, dtype=torch.float32)[None], torch.zeros(1, len(own)).long(), torch.tensor(phrases)
     )
-    index = PhraseIndex([], [], 2)
-    index.coverage = torch.tensor(coverage)
-    return ground(merged, own, index, torch.tensor([patches]))
+    grid, source = torch.tensor([[1, len(source)]]), torch.tensor([source])
+    visual = VisualTokens(weights, torch.zeros(*weights.shape[:2], 2), grid=grid, source=source)
+    return ground(merged, own, Given(coverage), visual)
 
 
 def test_ground_by_hand():
@@ -255,7 +335,7 @@ def test_ground_by_hand():
         own=[[1, 0.5], [0.2, 0.4], [0.6, 0.8]],
         phrases=[[0, 0, -1]],
         coverage=[[1.0, 0.5, 0.0, 0.0]],
-        patches=[True, True, True, True, False],
+        source=[0, 1, 2, 3],
     )
     first = (0.9 + 0.3 * 0.5) / 1.5
     second = (0.1 + 0.7 * 0.5) / 2.5
@@ -265,13 +345,32 @@ def test_ground_by_hand():
     assert (found["phrases"].tolist(), found["captions"].tolist()) == ([0], [0])
 
 
+def test_a_token_of_two_patches_by_hand():
+    """Three patches, the outer two in one token; the other token is the middle patch's."""
+    given = {
+        "tokens": [[1, 0], [0, 1]],
+        "weights": [[0.2, 0.8], [0.6, 0.4]],
+        "assignments": [1, 0],
+        "phrases": [[0]],
+        "coverage": [[1.0, 0.0, 0.5]],
+        "source": [1, 0, 1],
+    }
+    first = hand(own=[[1, 0]], **given)
+    close(first["evidence"], torch.tensor([[0.3, 0.2, 0.3]]) / 0.8)
+    close(first["box_mass"], torch.tensor([(0.3 + 0.3 * 0.5) / 0.8]))
+    close(first["iou"], torch.tensor([1.5 / 2]))  # the region is both outer patches
+    second = hand(own=[[0, 1]], **given)
+    close(second["evidence"], torch.tensor([[0.2, 0.8, 0.2]]) / 1.2)
+    close(second["iou"], torch.tensor([0 / 2.5]))
+
+
 def test_a_winning_prompt_token_has_no_evidence_and_no_region():
     given = {
         "tokens": [[1, 0], [0, 1]],
         "weights": [[1.0, 0.0], [0.0, 1.0]],
         "assignments": [0, 1],
         "coverage": [[1.0]],
-        "patches": [True, False],
+        "source": [0],
     }
     on_prompt = hand(own=[[0, 1]], phrases=[[0]], **given)
     assert (on_prompt["box_mass"].tolist(), on_prompt["iou"].tolist()) == ([0.0], [0.0])
@@ -286,7 +385,7 @@ def test_vectors_masked_out_never_win():
         "own": [[1, 0]],
         "phrases": [[0]],
         "coverage": [[1.0, 0.0]],
-        "patches": [True, True],
+        "source": [0, 1],
         "mask": [True, True, False],
     }
     for vector in ([0, 0], [5, 0]):  # a zero beats negative similarities, a large one everything
@@ -306,7 +405,7 @@ def test_more_vectors_masked_out_change_nothing():
         F.pad(merged.weights, (0, 2)),
         merged.assignments,
     )
-    alike, found = (ground(each, own, written.index, written.visual.patches) for each in (merged, wider))
+    alike, found = (ground(each, own, written.index, written.visual) for each in (merged, wider))
     for name, value in alike.items():
         assert torch.equal(found[name], value)
 
@@ -316,11 +415,11 @@ def test_an_image_that_names_nothing_boxed_has_only_matches():
     tokens = F.normalize(torch.randn(2, 3, DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
     mask = torch.tensor([[True, True, True], [True, True, False]])
     query = QueryTokens(tokens, mask, torch.tensor([[[-1, -1], [0, 1], [1, 3]], [[-1, -1], [0, 1], [0, 0]]]))
-    index = PhraseIndex([record], [query], GRID)
-    assert index.coverage.shape == (0, GRID * GRID)
+    index = PhraseIndex([record], [query])
     visual = rows_of(Written(0).visual, [0])
-    found = ground(merged_by("none", visual), index.own_tokens([0], [tokens[0], tokens[1, :2]]), index, visual.patches)
+    found = ground(merged_by("none", visual), index.own_tokens([0], [tokens[0], tokens[1, :2]]), index, visual)
     assert [len(found[name]) for name in ("phrases", "box_mass", "iou", "captions", "match")] == [0, 0, 0, 2, 2]
+    assert found["evidence"].shape == (0, 16)
 
 
 # --- which tokens name a phrase -------------------------------------------------------------------------------------
@@ -338,16 +437,20 @@ def texts_of(records):
 def test_phrase_tokens_of_a_real_tokenizer(retriever, test_split):
     """Every token carries its caption's and its own number as its vector, so it is seen where each of them went."""
     queries = list(encode_texts(retriever, texts_of(test_split), 7))
-    index = PhraseIndex(test_split, queries, retriever.grid)
+    index = PhraseIndex(test_split, queries)
     offsets = [rows[mask].tolist() for query in queries for rows, mask in zip(query.offsets, query.mask)]
     marks = [
         torch.tensor([[caption, token] for token in range(len(rows))]).float() for caption, rows in enumerate(offsets)
     ]
     captions = [caption for record in test_split for caption in record.captions]
     named = [(number, p) for number, caption in enumerate(captions) for p in caption.phrases if p.boxes]
-    assert len(index.coverage) == len(named) > 50
-    for row, (_, phrase) in zip(index.coverage, named):
-        assert np.array_equal(row.numpy(), box_coverage(phrase.boxes, retriever.grid, retriever.grid))
+    assert len(named) > 50
+    grids = torch.tensor([[8, 8], [3, 5]])[torch.arange(len(named)) % 2]  # of one split, several
+    for row, (rows, columns), (_, phrase) in zip(
+        index.coverage(torch.arange(len(named)), grids, 70), grids.tolist(), named, strict=True
+    ):
+        assert np.array_equal(row[: rows * columns].numpy(), box_coverage(phrase.boxes, rows, columns))
+        assert not row[rows * columns :].any()
     for images in ([0], [3, 4, 5], [7, 2]):
         own = index.own_tokens(images, marks)
         assert own.tokens.shape[:2] == own.captions.shape == own.phrases.shape
@@ -378,7 +481,7 @@ def test_phrase_tokens_of_a_real_tokenizer(retriever, test_split):
 
 def test_neither_prefix_nor_punctuation_belongs_to_a_phrase(retriever, test_split):
     queries = list(encode_texts(retriever, texts_of(test_split)[:5], 5))
-    index = PhraseIndex(test_split[:1], queries, retriever.grid)
+    index = PhraseIndex(test_split[:1], queries)
     flat = [tokens[mask] for query in queries for tokens, mask in zip(query.tokens, query.mask)]
     own = index.own_tokens([0], flat)
     outside = 0
@@ -397,14 +500,14 @@ def test_queries_without_offsets_are_refused(retriever, test_split):
     (query,) = encode_texts(retriever, texts_of(test_split)[:5], 5)
     bare = QueryTokens(query.tokens, query.mask)
     with pytest.raises(InputError, match="character offsets; encode the captions anew"):
-        PhraseIndex(test_split[:1], [bare], 8)
+        PhraseIndex(test_split[:1], [bare])
 
 
 @pytest.mark.parametrize("count", [4, 6])
 def test_another_number_of_queries_is_refused(retriever, test_split, count):
     queries = list(encode_texts(retriever, texts_of(test_split)[:count], 4))
     with pytest.raises(InputError, match=f"{count} encoded queries for 5 captions"):
-        PhraseIndex(test_split[:1], queries, 8)
+        PhraseIndex(test_split[:1], queries)
 
 
 # --- OSR ------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ RANKS = [
     {"compare", "search"},
     {"world"},
 ]
+LONGEST_FILE, LONGEST_FUNCTION = 500, 80  # lines, in samer/
 # What a room may import of samer, where the house says so. `merging` takes labels, so it needs the penalty.
 ALLOWED = {
     "tokens": {"config"},
@@ -187,6 +188,40 @@ def test_the_library_does_not_import_the_scripts(name):
 
 def test_no_import_cycle():
     assert cycle({name: others & MODULES.keys() for name, others in GRAPH.items()}) == []
+
+
+def private_imports(tree: ast.Module) -> list[str]:
+    """Names with a leading underscore that a file takes from another."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "__future__"]
+    return [alias.name for node in nodes for alias in node.names if alias.name.startswith("_")]
+
+
+def too_long(tree: ast.Module) -> list[str]:
+    """Functions of more lines than a reader sees at once, decorators and docstring counted."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    starts = [min([node.lineno, *(each.lineno for each in node.decorator_list)]) for node in functions]
+    lengths = [node.end_lineno - start + 1 for node, start in zip(functions, starts)]
+    return [f"{node.name}: {length}" for node, length in zip(functions, lengths) if length > LONGEST_FUNCTION]
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.split(".")[0] == "samer"))
+def test_files_and_functions_are_short(name):
+    lines = len(MODULES[name].read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST_FILE, f"{name} has {lines} lines"
+    assert too_long(tree_of(MODULES[name])) == []
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.split(".")[0] == "samer"))
+def test_what_another_file_takes_is_public(name):
+    assert private_imports(tree_of(MODULES[name])) == []
+
+
+def test_the_reader_counts_lines_and_private_names():
+    body = "\n    pass" * (LONGEST_FUNCTION - 1)
+    assert too_long(ast.parse(f"def f():{body}")) == []
+    assert too_long(ast.parse(f"@some\ndef f():{body}")) == [f"f: {LONGEST_FUNCTION + 1}"]
+    assert too_long(ast.parse(f"class A:\n  async def f():{body}\n    pass")) == [f"f: {LONGEST_FUNCTION + 1}"]
+    assert private_imports(ast.parse("from a import b, _c\nfrom __future__ import annotations")) == ["_c"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -22,6 +22,7 @@ from samer.compare.plan import budgets, shown_methods
 from samer.compare.run import sweep
 from samer.compressors import COMPRESSORS, make_compressor
 from samer.config import InputError, MergeConfig
+from samer.coords import grid_layout
 from samer.data import flickr, pictures
 from samer.data.records import Caption, ImageRecord, Phrase
 from samer.index.write import build_index
@@ -30,7 +31,7 @@ from samer.report.gallery import PER_RULE, Case, Gallery, Regions, Shown, choose
 from samer.report.page import Table, headline, metrics_table, write_report
 from samer.report.plots import plots
 from samer.report.tables import plain_tables, recall_table
-from samer.retrievers.base import Projector
+from samer.retrievers.base import Projector, image_seeds
 from samer.retrievers.hf import Retriever
 
 K, GRID, IMAGES, CAPTIONS = 6, 8, 8, 40
@@ -221,7 +222,7 @@ def covered(boxes, left, top, right, bottom):
     return total
 
 
-def naive_evidence(encoder, compressor, record, caption, phrase):
+def naive_evidence(encoder, compressor, record, caption, phrase, grid=(GRID, GRID)):
     """Patch by patch, METHOD section 6: token by token the winner's weights over patches; and their share in boxes."""
     visual = encoder.encode_images(encoder.record_inputs([record]), compressor.needs)
     merged = compressor(visual)
@@ -240,11 +241,11 @@ def naive_evidence(encoder, compressor, record, caption, phrase):
         weights = [float(merged.weights[0, place, winner]) for place in patches]
         for cell, weight in enumerate(weights):
             share = weight / sum(weights) if sum(weights) else 0.0
-            row, column = divmod(cell, GRID)
-            inside = covered(phrase.boxes, column / GRID, row / GRID, (column + 1) / GRID, (row + 1) / GRID)
+            row, column = divmod(cell, grid[1])
+            inside = covered(phrase.boxes, column / grid[1], row / grid[0], (column + 1) / grid[1], (row + 1) / grid[0])
             evidence[cell] += share
-            mass += share * inside * GRID * GRID
-    return np.array(evidence).reshape(GRID, GRID) / named, mass / named
+            mass += share * inside * grid[0] * grid[1]
+    return np.array(evidence).reshape(grid) / named, mass / named
 
 
 def naive_scores(encoder, records, method):
@@ -332,9 +333,44 @@ def test_regions_are_those_of_the_first_case_of_each_rule(gallery, encoder, reco
         for (_, labels), method in zip(item.assignments, (shown[1], shown[2], shown[5])):
             compressor, _ = fitted(encoder, records, method)
             visual = encoder.encode_images(encoder.record_inputs([records[item.image]]), compressor.needs)
-            assert torch.equal(labels, compressor(visual).assignments[0][visual.patches[0]])
-            drawn.append(tuple(labels.tolist()))
+            assert torch.equal(labels, compressor(visual).assignments[0][visual.patches[0]].view(GRID, GRID))
+            drawn.append(tuple(labels.flatten().tolist()))
     assert len(set(drawn)) > len(gallery.regions)
+
+
+class Uneven(Retriever):
+    """A retriever whose images lie on grids of their own: 4 x 16 patches or 16 x 4, as their seeds say."""
+
+    def image_layout(self, inputs):
+        patches = inputs["input_ids"] == self.image_token_id
+        return grid_layout(patches, torch.stack([self.grid_of(seed) for seed in inputs["seeds"]]))
+
+    @staticmethod
+    def grid_of(seed):
+        return torch.tensor([4, 16] if seed % 2 else [16, 4])
+
+
+def test_a_gallery_follows_each_images_grid(base, records, shown, tmp_path):
+    uneven = Uneven.load(str(base), dtype=torch.float32)
+    grids = [tuple(Uneven.grid_of(seed).tolist()) for seed in image_seeds(records)]
+    assert set(grids) == {(4, 16), (16, 4)}
+    methods = [shown[1], shown[5]]
+    found = make_gallery(uneven, records, methods, methods)
+    assert {grids[case.image] for case in found.cases} == set(grids)
+    for number, method in enumerate(methods):
+        compressor, _ = fitted(uneven, records, method)
+        for case in found.cases:
+            record, grid = records[case.image], grids[case.image]
+            evidence, mass = naive_evidence(uneven, compressor, record, case.caption, case.phrase, grid)
+            assert case.evidence[number].shape == grid
+            np.testing.assert_allclose(case.evidence[number], evidence, atol=1e-5)
+            assert case.box_mass[number] == pytest.approx(mass, abs=1e-5)
+        for item in found.regions:
+            visual = uneven.encode_images(uneven.record_inputs([records[item.image]]), compressor.needs)
+            name, regions = item.assignments[number]
+            assert (name, regions.shape) == (method.name, grids[item.image])
+            assert torch.equal(regions.flatten(), compressor(visual).assignments[0][visual.patches[0]])
+    check_figures(written(tmp_path / "run.html", replace(found, cases=found.cases[:2], regions=found.regions[:1]))[1:])
 
 
 def test_a_gallery_of_one_method_and_of_another_seed(encoder, records, shown):
@@ -442,7 +478,7 @@ def test_slivers_are_drawn(size):
     for drawn in (
         spotlight(image, np.ones((8, 8)), [box]),
         draw_boxes(image, [box]),
-        regions_over(image, torch.arange(16), 4, [box]),
+        regions_over(image, torch.arange(16).view(2, 8), [box]),
     ):
         assert (drawn.size, drawn.mode) == (size, "RGB")
 
@@ -481,12 +517,16 @@ def test_boxes_are_lines_round_their_edges(size):
     assert np.array_equal(np.asarray(draw_boxes(image, [])), before)
 
 
-def test_regions_have_their_colours():
-    labels = torch.tensor([0, 0, 1, 2])
-    drawn = np.asarray(regions_over(Image.new("RGB", (64, 64), (100, 100, 100)), labels, 2, [])).astype(int)
-    for place, number in zip(((10, 10), (10, 50), (50, 10), (50, 50)), labels.tolist()):
-        assert np.abs(drawn[place] - (0.45 * 100 + 0.55 * np.array(PALETTE[number]))).max() <= 1
-    boxed = np.asarray(regions_over(Image.new("RGB", (64, 64)), labels, 2, [(0.25, 0.25, 0.75, 0.75)]))
+@pytest.mark.parametrize("grid", [(2, 2), (3, 5), (4, 1)])
+def test_regions_have_their_colours(grid):
+    regions = (torch.arange(grid[0] * grid[1]) % 4).view(grid) - 1  # -1: a patch of no region
+    image = Image.new("RGB", (64, 48), (100, 100, 100))
+    drawn = np.asarray(regions_over(image, regions, [])).astype(int)
+    for (row, column), number in np.ndenumerate(regions.numpy()):
+        place = drawn[cell(48, grid[0], row), cell(64, grid[1], column)].reshape(-1, 3)
+        assert len(place)
+        assert np.abs(place - (0.45 * 100 + 0.55 * np.array(PAPER if number < 0 else PALETTE[number]))).max() <= 1
+    boxed = np.asarray(regions_over(image, regions, [(0.25, 0.25, 0.75, 0.75)]))
     assert (boxed == BOX).all(-1).any()
 
 
@@ -759,7 +799,8 @@ def hostile_gallery(tmp_path):
         Case(f"rule {HOSTILE}", 0, evidence=[evidence, np.zeros((4, 4))], **shared),
         Case("other", 1, evidence=[evidence, evidence], **shared),
     ]
-    return Gallery(records, 4, [f"m {HOSTILE}", "n"], cases, [Regions(0, [(f"r {HOSTILE}", torch.arange(16) % 5)])])
+    regions = torch.arange(15).view(3, 5) % 4
+    return Gallery(records, [f"m {HOSTILE}", "n"], cases, [Regions(0, [(f"r {HOSTILE}", regions)])])
 
 
 def test_words_from_outside_stay_words(tmp_path):
@@ -1031,7 +1072,7 @@ def test_ranks_in_a_report_are_the_indexes_own(caches, world, script, tmp_path):
 WRONG = {
     "no cache": (["all tokens=none", "x=missing"], [], r"missing: no manifest\.json"),
     "other images": (["all tokens=none", "x=few"], [], r"few: its images are not those of test in "),
-    "no such split": (["all tokens=none"], ["--split", "val"], "no split 'val' in this cache; it holds: test"),
+    "no such split": (["all tokens=none"], ["--split", "val"], "no split 'val' in this index; it holds: test"),
     "unknown sweep": (["all tokens=none"], ["--sweep", "all"], "--sweep 'all': name a method of --method"),
 }
 
@@ -1068,7 +1109,7 @@ def test_report_says_how_methods_are_named(world, script, tmp_path, capsys, opti
 def test_an_index_of_another_model_is_refused(caches, world, base, encoder, script, tmp_path):
     other = Retriever.load(str(base), dtype=torch.float32)
     with torch.no_grad():
-        other.model.projection.weight.mul_(1.5)
+        other.model.embedding_proj_layer.weight.mul_(1.5)
     other.model.save_pretrained(tmp_path / "other")
     other.processor.save_pretrained(tmp_path / "other")
     build_index(

@@ -11,6 +11,8 @@ import socket
 import sys
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from samer.config import InputError, MergeConfig
+from samer.data import READERS, make_reader
+from samer.data.reader import Reader
+from samer.data.records import Caption, ImageRecord, Phrase
+from samer.grounding import box_coverage
 from samer.index import pictures as index_pictures
 from samer.index.pictures import add_images, delete_images
 from samer.index.read import Index
@@ -26,13 +32,17 @@ from samer.index.write import build_index
 from samer.retrievers.base import Projector
 from samer.retrievers.hf import Retriever
 from samer.scoring import pack_signs
-from samer.search import open_index as search_open_index
-from samer.search.open_index import Models, SearchIndex, query_words
-from samer.search.page import HEADERS, loopback_names, make_app
+from samer.search import models as search_models
+from samer.search.models import Models
+from samer.search.open_index import SearchIndex
+from samer.search.server import loopback_names
+from samer.search.words import check_query, query_words
 
-pytest.importorskip("starlette", reason="needs starlette (requirements-serve.txt)")
+pytest.importorskip("starlette", reason="needs starlette (the extra `serve`)")
 pytest.importorskip("httpx", reason="starlette's test client needs httpx")
 from starlette.testclient import TestClient
+
+from samer.search.app import HEADERS, make_app
 
 QUERY = "a small red car beside a dog"
 INDEXES = {  # compressor, dtype, regions kept
@@ -105,7 +115,9 @@ def stored(folder):
     tokens = tensors["tokens"]
     if manifest["dtype"] == "binary":
         tokens = load_file(folder / "test" / "images-00000.exact.safetensors")["tokens"]
-    tokens = tokens.float().numpy() * (manifest["scale"] or 1)
+    tokens = tokens.float().numpy()
+    if manifest["dtype"] == "int8":
+        tokens = tokens * tensors["scales"].numpy()[:, None, None]
     regions = tensors.get("assignments")
     return tokens, tensors["mask"].numpy(), None if regions is None else regions.numpy()
 
@@ -135,7 +147,6 @@ def test_winners_are_those_of_plain_products(client, caches, base, name):
     query = encoded(caches, base, name, QUERY)
     tokens, spans = query.tokens[0][query.mask[0]].numpy(), query.offsets[0][query.mask[0]].tolist()
     vectors, masks, regions = stored(caches / name)
-    assert answer["grid"] == 8
     assert [word["text"] for word in answer["words"]] == QUERY.split()
     for row in answer["results"]:
         for word, told in zip(answer["words"], row["words"]):
@@ -149,6 +160,7 @@ def test_winners_are_those_of_plain_products(client, caches, base, name):
                     expected.append(int(np.argmax(products)))
             assert expected
             assert told["vectors"] == expected
+        assert row["grid"] == (None if name == "bare" else [8, 8])
         if name == "whole":
             assert row["regions"] == list(range(64))
         elif name == "bare":
@@ -207,11 +219,46 @@ def test_a_place_without_a_vector_is_no_winner(indexes, monkeypatch):
     (before,) = {told["vectors"][0] for told in index.explain(QUERY, found)[1][0]["words"][:1]}
 
     def without(self, split, number):
-        tokens, mask, regions = vectors(self, split, number)
-        return tokens, mask & (torch.arange(len(mask)) != before), regions
+        stored = vectors(self, split, number)
+        return replace(stored, mask=stored.mask & (torch.arange(len(stored.mask)) != before))
 
     monkeypatch.setattr(Index, "vectors", without)
     assert before not in [vector for told in index.explain(QUERY, found)[1][0]["words"] for vector in told["vectors"]]
+
+
+def test_each_image_has_a_grid_of_its_own(indexes, monkeypatch):
+    """Of a retriever whose images differ in rows and columns, with patches that belong to no vector."""
+    index, vectors = indexes[0], Index.vectors
+    grids = {}
+
+    def uneven(self, split, number):
+        stored = vectors(self, split, number)
+        grids[number] = (4, 5) if number % 2 else (3, 2)
+        count = grids[number][0] * grids[number][1]
+        regions = stored.regions[:count].clone()
+        regions[0] = -1
+        return replace(stored, regions=regions, grid=grids[number])
+
+    monkeypatch.setattr(Index, "vectors", uneven)
+    with client_of([index]) as client:
+        answer = client.get(f"/api/search?q={QUERY}&top=8").json()
+    assert {tuple(row["grid"]) for row in answer["results"]} == {(4, 5), (3, 2)}
+    told = 0
+    for row in answer["results"]:
+        rows, columns = row["grid"]
+        assert (rows, columns) == grids[row["number"]]
+        assert len(row["regions"]) == rows * columns
+        assert row["regions"][0] == -1
+        for word in row["words"]:
+            if word["boxes"]:
+                covered = box_coverage(word["boxes"], rows, columns)
+                shares = [
+                    np.mean([covered[k] for k in range(rows * columns) if row["regions"][k] == vector] or [0])
+                    for vector in word["vectors"]
+                ]
+                assert word["box_mass"] == pytest.approx(np.mean(shares), abs=1e-6)
+                told += word["box_mass"] > 0
+    assert told > 5
 
 
 def test_without_data_there_are_no_boxes_and_no_pictures(caches):
@@ -235,8 +282,10 @@ def test_words_and_their_tokens():
 
 def test_a_model_is_loaded_once_and_reads_a_text_once(caches, world, monkeypatch):
     loaded, read = [], []
-    load, states = search_open_index.open_encoder, Retriever.hidden_states
-    monkeypatch.setattr(search_open_index, "open_encoder", lambda *words: loaded.append(words) or load(*words))
+    load, states = search_models.open_encoder, Retriever.hidden_states
+    monkeypatch.setattr(
+        search_models, "open_encoder", lambda *words, **rest: loaded.append(words) or load(*words, **rest)
+    )
     monkeypatch.setattr(Retriever, "hidden_states", lambda self, inputs: read.append(1) or states(self, inputs))
     models = Models("cpu")
     indexes = [SearchIndex(caches / name, models) for name in ("samer", "hpool")]
@@ -246,6 +295,27 @@ def test_a_model_is_loaded_once_and_reads_a_text_once(caches, world, monkeypatch
     assert [index.search(QUERY, 3).hits for index in (*indexes, *indexes)] == [*alone, *alone]
     assert len(read) == 1
     assert indexes[0].encoder is indexes[1].encoder
+
+
+def test_models_with_the_same_projection_are_told_apart(caches, world, base, tmp_path):
+    """Two backbones in one server: each index is asked with its own, also for a text that the other has read."""
+    other = Retriever.load(str(base))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in other.model.vlm.language_model.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+    other.model.save_pretrained(tmp_path / "other")
+    other.processor.save_pretrained(tmp_path / "other")
+    other = Retriever.load(str(tmp_path / "other"))
+    assert other.base_projector.hash == Retriever.load(str(base)).base_projector.hash
+    build_index(tmp_path / "c", world, ["test"], other, MergeConfig(num_regions=6))
+    models = Models("cpu")
+    indexes = [SearchIndex(folder, models) for folder in (caches / "samer", tmp_path / "c")]
+    expected = Index(tmp_path / "c").search(other.encode_queries(other.query_inputs([QUERY])), "test", 5)[0]
+    mine, theirs = (index.search(QUERY, 5).hits for index in indexes)
+    assert theirs == expected
+    assert mine != theirs
+    assert indexes[0].search(QUERY, 5).hits == mine
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "binary"])
@@ -264,17 +334,24 @@ def test_an_image_is_found_by_its_number(world, base, tmp_path, monkeypatch, dty
         None,
     ]
     held = {name: row for ids, *rows in cache.images("images") for name, row in zip(ids, zip(*rows))}
-    regions = {name: row for ids, rows in cache.assignments("images") for name, row in zip(ids, rows)}
+    regions = {name: row for ids, rows, _ in cache.assignments("images") for name, row in zip(ids, rows)}
+    scales = {
+        name: scale
+        for ids, images in cache.stored("images")
+        for name, scale in zip(ids, [1] * len(ids) if images.scale is None else images.scale)
+    }
     assert list(held) == list(regions) == list(cache.numbers("images"))
     for name, number in cache.numbers("images").items():
-        tokens, mask, own = cache.vectors("images", number)
+        found = cache.vectors("images", number)
         stored, stored_mask = held[name]
         if dtype == "binary":
-            assert torch.equal(pack_signs(tokens), stored)
+            assert torch.equal(pack_signs(found.tokens), stored)
         else:
-            assert torch.equal(tokens, stored.float() * (cache.manifest["scale"] or 1))
-        assert torch.equal(mask, stored_mask)
-        assert torch.equal(own, regions[name])
+            assert torch.equal(found.tokens, stored.float() * scales[name])
+        assert torch.equal(found.mask, stored_mask)
+        own = regions[name].long()
+        assert torch.equal(found.regions, own.masked_fill(own == 255, -1))
+        assert found.grid == (8, 8)
 
 
 # --- requests -------------------------------------------------------------------------------------------------------
@@ -321,7 +398,7 @@ def test_a_wrong_request_is_refused_in_words(client, query, words):
 
 def test_a_lone_surrogate_is_no_query():
     with pytest.raises(InputError, match="no text"):
-        search_open_index.check_query("a\ud800b")
+        check_query("a\ud800b")
 
 
 @pytest.mark.parametrize(
@@ -443,6 +520,73 @@ def test_a_picture_outside_its_folder_is_not_given_away(album):
         assert refused.json() == {"error": f"picture {rows[other]['number']} can't be read"}
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["../Images/{}", "./{}", "{}/", "x/../{}", "/{}", "..", ".", "", "{}\0", "{}.jpg", "..\\Images\\{}", "{folder}/{}"],
+)
+def test_an_id_that_is_no_bare_name_has_no_files_in_a_data_set(indexes, world, monkeypatch, name):
+    image = (world / "annotations" / "test.txt").read_text().split()[0]
+    wrong = name.format(image, folder=world / "images" / "Images")
+    reader = make_reader("flickr")
+    assert reader.find(world, "test", image).image_path == world / "images" / "Images" / f"{image}.jpg"
+    assert reader.find(world, "test", wrong) is None
+    index = replace_data(indexes[0], world)
+    assert index.picture(0) is not None
+    monkeypatch.setattr(Index, "image_id", lambda self, split, number: wrong)
+    assert index.picture(0) is None
+
+
+def replace_data(index, world):
+    """An index of the same folder whose pictures lie in another copy."""
+    return SearchIndex(index.folder, index.models, index.split, world)
+
+
+class Shelf(Reader):
+    """A data set of another kind: one JSON file per split, pictures anywhere below the root."""
+
+    def load_split(self, root, split, *, boxes, limit_images=None):
+        root = Path(root)
+        rows = json.loads((root / f"{split}.json").read_text())[:limit_images]
+        records = []
+        for name, file, text, box in rows:
+            phrase = Phrase(text, "1", ("other",), 0, len(text), (tuple(box),) if boxes else ())
+            records.append(ImageRecord(name, root / file, (Caption(text, (phrase,), True),)))
+        return records
+
+
+def test_a_data_set_of_another_kind_is_searched(world, base, tmp_path, monkeypatch):
+    monkeypatch.setitem(READERS, "shelf", Shelf())
+    files = sorted((world / "images" / "Images").iterdir())[:5]
+    root = tmp_path / "shelf"
+    rows = []
+    for number, file in enumerate(files):
+        place = root / f"box {number}" / file.name
+        place.parent.mkdir(parents=True)
+        shutil.copy(file, place)
+        rows.append((f"../{number}", str(place.relative_to(root)), f"red thing {number}", (0.0, 0.0, 0.5, 1.0)))
+    (root / "all.json").write_text(json.dumps(rows))
+    merge = MergeConfig(num_regions=6)
+    build_index(tmp_path / "c", root, ["all"], Retriever.load(str(base)), merge, assignments=True, reader="shelf")
+    with client_of([SearchIndex(tmp_path / "c", Models("cpu"), None, root, "shelf")]) as client:
+        answer = client.get("/api/search?q=red+thing").json()
+        assert (answer["index"]["pictures"], answer["index"]["boxes"]) == (True, True)
+        assert {row["id"] for row in answer["results"]} == {f"../{k}" for k in range(5)}  # ids are the reader's affair
+        for row in answer["results"]:
+            assert row["words"][0]["boxes"] == [[0.0, 0.0, 0.5, 1.0]]
+            left = [k for k in range(64) if k % 8 < 4]
+            shares = []
+            for vector in row["words"][0]["vectors"]:
+                stands = [k for k, region in enumerate(row["regions"]) if region == vector]
+                shares.append(np.mean([k in left for k in stands]) if stands else 0)
+            assert row["words"][0]["box_mass"] == pytest.approx(np.mean(shares), abs=1e-6)
+            picture = client.get(row["image"])
+            assert picture.status_code == 200
+            own = Image.open(files[int(row["id"][3:])])
+            assert Image.open(io.BytesIO(picture.content)).size == own.size
+    with pytest.raises(InputError, match=r"data\.reader 'other' is unknown"):
+        SearchIndex(tmp_path / "c", Models("cpu"), None, root, "other")
+
+
 def test_an_index_that_changes_is_opened_again(album):
     folder, names, add = album
     with client_of([SearchIndex(folder / "c", Models("cpu"))]) as client:
@@ -486,6 +630,8 @@ def test_the_script_refuses_what_is_wrong(caches, world, script, tmp_path, monke
             main([*good, "--port", port])
     for missing in ("uvicorn", "starlette.applications"):
         with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "samer.search.app")
             patch.setitem(sys.modules, missing, None)
-            with pytest.raises(InputError, match=r"pip install -r requirements-serve\.txt"):
+            words = rf"the search page needs {missing}: pip install -e '\.\[serve\]'"
+            with pytest.raises(InputError, match=words):
                 main(good)

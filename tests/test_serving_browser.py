@@ -15,8 +15,8 @@ from samer.config import MergeConfig
 from samer.index.write import build_index
 from samer.retrievers.hf import Retriever
 
-pytest.importorskip("starlette", reason="needs starlette (requirements-serve.txt)")
-pytest.importorskip("uvicorn", reason="needs uvicorn (requirements-serve.txt)")
+pytest.importorskip("starlette", reason="needs starlette (the extra `serve`)")
+pytest.importorskip("uvicorn", reason="needs uvicorn (the extra `serve`)")
 pytestmark = pytest.mark.browser
 WORD = "#words button"
 RESULT = "#results li"
@@ -106,6 +106,49 @@ def test_a_word_shows_what_it_matched(chromium, server):
         page.mouse.move(5, 5)
         assert drawn(page) == [0] * 8
         assert np.array_equal(pixels(page.locator(".frame").first), before)
+
+
+def test_evidence_lies_on_each_pictures_own_grid(chromium, server):
+    """Patches that are lit are cells of the picture's rows and columns, whatever those of its neighbours are."""
+    grids = [(2, 3), (5, 1), (1, 4), (3, 3)]
+    lit = [{1, 3}, {0, 4}, {2}, set()]  # patches of the vector that the word chose; the last picture has none of it
+
+    def on_other_grids(route):
+        response = route.fetch()
+        answer = response.json()
+        for result, (rows, columns), cells in zip(answer["results"], grids, lit):
+            result["grid"] = [rows, columns]
+            result["regions"] = [7 if cell in cells else cell % 3 - 1 for cell in range(rows * columns)]
+            for word in result["words"]:
+                word.update(vectors=[7, 8], boxes=None, box_mass=None)
+        route.fulfill(response=response, json=answer)
+
+    with opened(chromium, server, reduced_motion="reduce") as page:
+        page.route("**/api/search*", on_other_grids)
+        page.fill("#query", "a red car")
+        settled(page)
+        page.locator(WORD).nth(1).hover()
+        assert page.locator("#results canvas.shown").count() == 8
+        for place, ((rows, columns), cells) in enumerate(zip(grids, lit)):
+            clear = page.evaluate(
+                """([place, rows, columns]) => {
+                    const canvas = document.querySelectorAll("#results canvas")[place];
+                    const { width, height } = canvas;
+                    const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+                    const found = [];
+                    for (let cell = 0; cell < rows * columns; cell += 1) {
+                        const x = Math.floor(((cell % columns) + 0.5) * width / columns);
+                        const y = Math.floor((Math.floor(cell / columns) + 0.5) * height / rows);
+                        if (data[4 * (y * width + x) + 3] === 0) found.push(cell);
+                    }
+                    return found;
+                }""",
+                [place, rows, columns],
+            )
+            assert set(clear) == cells
+        told = page.locator(".evidence").all_inner_texts()[: len(grids)]
+        assert "matched a vector without patches" in told[3]
+        assert not any("without patches" in text for text in told[:3])
 
 
 def test_the_keyboard_is_enough(chromium, server):

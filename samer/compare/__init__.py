@@ -1,0 +1,1 @@
+"""Every compressor compared at one budget and with the same training."""

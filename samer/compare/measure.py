@@ -1,6 +1,7 @@
 """Retrieval, grounding, size and cost of compressions of one split.
 
-Shape letters: Q queries (captions), I images, P phrases, N tokens, K budget, D embedding."""
+Shape letters: Q queries (captions), I images, P phrases, N tokens, K budget, D embedding.
+"""
 
 from __future__ import annotations
 

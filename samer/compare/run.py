@@ -1,9 +1,9 @@
 """Every compressor at the same budget and with the same training: what is run, kept, and measured.
 
     DIR/features/                          frozen hidden states of train and test, if no store is given
-    DIR/projectors/<name>-seed<s>/         one per compressor setting and seed (samer/training.py)
+    DIR/projectors/<name>-seed<s>/         one per compressor setting and seed (samer/training)
     DIR/measured/<name>-seed<s>.safetensors    per-query, per-phrase and per-image values of all rows of one projector
-    DIR/results.json, results.md, *.png, *.svg (samer/tables.py)
+    DIR/results.json, results.md, *.png, *.svg (samer/report/results.py)
 
 Each image is encoded once per projector and shared by all compressors measured with it (a codebook is fitted on up to
 256 images before); what is finished is kept. The rows of one projector are measured together, so another set of rows
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from samer.compare.measure import cost, measure
 from samer.compare.plan import Row, budgets, check_request, plan, slug
-from samer.compare.summarise import _named_objects, summarise
+from samer.compare.summarise import named_objects, summarise
 from samer.config import Config, InputError, MergeConfig
 from samer.data import make_reader
 from samer.data.records import ImageRecord
@@ -42,6 +42,10 @@ from samer.runtime.signals import stop_here, stoppable
 from samer.training.loop import train
 
 VERSION = 1
+
+Measured = dict[str, dict[str, np.ndarray]]  # by compression and by value, as `measure` names them
+# by projector's name and seed: what it is trained through (None: untouched), and the compressions measured with it
+Jobs = dict[tuple[str, int], tuple[MergeConfig | None, dict[str, MergeConfig]]]
 
 
 def sweep(
@@ -118,10 +122,10 @@ def compare(
     records = make_reader(config.data.reader).load_split(
         config.data.root, split, boxes=True, limit_images=config.data.limit_eval_images
     )
-    size_thirds(_named_objects(records)[0])  # data without a box is refused before anything is trained
+    size_thirds(named_objects(records)[0])  # data without a box is refused before anything is trained
     tokens_per_image = store.record_inputs(records[:1])["attention_mask"].shape[1]
     rows = [row for row in plan(config.merge, tokens_per_image) if row.section in sections]
-    jobs: dict[tuple[str, int], tuple[MergeConfig | None, dict[str, MergeConfig]]] = {}
+    jobs: Jobs = {}
     for row in rows:
         for seed in seeds if row.trained else [0]:
             jobs.setdefault((slug(row.trained), seed), (row.trained, {}))[1][slug(row.merge)] = row.merge
@@ -132,25 +136,7 @@ def compare(
         f"{len(records):,} images of {split}, {tokens_per_image} tokens each, K = {config.merge.num_regions}; "
         f"writing to {folder}"
     )
-    started = time.monotonic()
-    measured: dict[tuple[str, int], dict[str, dict[str, np.ndarray]]] = {}
-    with stoppable():
-        for number, ((name, seed), (through, merges)) in enumerate(jobs.items(), 1):
-            stop_here()
-            print0(
-                f"[{number}/{len(jobs)}] {name}, seed {seed}: {len(merges)} rows, {time.monotonic() - started:.0f} s"
-            )
-            place = folder / "projectors" / f"{name}-seed{seed}"
-            projector = store.base_projector
-            if through is not None:
-                settings = replace(config.train, output_dir=str(place), run_name=place.name, seed=seed, budgets=())
-                data = replace(config.data, eval_split="")  # nothing is selected on a split, so none is looked at
-                train(replace(config, merge=through, train=settings, data=data))
-                projector = load_projector(place, store)
-            store.use_projector(projector)
-            path = folder / "measured" / f"{place.name}.safetensors"
-            measured[name, seed] = _measured(path, store, records, merges, config.train.eval_batch_size)
-    results = summarise(rows, measured, records, seeds)
+    results = summarise(rows, _train_and_measure(config, folder, store, records, jobs), records, seeds)
     if "cost" in sections:
         results["cost"] = cost(store, records, config.merge, tokens_per_image, config.train.eval_batch_size)
     shown = ("train_batch_size", "grad_accum_steps", "learning_rate", "temperature", "num_train_epochs")
@@ -174,9 +160,34 @@ def compare(
     return results
 
 
+def _train_and_measure(
+    config: Config, folder: Path, store: FeatureStore, records: Sequence[ImageRecord], jobs: Jobs
+) -> dict[tuple[str, int], Measured]:
+    """Values of all rows, projector by projector; what is finished in `folder` is kept."""
+    started = time.monotonic()
+    measured = {}
+    with stoppable():
+        for number, ((name, seed), (through, merges)) in enumerate(jobs.items(), 1):
+            stop_here()
+            print0(
+                f"[{number}/{len(jobs)}] {name}, seed {seed}: {len(merges)} rows, {time.monotonic() - started:.0f} s"
+            )
+            place = folder / "projectors" / f"{name}-seed{seed}"
+            projector = store.base_projector
+            if through is not None:
+                settings = replace(config.train, output_dir=str(place), run_name=place.name, seed=seed, budgets=())
+                data = replace(config.data, eval_split="")  # nothing is selected on a split, so none is looked at
+                train(replace(config, merge=through, train=settings, data=data))
+                projector = load_projector(place, store)
+            store.use_projector(projector)
+            path = folder / "measured" / f"{place.name}.safetensors"
+            measured[name, seed] = _measured(path, store, records, merges, config.train.eval_batch_size)
+    return measured
+
+
 def _measured(
     path: Path, store: Encoder, records: Sequence[ImageRecord], merges: dict[str, MergeConfig], batch_size: int
-) -> dict[str, dict[str, np.ndarray]]:
+) -> Measured:
     """Values of all rows of the projector in use, from `path` if they are there, else measured and written."""
     boxes = json.dumps([[p.boxes for c in r.captions for p in c.phrases] for r in records])
     stamp = {
@@ -197,7 +208,7 @@ def _measured(
         tensors, _ = load_shard(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"{path}: not readable ({str(error)[:120]}); remove it and run again") from None
-    found: dict[str, dict[str, np.ndarray]] = {key: {} for key in merges}
+    found: Measured = {key: {} for key in merges}
     for name, tensor in tensors.items():
         key, _, value = name.rpartition("/")
         found[key][value] = tensor.numpy()

@@ -1,6 +1,7 @@
 """Means, spreads, intervals over images and paired differences, from per-query values.
 
-Shape letters: Q queries (captions), I images."""
+Shape letters: Q queries (captions), I images.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def summarise(
 ) -> dict:
     """Means, spreads over seeds, intervals over images, and paired differences, from per-query values."""
     owner = np.array([k for k, record in enumerate(records) for _ in record.captions])
-    smallest, count = _named_objects(records)
+    smallest, count = named_objects(records)
     edges, part = size_thirds(smallest)
     table, per_query = [], {}
     for row in rows:
@@ -62,7 +63,7 @@ def summarise(
     return {"sizes": sizes, "rows": table, "differences": differences}
 
 
-def _named_objects(records: Sequence[ImageRecord]) -> tuple[np.ndarray, np.ndarray]:
+def named_objects(records: Sequence[ImageRecord]) -> tuple[np.ndarray, np.ndarray]:
     """Per caption: area of the smallest box it names (NaN if none), and how many boxed phrases it has."""
     smallest, count = [], []
     for caption in (caption for record in records for caption in record.captions):

@@ -234,7 +234,7 @@ def _read_ids(folder: Path, split: str) -> list[str]:
         image_id = line.strip()
         if not image_id:
             continue
-        if image_id.startswith(".") or ".." in image_id or "/" in image_id or "\\" in image_id:
+        if not _bare(image_id):
             raise InputError(f"{path}: line {number}: {image_id!r} is not an image id; write one bare id per line")
         if image_id in seen:
             raise InputError(f"{path}: line {number}: {image_id!r} is also on line {seen[image_id]}; remove one")
@@ -242,6 +242,11 @@ def _read_ids(folder: Path, split: str) -> list[str]:
     if not seen:
         raise InputError(f"{path}: zero images; write one id per line")
     return list(seen)
+
+
+def _bare(image_id: str) -> bool:
+    """Whether an id names files of the data set's folders, and of no others."""
+    return not (image_id.startswith(".") or ".." in image_id or any(letter in image_id for letter in "/\\\0"))
 
 
 def _match_images(image_ids: list[str], folder: Path) -> dict[str, Path]:
@@ -287,7 +292,12 @@ class Flickr(Reader):
         return find_layout(root).annotations is not None
 
     def find(self, root: str | Path, split: str, image_id: str) -> ImageRecord | None:
-        """As `Reader.find`, from the image's own files; where one is missing, what it would say is left out."""
+        """As `Reader.find`, from the image's own files; where one is missing, what it would say is left out.
+
+        An id comes from an index, thus from outside: one that is no bare name has no files here.
+        """
+        if not _bare(image_id):
+            return None
         layout = find_layout(root)
         path = next(filter(Path.is_file, (layout.images / f"{image_id}{suffix}" for suffix in IMAGE_SUFFIXES)), None)
         if path is None:

@@ -39,7 +39,7 @@ class Reader:
         return True
 
     def find(self, root: str | Path, split: str, image_id: str) -> ImageRecord | None:
-        """One image's record with boxes, for whoever asks for a few of many; None where the split has no such image.
+        """One image's record, with boxes where there are any, for whoever asks for a few; None where it is not there.
 
         Here by reading the split, once; a reader that can do with less overrides it.
         """
@@ -48,4 +48,4 @@ class Reader:
 
 @lru_cache(maxsize=4)
 def _by_id(reader: Reader, root: str, split: str) -> dict[str, ImageRecord]:
-    return {record.image_id: record for record in reader.load_split(root, split, boxes=True)}
+    return {record.image_id: record for record in reader.load_split(root, split, boxes=reader.check(root))}

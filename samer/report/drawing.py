@@ -1,6 +1,4 @@
-"""Pictures: evidence and regions drawn over images, and panels side by side.
-
-Shape letters: B images, N tokens, K regions."""
+"""Pictures: evidence and regions drawn over images, and panels side by side."""
 
 from __future__ import annotations
 
@@ -19,17 +17,17 @@ BOX, LIGHT = (86, 180, 233), (230, 159, 0)
 PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 
 
-def region_colours(assignments: torch.Tensor, grid: int) -> Image.Image:
-    """A picture of grid x grid pixels, coloured by region; neighbours in number differ in colour or shade.
+def region_colours(regions: torch.Tensor | np.ndarray) -> Image.Image:
+    """A picture of a pixel per patch, coloured by region; neighbours in number differ in colour or shade.
 
     Args:
-        assignments: (N,) long; the first grid * grid tokens are patches in row-major order.
-        grid: patches per side.
+        regions: (rows, columns) integers, the region of each patch; -1, for a patch of none, stays paper.
     """
-    numbers = assignments[: grid * grid].reshape(grid, grid).numpy()
+    numbers = np.asarray(regions)
     colours = np.array(PALETTE, dtype=np.float32)[numbers % len(PALETTE)]
     shade = 1 - 0.16 * ((numbers // len(PALETTE)) % 4)
-    return Image.fromarray((colours * shade[..., None]).astype(np.uint8))
+    painted = np.where(numbers[..., None] < 0, PAPER, colours * shade[..., None])
+    return Image.fromarray(painted.astype(np.uint8))
 
 
 def thumbnail(image: Image.Image, side: int) -> Image.Image:
@@ -73,9 +71,9 @@ def spotlight(image: Image.Image, evidence: np.ndarray, boxes: Sequence[Box] = (
     return draw_boxes(lit, boxes)
 
 
-def regions_over(image: Image.Image, assignments: torch.Tensor, grid: int, boxes: Sequence[Box]) -> Image.Image:
+def regions_over(image: Image.Image, regions: torch.Tensor | np.ndarray, boxes: Sequence[Box]) -> Image.Image:
     """An image under the colours of its regions, as `region_colours`, with boxes."""
-    colours = region_colours(assignments, grid).resize(image.size, Image.NEAREST)
+    colours = region_colours(regions).resize(image.size, Image.NEAREST)
     return draw_boxes(Image.blend(image, colours, 0.55), boxes)
 
 

@@ -1,6 +1,7 @@
 """The report's pictures: cases chosen by rule, and what every method's winning vectors stand on.
 
-Shape letters: Q queries (captions), I images."""
+Shape letters: Q queries (captions), I images, P patches of an image.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from samer.compressors import Compressor
 from samer.config import InputError, MergeConfig
 from samer.data.records import Box, Caption, ImageRecord, Phrase
 from samer.evaluation import fitted_compressor, score_records
@@ -20,6 +22,7 @@ from samer.index.read import Index
 from samer.metrics import query_metrics
 from samer.retrievers.base import Encoder, Projector
 from samer.runtime.progress import Progress
+from samer.tokens import regions_of_patches
 
 PER_RULE = 3  # cases that each rule chooses
 TOP = 5
@@ -62,7 +65,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Regions:
-    """An image's regions: (name, assignments (N,) long) per method."""
+    """An image's regions: (name, (rows, columns) long, the region of each patch, -1 for none) per method."""
 
     image: int
     assignments: list[tuple[str, Tensor]]
@@ -73,7 +76,6 @@ class Gallery:
     """Cases and regions of a split, with what is needed to draw them."""
 
     records: Sequence[ImageRecord]
-    grid: int
     names: list[str]
     cases: list[Case]
     regions: list[Regions]
@@ -87,10 +89,10 @@ def check_images(cache: Index, split: str, records: Sequence[ImageRecord], root:
 
 def smallest_phrase(caption: Caption) -> Phrase | None:
     """The phrase with boxes whose smallest box is the smallest; None if no phrase has boxes."""
-    return min((phrase for phrase in caption.phrases if phrase.boxes), key=_smallest_area, default=None)
+    return min((phrase for phrase in caption.phrases if phrase.boxes), key=smallest_area, default=None)
 
 
-def _smallest_area(phrase: Phrase) -> float:
+def smallest_area(phrase: Phrase) -> float:
     """Of the phrase's smallest box, as a share of the image."""
     return min((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in phrase.boxes)
 
@@ -114,7 +116,7 @@ def choose_cases(
     order = [k for k in np.random.default_rng(seed).permutation(len(captions)).tolist() if phrases[k]]
     gain = 1 / ranks[-1] - 1 / ranks[0]
     rules = [
-        ("Smallest object named", sorted(order, key=lambda k: _smallest_area(phrases[k]))),
+        ("Smallest object named", sorted(order, key=lambda k: smallest_area(phrases[k]))),
         ("Chosen at random", order),
     ]
     if len(ranks) > 1:
@@ -158,50 +160,82 @@ def make_gallery(
     """
     captions = [(image, caption) for image, record in enumerate(records) for caption in record.captions]
     positives = torch.tensor([image for image, _ in captions])[:, None] == torch.arange(len(records))
-    ranks, tops, compressors = [], [], []
+    ranks, tops, methods = [], [], []
     for method in shown:
         encoder.use_projector(method.projector)
-        compressors.append(fitted_compressor(encoder, records, method.merge, batch_size))
+        compressor = fitted_compressor(encoder, records, method.merge, batch_size)
+        methods.append((method.projector, compressor))
         scores = method.scores
         if scores is None:
-            scores = score_records(encoder, records, compressors[-1], batch_size=batch_size)
+            scores = score_records(encoder, records, compressor, batch_size=batch_size)
         ranks.append(query_metrics(scores, positives)["median_rank"])
         tops.append(scores.topk(min(TOP, len(records)), dim=1).indices)
-    chosen = choose_cases(records, ranks, [method.name for method in shown], seed=seed)
+    names = [method.name for method in shown]
     cases = []
-    for rule, number in Progress(chosen, "gallery", unit="captions"):
+    for rule, number in Progress(choose_cases(records, ranks, names, seed=seed), "gallery", unit="captions"):
         image, caption = captions[number]
         phrase = smallest_phrase(caption)
-        alone = [replace(records[image], captions=(replace(caption, phrases=(phrase,)),))]
-        inputs = encoder.record_inputs(alone)
-        evidence, mass = [], []
-        for method, compressor in zip(shown, compressors):
-            encoder.use_projector(method.projector)
-            query = encoder.encode_queries(encoder.query_inputs([caption.text]))
-            index = PhraseIndex(alone, [query], encoder.grid)
-            visual = encoder.encode_images(inputs, compressor.needs)
-            found = ground(
-                compressor(visual), index.own_tokens([0], [query.tokens[0][query.mask[0]]]), index, visual.patches
-            )
-            if not len(found["phrases"]):  # a tokenizer that drops every character of it
-                break
-            on_patch = found["evidence"][0][visual.patches[0]].reshape(encoder.grid, encoder.grid)
-            evidence.append(on_patch.float().cpu().numpy())
-            mass.append(float(found["box_mass"][0]))
-        else:
+        found = _evidence(encoder, replace(records[image], captions=(caption,)), phrase, methods)
+        if found is not None:
             top = [rows[number].tolist() for rows in tops]
             places = [int(values[number]) for values in ranks]
-            cases.append(Case(rule, image, caption, phrase, places, top, evidence, mass))
+            cases.append(Case(rule, image, caption, phrase, places, top, *found))
     firsts = {case.rule: case.image for case in reversed(cases)}
     images = list(dict.fromkeys(reversed(firsts.values()))) if regions else []
+    return Gallery(records, names, cases, _regions(encoder, records, images, regions, batch_size))
+
+
+def _evidence(
+    encoder: Encoder, record: ImageRecord, phrase: Phrase, methods: Sequence[tuple[Projector, Compressor]]
+) -> tuple[list[np.ndarray], list[float]] | None:
+    """What a phrase's winning vectors stand on and the share of it inside its boxes, per method, as `Case` holds them.
+
+    Args:
+        encoder: its projector is replaced.
+        record: of one image and one caption.
+        phrase: of the caption, with boxes.
+        methods: projector and fitted compressor of each.
+
+    Returns:
+        None if no token belongs to the phrase: the tokenizer drops every character of it.
+    """
+    (caption,) = record.captions
+    alone = [replace(record, captions=(replace(caption, phrases=(phrase,)),))]
+    inputs = encoder.record_inputs(alone)
+    evidence, mass = [], []
+    for projector, compressor in methods:
+        encoder.use_projector(projector)
+        query = encoder.encode_queries(encoder.query_inputs([caption.text]))
+        index = PhraseIndex(alone, [query])
+        visual = encoder.encode_images(inputs, compressor.needs)
+        own = index.own_tokens([0], [query.tokens[0][query.mask[0]]])
+        found = ground(compressor(visual), own, index, visual)
+        if not len(found["phrases"]):
+            return None
+        evidence.append(_on_grid(found["evidence"][0], visual.grid[0]).float().numpy())
+        mass.append(float(found["box_mass"][0]))
+    return evidence, mass
+
+
+def _regions(
+    encoder: Encoder, records: Sequence[ImageRecord], images: Sequence[int], methods: Sequence[Shown], batch_size: int
+) -> list[Regions]:
+    """The regions of some images by each method; the encoder's projector is replaced."""
     drawn = [Regions(image, []) for image in images]
-    for method in regions:
+    for method in methods if drawn else ():
         encoder.use_projector(method.projector)
         compressor = fitted_compressor(encoder, records, method.merge, batch_size)
         for item in drawn:
             visual = encoder.encode_images(encoder.record_inputs([records[item.image]]), compressor.needs)
-            item.assignments.append((method.name, compressor(visual).assignments[0][visual.patches[0]].cpu()))
-    return Gallery(records, encoder.grid, [method.name for method in shown], cases, drawn)
+            regions = regions_of_patches(compressor(visual).assignments, visual.source)
+            item.assignments.append((method.name, _on_grid(regions[0], visual.grid[0])))
+    return drawn
+
+
+def _on_grid(values: Tensor, grid: Tensor) -> Tensor:
+    """Values (P,) of an image's patches as its grid (2,) has them, (rows, columns), on the CPU."""
+    rows, columns = grid.tolist()
+    return values[: rows * columns].reshape(rows, columns).cpu()
 
 
 def image_boxes(record: ImageRecord) -> list[Box]:

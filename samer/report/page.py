@@ -1,8 +1,6 @@
 """The report: one HTML file that shows what a run did, its figures, and what its winning vectors stand on.
 
 The file holds everything it shows; no request leaves it. Beside it, `<name>_figures/` has the same pictures for papers.
-
-Shape letters: Q queries (captions), I images.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from PIL import Image
 
 from samer.data.pictures import load_image
 from samer.report.drawing import draw_boxes, panels, regions_over, spotlight, thumbnail
-from samer.report.gallery import Case, Gallery, _smallest_area, image_boxes
+from samer.report.gallery import Case, Gallery, image_boxes, smallest_area
 from samer.report.plots import plots
 from samer.report.tables import plain_tables
 from samer.runtime.files import atomic_path
@@ -105,52 +103,18 @@ def write_report(
     """
     path = Path(path)
     folder = path.with_name(f"{path.stem}_figures")
-    written = []
-    drawn = []
     for pattern in ("case-*.png", "regions-*.png", "qualitative.png", "*.svg"):  # of an earlier report
         for old in folder.glob(pattern):
             old.unlink()
-    if gallery and not gallery.cases:
-        note = note or "No caption names anything that has a box, so there is nothing to show."
-    for name, (light, dark) in (plots(results) if results else {}).items():
-        written.append(folder / f"{name}.svg")
-        with atomic_path(written[-1]) as temporary:
-            temporary.write_bytes(light)
-        drawn.append({"title": PLOT_TITLES[name], "light": _data(light, "svg+xml"), "dark": _data(dark, "svg+xml")})
-    cases, regions, firsts = [], [], []
+    drawn, written = _draw_plots(results, folder) if results else ([], [])
+    cases, regions = [], []
     if gallery:
-        pictures: dict[int, Image.Image] = {}
-
-        def picture(number: int) -> Image.Image:
-            if number not in pictures:
-                pictures[number] = thumbnail(load_image(gallery.records[number].image_path), 2 * EVIDENCE_SIDE)
-            return pictures[number]
-
-        for number, case in enumerate(gallery.cases, 1):
-            lit = [spotlight(picture(case.image), evidence, case.phrase.boxes) for evidence in case.evidence]
-            cases.append(_case_words(case, gallery, lit, picture))
-            row = [("the image, boxed", draw_boxes(picture(case.image), case.phrase.boxes))]
-            for name, image, mass, rank in zip(gallery.names, lit, case.box_mass, case.ranks):
-                row.append((f"{name}\nBoxMass {100 * mass:.0f} %, rank {rank}", image))
-            head = f"{case.caption.text}   [{case.phrase.text}]"
-            written.append(
-                _save(
-                    panels([row[:4], row[4:]] if row[4:] else [row], [head, ""] if row[4:] else [head]),
-                    folder / f"case-{number:02d}.png",
-                )
-            )
-            if case.rule not in [other.rule for other in gallery.cases[: number - 1]]:
-                firsts.append((f"{case.rule}: {head}", row))
-        if firsts:
-            heads, rows = zip(*firsts)
-            written.append(_save(panels(rows, heads, height=190), folder / "qualitative.png"))
-        for number, item in enumerate(gallery.regions, 1):
-            boxes = image_boxes(gallery.records[item.image])
-            image = picture(item.image)
-            row = [("image, with all its boxes", draw_boxes(image, boxes))]
-            row += [(name, regions_over(image, labels, gallery.grid, boxes)) for name, labels in item.assignments]
-            regions.append([{"name": name, "source": _jpeg(drawing, EVIDENCE_SIDE)} for name, drawing in row])
-            written.append(_save(panels([row], [""]), folder / f"regions-{number:02d}.png"))
+        pictures = _Pictures(gallery)
+        cases, files = _draw_cases(gallery, pictures, folder)
+        regions, more = _draw_regions(gallery, pictures, folder)
+        written += [*files, *more]
+        if not cases:
+            note = note or "No caption names anything that has a box, so there is nothing to show."
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -170,7 +134,63 @@ def write_report(
     return [path, *written]
 
 
-def _case_words(case: Case, gallery: Gallery, lit: Sequence[Image.Image], picture) -> dict:
+class _Pictures:
+    """The images of a gallery, each read once and made small enough to draw on."""
+
+    def __init__(self, gallery: Gallery) -> None:
+        self.records = gallery.records
+        self.read: dict[int, Image.Image] = {}
+
+    def __getitem__(self, number: int) -> Image.Image:
+        if number not in self.read:
+            self.read[number] = thumbnail(load_image(self.records[number].image_path), 2 * EVIDENCE_SIDE)
+        return self.read[number]
+
+
+def _draw_plots(results: dict, folder: Path) -> tuple[list[dict], list[Path]]:
+    """What the page needs of each plot, and the files written."""
+    drawn, written = [], []
+    for name, (light, dark) in plots(results).items():
+        written.append(folder / f"{name}.svg")
+        with atomic_path(written[-1]) as temporary:
+            temporary.write_bytes(light)
+        drawn.append({"title": PLOT_TITLES[name], "light": _data(light, "svg+xml"), "dark": _data(dark, "svg+xml")})
+    return drawn, written
+
+
+def _draw_cases(gallery: Gallery, pictures: _Pictures, folder: Path) -> tuple[list[dict], list[Path]]:
+    """What the page needs of each case, and the files written: one each, and one of the first case of every rule."""
+    cases, written, firsts = [], [], {}
+    for number, case in enumerate(gallery.cases, 1):
+        picture = pictures[case.image]
+        lit = [spotlight(picture, evidence, case.phrase.boxes) for evidence in case.evidence]
+        cases.append(_case_words(case, gallery, lit, pictures))
+        row = [("the image, boxed", draw_boxes(picture, case.phrase.boxes))]
+        for name, image, mass, rank in zip(gallery.names, lit, case.box_mass, case.ranks):
+            row.append((f"{name}\nBoxMass {100 * mass:.0f} %, rank {rank}", image))
+        head = f"{case.caption.text}   [{case.phrase.text}]"
+        figure = panels([row[:4], row[4:]], [head, ""]) if row[4:] else panels([row], [head])
+        written.append(_save(figure, folder / f"case-{number:02d}.png"))
+        firsts.setdefault(case.rule, (f"{case.rule}: {head}", row))
+    if firsts:
+        heads, rows = zip(*firsts.values())
+        written.append(_save(panels(rows, heads, height=190), folder / "qualitative.png"))
+    return cases, written
+
+
+def _draw_regions(gallery: Gallery, pictures: _Pictures, folder: Path) -> tuple[list[list[dict]], list[Path]]:
+    """What the page needs of each image whose regions are shown, and the files written."""
+    drawn, written = [], []
+    for number, item in enumerate(gallery.regions, 1):
+        image, boxes = pictures[item.image], image_boxes(gallery.records[item.image])
+        row = [("image, with all its boxes", draw_boxes(image, boxes))]
+        row += [(name, regions_over(image, regions, boxes)) for name, regions in item.assignments]
+        drawn.append([{"name": name, "source": _jpeg(drawing, EVIDENCE_SIDE)} for name, drawing in row])
+        written.append(_save(panels([row], [""]), folder / f"regions-{number:02d}.png"))
+    return drawn, written
+
+
+def _case_words(case: Case, gallery: Gallery, lit: Sequence[Image.Image], pictures: _Pictures) -> dict:
     """What the page needs of a case."""
     text, phrase = case.caption.text, case.phrase
     methods = [
@@ -188,7 +208,7 @@ def _case_words(case: Case, gallery: Gallery, lit: Sequence[Image.Image], pictur
             "name": gallery.names[k],
             "rank": case.ranks[k],
             "images": [
-                {"source": _jpeg(picture(image), THUMBNAIL_SIDE), "true": image == case.image, "place": place}
+                {"source": _jpeg(pictures[image], THUMBNAIL_SIDE), "true": image == case.image, "place": place}
                 for place, image in enumerate(case.top[k], 1)
             ],
         }
@@ -196,11 +216,11 @@ def _case_words(case: Case, gallery: Gallery, lit: Sequence[Image.Image], pictur
     ]
     return {
         "rule": case.rule,
-        "boxed": _jpeg(draw_boxes(picture(case.image), phrase.boxes), EVIDENCE_SIDE),
+        "boxed": _jpeg(draw_boxes(pictures[case.image], phrase.boxes), EVIDENCE_SIDE),
         "before": text[: phrase.start],
         "phrase": text[phrase.start : phrase.end],
         "after": text[phrase.end :],
-        "area": f"{100 * _smallest_area(phrase):.1f} %",
+        "area": f"{100 * smallest_area(phrase):.1f} %",
         "methods": methods,
         "tops": tops,
         "image": gallery.records[case.image].image_id,

@@ -1,0 +1,1 @@
+"""The built-in world: generated scenes, and the small retriever made for them."""

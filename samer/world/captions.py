@@ -29,7 +29,7 @@ def _relation(a: SceneObject, b: SceneObject) -> str:
     return "above" if ay < by else "below"
 
 
-def _caption(
+def make_caption(
     rng: np.random.Generator,
     style: Style,
     objects: list[SceneObject],
@@ -37,6 +37,16 @@ def _caption(
     scene: tuple[str, int],
     sky_chain: int,
 ) -> tuple[tuple[str, int | None, str], ...]:
+    """A caption of some of a scene's objects, as parts (text, chain, types).
+
+    Args:
+        rng: decides which objects, which of their attributes, and the form of the sentence.
+        style: of the scene.
+        objects: all of it.
+        must: one that is named whatever the rest; None: nobody is.
+        scene: word and chain of the place.
+        sky_chain: chain of the sky.
+    """
     count = min(len(objects), int(rng.integers(2, 5)))
     picked = [objects[int(k)] for k in rng.permutation(len(objects))[:count]]
     if must is not None and must not in picked:

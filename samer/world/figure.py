@@ -11,6 +11,7 @@ from samer.config import MergeConfig
 from samer.merging import merge_tokens
 from samer.report.drawing import INK, PAPER, SOFT, region_colours
 from samer.retrievers.hf import Retriever
+from samer.tokens import regions_of_patches
 from samer.world.captions import caption_text
 from samer.world.scenes import make_group
 
@@ -31,7 +32,7 @@ def architecture_figure(retriever: Retriever, *, seed: int = 11, group: int = 4)
     inputs = retriever.image_inputs([scene.image])
     visual = retriever.encode_images(inputs)
     merged = merge_tokens(visual.tokens, visual.coords, MergeConfig(num_regions=16, center_init="farthest"))
-    regions = region_colours(merged.assignments[0].cpu(), retriever.grid)
+    regions = regions_of_patches(merged.assignments, visual.source)[0].view(*visual.grid[0].tolist())
 
     canvas = Image.new("RGB", (1800, 800), PAPER)
     draw = ImageDraw.Draw(canvas)
@@ -49,7 +50,8 @@ def architecture_figure(retriever: Retriever, *, seed: int = 11, group: int = 4)
     _block(draw, (660, 215, 830, 385), "projection\n+ L2 norm\n\nthe only part\nthat trains", TRAINED)
     _block(draw, (910, 215, 1130, 385), "cluster T = 3 times\ncosine + place,\nthen soft\nassignment", VECTOR)
     _block(draw, (860, 95, 1180, 180), "object prior: mixing\ninstances costs (training)", PRIOR)
-    overlay = Image.blend(picture, regions.resize((300, 300), Image.Resampling.NEAREST), 0.62)
+    colours = region_colours(regions.cpu()).resize((300, 300), Image.Resampling.NEAREST)
+    overlay = Image.blend(picture, colours, 0.62)
     canvas.paste(overlay, (1210, 150))
     _text(draw, (1360, 475), "K regions instead of N tokens\n(these: K = 16 of N = 262)", 20, SOFT)
     caption = _wrapped(caption_text(scene.captions[0])[0], 26)

@@ -1,11 +1,12 @@
 """Pretraining of the retriever in assets/ on generated pages.
 
-Shape letters: B images, C captions, N image tokens, M caption tokens, P phrases, D embedding."""
+Shape letters: S scenes, B images, C captions, N image tokens, M caption tokens, P phrases, D embedding.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,17 @@ from samer.world.captions import caption_text
 from samer.world.retriever import Geometry, build_colpali, page_texts, train_tokenizer
 from samer.world.scenes import make_group
 
+PHRASE_TEMPERATURE = 0.07
+
+Caption = tuple[str, list[tuple[int, str, tuple[float, ...]]]]  # text, [(last character, name, box)] of its phrases
+
 
 @dataclass
 class Pages:
     """Rendered `page` scenes in memory: pixels (S, 3, H, W) uint8, and per scene five captions with boxed phrases."""
 
     pixels: torch.Tensor
-    captions: list[list[tuple[str, list[tuple[int, str, tuple[float, ...]]]]]]  # text, [(last character, name, box)]
+    captions: list[list[Caption]]
 
 
 def _render(job: tuple[str, int, int]) -> list[tuple[np.ndarray, list]]:
@@ -67,14 +72,13 @@ def _phrase_loss(
     image_tokens: torch.Tensor,  # (B, N, D) unit patches
     owners: torch.Tensor,  # (P,) image of each phrase
     boxes: torch.Tensor,  # (P, 4)
-    names: list[str],
-    patch_xy: torch.Tensor,  # (N, 2)
-    temperature: float,
+    names: Sequence[str],
 ) -> torch.Tensor:
     """Contrasts each phrase's last token with the patches in its box against all other patches of the batch.
 
     Patches of other images that lie in a box of the same name are left out: they are neither positive nor negative.
     """
+    patch_xy = _patch_centres()  # (N, 2)
     inside = ((patch_xy[None] >= boxes[:, None, :2]) & (patch_xy[None] <= boxes[:, None, 2:])).all(-1)  # (P, N)
     codes = {name: k for k, name in enumerate(dict.fromkeys(names))}
     same_name = torch.tensor([codes[name] for name in names])
@@ -82,12 +86,19 @@ def _phrase_loss(
     own = owners[:, None] == torch.arange(len(image_tokens))[None]  # (P, B)
     positive = own[:, :, None] & inside[:, None]  # (P, B, N)
     alike = torch.einsum("pq,qbn->pbn", same_name.float(), positive.float()) > 0
-    logits = torch.einsum("pd,bnd->pbn", phrase_tokens, image_tokens) / temperature
+    logits = torch.einsum("pd,bnd->pbn", phrase_tokens, image_tokens) / PHRASE_TEMPERATURE
     logits = logits.masked_fill(alike & ~positive, float("-inf")).flatten(1)
     positive = positive.flatten(1)
     keep = positive.any(1)
     log_share = logits[keep].log_softmax(1).masked_fill(~positive[keep], 0.0)
     return -(log_share.sum(1) / positive[keep].sum(1)).mean()
+
+
+def _patch_centres() -> torch.Tensor:
+    """Middles of the small retriever's patches, row by row, (N, 2) as (x, y)."""
+    side = Geometry.image_size // Geometry.patch_size
+    centres = (torch.arange(side) + 0.5) / side
+    return torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).reshape(-1, 2)
 
 
 def evaluate_pages(model: ColPaliForRetrieval, processor: ColPaliProcessor, pages: Pages) -> dict[str, float]:
@@ -144,7 +155,8 @@ def pretrain(
         output: folder for model, processor and tokenizer.
         steps, batch_size, captions_per_image, lr: one-cycle AdamW.
         groups: how many page scenes to draw from.
-        temperature: of both terms; phrase_weight: of the second.
+        temperature: of the retrieval loss.
+        phrase_weight: of the contrast.
         seed: fixes scenes, weights and batches.
         log: receives progress lines.
 
@@ -157,16 +169,8 @@ def pretrain(
     pages = render_pages("page", seed, range(groups))
     held_out = render_pages("page", seed, range(groups, groups + 500))
     outdoor = render_pages("outdoor", seed, range(370))
-    side = Geometry.image_size // Geometry.patch_size
-    centres = (torch.arange(side) + 0.5) / side
-    patch_xy = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).reshape(-1, 2)  # (N, 2) as (x, y)
     prompt = _image_prompt(processor)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98)
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    optimizer, schedule = _optimizer(model, lr, steps)
     rng = np.random.default_rng(seed)
     order = np.empty(0, dtype=np.int64)
     model.train()
@@ -180,25 +184,8 @@ def pretrain(
             for image, scene in enumerate(batch)
             for k in rng.permutation(5)[:captions_per_image]
         ]
-        inputs = processor(text=[caption[0] for _, caption in chosen], return_offsets_mapping=True)
-        offsets = inputs.pop("offset_mapping")
-        phrases = [(row, image, *phrase) for row, (image, caption) in enumerate(chosen) for phrase in caption[1]]
-        with torch.autocast("cpu", torch.bfloat16):
-            images = _embed_images(model, prompt, pages.pixels[torch.from_numpy(batch)])  # (B, N, D)
-            queries = model(**inputs, use_cache=False).embeddings.float()  # (C, M, D)
-        scores = maxsim(queries, images, inputs["attention_mask"].bool())
-        owners = torch.tensor([image for image, _ in chosen])
-        retrieval = multi_positive_t2i_loss(scores, owners[:, None] == torch.arange(batch_size), temperature)
-        positions = _tokens_at(offsets, processor, [p[0] for p in phrases], [p[2] for p in phrases])
-        grounding = _phrase_loss(
-            queries[torch.tensor([p[0] for p in phrases]), positions],
-            images[:, : side * side],
-            torch.tensor([p[1] for p in phrases]),
-            torch.tensor([p[4] for p in phrases], dtype=torch.float32),
-            [p[3] for p in phrases],
-            patch_xy,
-            0.07,
-        )
+        pixels = pages.pixels[torch.from_numpy(batch)]
+        retrieval, grounding = _losses(model, processor, prompt, pixels, chosen, temperature)
         loss = retrieval + phrase_weight * grounding
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -217,8 +204,49 @@ def pretrain(
     return clean
 
 
+def _optimizer(
+    model: ColPaliForRetrieval, lr: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW, with decay of matrices only, and its one-cycle schedule."""
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98)
+    )
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+
+
+def _losses(
+    model: ColPaliForRetrieval,
+    processor: ColPaliProcessor,
+    prompt: dict[str, torch.Tensor],
+    pixels: torch.Tensor,  # (B, 3, H, W) uint8
+    chosen: list[tuple[int, Caption]],  # image of each caption, and the caption
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The retrieval loss of a batch, and the contrast of its phrases."""
+    inputs = processor(text=[caption[0] for _, caption in chosen], return_offsets_mapping=True)
+    offsets = inputs.pop("offset_mapping")
+    with torch.autocast("cpu", torch.bfloat16):
+        images = _embed_images(model, prompt, pixels)  # (B, N, D)
+        queries = model(**inputs, use_cache=False).embeddings.float()  # (C, M, D)
+    scores = maxsim(queries, images, inputs["attention_mask"].bool())
+    owners = torch.tensor([image for image, _ in chosen])
+    retrieval = multi_positive_t2i_loss(scores, owners[:, None] == torch.arange(len(pixels)), temperature)
+    phrases = [(row, image, *phrase) for row, (image, caption) in enumerate(chosen) for phrase in caption[1]]
+    rows, of, characters, names, boxes = zip(*phrases)
+    grounding = _phrase_loss(
+        queries[torch.tensor(rows), _tokens_at(offsets, processor, rows, characters)],
+        images[:, : (Geometry.image_size // Geometry.patch_size) ** 2],
+        torch.tensor(of),
+        torch.tensor(boxes, dtype=torch.float32),
+        names,
+    )
+    return retrieval, grounding
+
+
 def _tokens_at(
-    offsets: torch.Tensor, processor: ColPaliProcessor, rows: list[int], characters: list[int]
+    offsets: torch.Tensor, processor: ColPaliProcessor, rows: Sequence[int], characters: Sequence[int]
 ) -> torch.Tensor:
     """Positions (P,) of the tokens that hold a character of caption `row`; the query prefix is counted in here.
 

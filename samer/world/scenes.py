@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from samer.world.captions import _caption
+from samer.world.captions import make_caption
 from samer.world.kinds import COLOURS, FIXED, GROUNDS, HAIRS, KINDS, SKINS, STYLES, Entity, Scene, SceneObject, Style
 
 
@@ -148,7 +148,7 @@ def _finish(canvas: Image.Image, rng: np.random.Generator, style: Style) -> Imag
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def _group_rng(style: str, seed: int, group: int) -> np.random.Generator:
+def group_rng(style: str, seed: int, group: int) -> np.random.Generator:
     """The group's generator; its first number decides whether the group is a pair of twins."""
     return np.random.default_rng([list(STYLES).index(style), seed, group])
 
@@ -164,7 +164,7 @@ def make_group(style_name: str, seed: int, group: int) -> list[Scene]:
         One or two `Scene`s; each has five captions.
     """
     style = STYLES[style_name]
-    rng = _group_rng(style_name, seed, group)
+    rng = group_rng(style_name, seed, group)
     twins = rng.random() < style.twins
     width, height = style.sizes[int(rng.integers(len(style.sizes)))]
     ground = list(GROUNDS)[int(rng.integers(len(GROUNDS)))]
@@ -198,7 +198,7 @@ def make_group(style_name: str, seed: int, group: int) -> list[Scene]:
         words = np.random.default_rng([look, 1000 + number])
         sky = first + 98
         captions = tuple(
-            _caption(
+            make_caption(
                 words,
                 style,
                 items,

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from samer.config import InputError
 from samer.runtime.progress import Progress
 from samer.world.kinds import STYLES, Scene
-from samer.world.scenes import _group_rng, make_group
+from samer.world.scenes import group_rng, make_group
 
 
 def _markup(parts: tuple[tuple[str, int | None, str], ...]) -> str:
@@ -105,7 +105,7 @@ def _write_files(partial: Path, counts: dict[str, int], style: str, seed: int, w
     for split, count in counts.items():
         ids: list[str] = []
         while len(ids) < count:
-            twins = _group_rng(style, seed, group).random() < STYLES[style].twins
+            twins = group_rng(style, seed, group).random() < STYLES[style].twins
             fit = min(1 + twins, count - len(ids))
             ids += [f"{group * 2 + k + 1:08d}" for k in range(fit)]
             jobs.append((str(partial), style, seed, group, fit))

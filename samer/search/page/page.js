@@ -234,7 +234,7 @@ function showEvidence() {
     item.querySelector(".evidence").textContent = told ? inWords(answer, result, told, active) : "";
     if (!canvas) return;
     const drawn = Boolean(told && result.regions && image.complete && image.naturalWidth);
-    if (drawn) draw(canvas, image, result.regions, told, answer.grid);
+    if (drawn) draw(canvas, image, result, told);
     canvas.classList.toggle("shown", drawn);
   });
 }
@@ -265,7 +265,7 @@ function inWords(answer, result, told, active) {
   return answer.index.boxes ? `no box of ‘${word}’ in this picture` : "";
 }
 
-function draw(canvas, image, regions, told, grid) {
+function draw(canvas, image, { regions, grid: [rows, columns] }, told) {
   // the picture lies in the middle of its frame, as large as fits
   const frame = image.parentElement;
   const scale = Math.min(frame.clientWidth / image.naturalWidth, frame.clientHeight / image.naturalHeight);
@@ -277,14 +277,14 @@ function draw(canvas, image, regions, told, grid) {
   const pen = canvas.getContext("2d");
   const chosen = new Set(told.vectors);
   const lit = (row, column) =>
-    row >= 0 && column >= 0 && row < grid && column < grid && chosen.has(regions[row * grid + column]);
-  const x = (column) => Math.round((column * width) / grid);
-  const y = (row) => Math.round((row * height) / grid);
+    row >= 0 && column >= 0 && row < rows && column < columns && chosen.has(regions[row * columns + column]);
+  const x = (column) => Math.round((column * width) / columns);
+  const y = (row) => Math.round((row * height) / rows);
   pen.fillStyle = DIM;
   pen.fillRect(0, 0, width, height);
   const edges = new Path2D();
-  for (let row = 0; row < grid; row += 1) {
-    for (let column = 0; column < grid; column += 1) {
+  for (let row = 0; row < rows; row += 1) {
+    for (let column = 0; column < columns; column += 1) {
       if (!lit(row, column)) continue;
       const [left, top, right, bottom] = [x(column), y(row), x(column + 1), y(row + 1)];
       pen.clearRect(left, top, right - left, bottom - top);
