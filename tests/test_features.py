@@ -495,7 +495,7 @@ def test_a_damaged_base_or_manifest_is_named(store, base, tmp_path):
 def test_a_cache_of_other_features_is_refused(store, base, world, tmp_path, script):
     words = ["--data-root", world, "--splits", "test", "--cache-dir", tmp_path / "c", f"model.name={base}"]
     script("cache").main([str(word) for word in words])
-    with pytest.raises(InputError, match="holds a cache with hidden_states="):
+    with pytest.raises(InputError, match="holds an index with hidden_states="):
         script("cache").main([str(word) for word in (*words, "--features", store)])
 
 

@@ -706,7 +706,8 @@ def test_the_projector_in_use_comes_with_the_index(pictures, tmp_path):
     [
         (lambda path: path.unlink(), "not a readable safetensors file"),
         (lambda path: path.write_bytes(path.read_bytes()[:-3]), "not a readable safetensors file"),
-        (lambda path: save_file({"weight": torch.eye(DIM)}, path), "expected a weight .* and a bias"),
+        (lambda path: save_file({"weight": torch.eye(DIM)}, path), "not the projector"),  # without its bias
+        (lambda path: save_file({"bias": torch.zeros(DIM)}, path), "expected a weight .* and a bias"),
         (lambda path: save_file({"weight": torch.eye(DIM) * 2, "bias": torch.zeros(DIM)}, path), "not the projector"),
     ],
 )

@@ -20,7 +20,7 @@ from samer.index.manifest import describe
 from samer.index.read import Index
 from samer.index.write import build_index
 from samer.merging import merge_tokens
-from samer.retrievers import colpali as retrievers_colpali
+from samer.retrievers import hf as retrievers_hf
 from samer.retrievers.base import Projector
 from samer.retrievers.hf import Retriever
 
@@ -272,7 +272,7 @@ def test_a_fresh_model_gives_the_same_bytes(world, retriever, made, tmp_path):
 
 def test_building_again_keeps_every_shard(world, frozen, copy, monkeypatch):
     before, clock = contents(copy), times(copy / "test")
-    monkeypatch.setattr(pictures, "load_image", None)  # no image is opened
+    monkeypatch.setattr(retrievers_hf, "load_image", None)  # no image is opened
     summaries = build(copy, world, frozen, splits=("val", "test"))
     assert [summary.reused_shards for summary in summaries] == [2, 2]
     assert contents(copy) == before
@@ -306,9 +306,9 @@ def stop_at(monkeypatch, owner, name, call, error=KeyboardInterrupt):
 @pytest.mark.parametrize(
     ("owner", "name", "call", "finished"),
     [
-        (retrievers_colpali, "load_image", 1, 0),
-        (retrievers_colpali, "load_image", 5, 1),  # inside the second shard of images
-        (retrievers_colpali, "load_image", 7, 2),
+        (retrievers_hf, "load_image", 1, 0),
+        (retrievers_hf, "load_image", 5, 1),  # inside the second shard of images
+        (retrievers_hf, "load_image", 7, 2),
         (Retriever, "encode_queries", 7, 4),  # inside the second shard of captions
         (os, "replace", 2, 1),  # written, not yet named
         (os, "replace", 7, 6),  # all shards there, neither the projector nor the manifest

@@ -29,7 +29,7 @@ from samer.index.manifest import (
     write_index_manifest,
 )
 from samer.index.read import Index
-from samer.index.write import _check_settings, _joined, _write_images, _writing
+from samer.index.write import check_settings, joined, write_image_shard, writing
 from samer.retrievers.base import Encoder, image_seeds
 from samer.runtime.files import only_writer
 from samer.runtime.progress import Progress, batched, prefetched
@@ -70,12 +70,12 @@ def add_images(
     Raises:
         InputError: as `build_index`; no readable picture at all.
     """
-    _check_settings(retriever, merge, batch_size, dtype, assignments)
+    check_settings(retriever, merge, batch_size, dtype, assignments)
     compressor = make_compressor(merge)
     if compressor.needs_corpus:
         raise InputError(f"{merge.compressor} learns from a whole corpus; an index that grows needs another compressor")
     skipped: list[str] = []
-    with _writing(Path(folder), retriever, merge, batch_size, dtype, assignments) as writer:
+    with writing(Path(folder), retriever, merge, batch_size, dtype, assignments) as writer:
         split = writer.manifest.splits.get(FOLDER_SPLIT, Split((), (), str(root)))
         if split.root != str(root):
             raise InputError(f"{folder} holds the pictures of {split.root}; name another index for {root}")
@@ -243,12 +243,12 @@ def _rewritten(index: Index, split: str, rows: Sequence[tuple[Shard, int]], path
     fill = {"assignments": NO_REGION if index.manifest.assignments else -1}
     tensors, half = (
         {
-            name: torch.cat(parts) if parts[0].ndim == 1 else _joined(parts, fill.get(name, 0))
+            name: torch.cat(parts) if parts[0].ndim == 1 else joined(parts, fill.get(name, 0))
             for name, parts in found[exact].items()
         }
         for exact in (False, True)
     )
-    return _write_images(path, tensors, half, {**stamp_of(index.manifest), "ids": ids, "texts": [], "files": files})
+    return write_image_shard(path, tensors, half, {**stamp_of(index.manifest), "ids": ids, "texts": [], "files": files})
 
 
 def _ids(folder: Path, split: Split) -> list[str]:

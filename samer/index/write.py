@@ -140,12 +140,12 @@ def build_index(
             by another process.
     """
     folder = Path(folder)
-    _check_settings(retriever, merge, batch_size, dtype, assignments)
+    check_settings(retriever, merge, batch_size, dtype, assignments)
     records = {
         split: make_reader(reader).load_split(data_root, split, boxes=False, limit_images=limit_images)
         for split in splits
     }
-    with _writing(folder, retriever, merge, batch_size, dtype, assignments) as writer:
+    with writing(folder, retriever, merge, batch_size, dtype, assignments) as writer:
         summaries = []
         for name, rows in records.items():
             held = writer.manifest.splits.get(name)
@@ -161,7 +161,7 @@ def build_index(
     return summaries
 
 
-def _check_settings(retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool) -> None:
+def check_settings(retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool) -> None:
     if dtype not in DTYPES:
         raise InputError(f"index dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     make_compressor(merge)  # an unknown name is refused before any work
@@ -175,14 +175,14 @@ def _check_settings(retriever: Encoder, merge: MergeConfig, batch_size: int, dty
         raise InputError(f"assignments take a byte per patch, so at most {NO_REGION} regions, not {merge.num_regions}")
 
 
-def _joined(parts: Sequence[Tensor], fill: int = 0) -> Tensor:
+def joined(parts: Sequence[Tensor], fill: int = 0) -> Tensor:
     """Rows (n, K, ...) of several batches as one, padded to the widest."""
     width = max(part.shape[1] for part in parts)
     pad = lambda t: torch.nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, width - t.shape[1]), value=fill)
     return torch.cat([pad(part) for part in parts])
 
 
-def _write_images(path: Path, tensors: dict[str, Tensor], half: dict[str, Tensor], stamp: dict) -> Shard:
+def write_image_shard(path: Path, tensors: dict[str, Tensor], half: dict[str, Tensor], stamp: dict) -> Shard:
     """Writes a shard of images, with 1-bit tokens the exact ones beside it, and returns its manifest entry."""
     size = sum(tensors[name].nbytes for name in ("tokens", "scales", "mask") if name in tensors)
     facts = {"count": len(tensors["tokens"]), "regions": tensors["tokens"].shape[1], "bytes": size}
@@ -214,7 +214,7 @@ class _Part:
 
 
 @contextmanager
-def _writing(folder: Path, retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool):
+def writing(folder: Path, retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool):
     _check_folder(folder)
     with only_writer(folder), stoppable():
         yield _Writer(folder, retriever, merge, batch_size, dtype, assignments)
@@ -349,17 +349,17 @@ class _Writer:
         files: Sequence[Sequence[int]] | None = None,
     ) -> Shard:
         """Writes one shard of compressed images and returns its manifest entry; `files` are their stamps, if kept."""
-        tokens = _joined([part.tokens for part in parts])
-        tensors = {**self._encode(tokens), "mask": _joined([part.mask for part in parts])}
+        tokens = joined([part.tokens for part in parts])
+        tensors = {**self._encode(tokens), "mask": joined([part.mask for part in parts])}
         tensors["grids"] = torch.cat([part.grids for part in parts])
         if self.making.has_regions:
-            regions = _joined([part.regions for part in parts], -1)
+            regions = joined([part.regions for part in parts], -1)
             whole = self.making.merge.compressor == "none"  # a byte would not tell that many vectors apart
             tensors["assignments"] = regions.to(torch.int32) if whole else regions.remainder(NO_REGION + 1).byte()
         half = {"tokens": tokens.to(torch.bfloat16)} if self.making.dtype == "binary" else {}
         more = {} if files is None else {"files": list(files)}
         stamp = self._stamp([record.image_id for record in records], **more)
-        return _write_images(self.folder / split / f"images-{number:05d}.safetensors", tensors, half, stamp)
+        return write_image_shard(self.folder / split / f"images-{number:05d}.safetensors", tensors, half, stamp)
 
     def _encode(self, tokens: Tensor) -> dict[str, Tensor]:
         """Tokens (n, K, D) as they are stored, with their scales where they have some."""
