@@ -81,10 +81,10 @@ class Gallery:
     regions: list[Regions]
 
 
-def check_images(cache: Index, split: str, records: Sequence[ImageRecord], root: str | Path) -> None:
+def check_images(index: Index, split: str, records: Sequence[ImageRecord], root: str | Path) -> None:
     """Refuses an index whose split holds other images than the records, in number or order."""
-    if [image for ids, *_ in cache.images(split) for image in ids] != [record.image_id for record in records]:
-        raise InputError(f"{cache.folder}: its images are not those of {split} in {root}")
+    if [image for ids, *_ in index.images(split) for image in ids] != [record.image_id for record in records]:
+        raise InputError(f"{index.folder}: its images are not those of {split} in {root}")
 
 
 def smallest_phrase(caption: Caption) -> Phrase | None:

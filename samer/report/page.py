@@ -41,13 +41,12 @@ class Table:
 
 def metrics_table(rows: Sequence[dict]) -> Table:
     """Recall both ways with intervals, from what scripts/eval.py writes (`both_directions`), a name added to each."""
-    with_interval = lambda metric: "{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]".format(**metric)
     body = []
     for row in rows:
         text, image = row["text_to_image"], row["image_to_text"]
         plain = [f"{text[name]['value']:.1f}" for name in ("r@5", "r@10", "ndcg@10")]
         size = [f"{row['vectors_per_image']:,}", f"{row['bytes_per_image']:,.0f}"]
-        body.append([row["name"], with_interval(text["r@1"]), *plain, with_interval(image["r@1"]), *size])
+        body.append([row["name"], _with_interval(text["r@1"]), *plain, _with_interval(image["r@1"]), *size])
     note = (
         "In percent, text to image unless said otherwise; 95 % bootstrap intervals, captions of one image together. "
         "Bytes as these indexes store them."
@@ -56,16 +55,19 @@ def metrics_table(rows: Sequence[dict]) -> Table:
     return Table("Retrieval", note, head, body)
 
 
+def _with_interval(metric: dict) -> str:
+    return "{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]".format(**metric)
+
+
 def headline(base: dict, own: dict, controls: Sequence[dict] = ()) -> list[tuple[str, str]]:
     """The rows of `metrics_table` that matter most, as large figures: baseline, the one in question, controls."""
-    recall = lambda row: f"{row['text_to_image']['r@1']['value']:.1f} %"
     if base is own:
-        tiles = [(recall(own), "R@1, text to image")]
+        tiles = [(_recall(own), "R@1, text to image")]
         return [*tiles, (f"{own['bytes_per_image']:,.0f}", f"bytes per image, {own['vectors_per_image']:,} vectors")]
     share = base["bytes_per_image"] / own["bytes_per_image"]
     return [
         *(
-            (recall(row), f"R@1, {row['name']} ({row['vectors_per_image']:,} vectors per image)")
+            (_recall(row), f"R@1, {row['name']} ({row['vectors_per_image']:,} vectors per image)")
             for row in (base, own, *controls)
         ),
         (
@@ -73,6 +75,10 @@ def headline(base: dict, own: dict, controls: Sequence[dict] = ()) -> list[tuple
             f"smaller: {own['bytes_per_image']:,.0f} bytes per image, not {base['bytes_per_image']:,.0f}",
         ),
     ]
+
+
+def _recall(row: dict) -> str:
+    return f"{row['text_to_image']['r@1']['value']:.1f} %"
 
 
 def write_report(

@@ -110,14 +110,16 @@ MEASURED = ("R@1", "R@5", "nDCG@10", "R@1 image to text", "vectors", "bytes per 
 
 def _untouched_table(rows: Sequence[dict], results: dict) -> list[str]:
     head = ["compressor", "R@1 / R@5 / nDCG@10, published", *MEASURED]
-    published = lambda row: " / ".join(map(str, PUBLISHED_UNTOUCHED.get(row["name"], ())))
-    return _table(head, [[row["name"], published(row), *_recall_cells(row, results)] for row in rows])
+    published = {name: " / ".join(map(str, values)) for name, values in PUBLISHED_UNTOUCHED.items()}
+    body = [[row["name"], published.get(row["name"], ""), *_recall_cells(row, results)] for row in rows]
+    return _table(head, body)
 
 
 def _adapted_table(rows: Sequence[dict], results: dict) -> list[str]:
     head = ["compressor", "R@1, published", *MEASURED]
-    published = lambda row: _number(PUBLISHED_ADAPTED.get(row["name"]))
-    return _table(head, [[row["name"], published(row), *_recall_cells(row, results)] for row in rows])
+    published = [_number(PUBLISHED_ADAPTED.get(row["name"])) for row in rows]
+    body = [[row["name"], cell, *_recall_cells(row, results)] for row, cell in zip(rows, published)]
+    return _table(head, body)
 
 
 def _budget_cells(results: dict) -> tuple[list[int], list[list[str]]]:
@@ -202,14 +204,14 @@ def _difference_table(results: dict) -> list[str]:
             return ""
         return f"{value['r@1']:+.1f} [{value['interval'][0]:+.1f}, {value['interval'][1]:+.1f}]"
 
-    where = {"untouched": "untouched", "adapted": "trained", "components": "trained", "crossed": ""}
-    name = lambda key: f"{key[1]}{', ' * bool(where[key[0]])}{where[key[0]]}"
+    where = {"untouched": ", untouched", "adapted": ", trained", "components": ", trained", "crossed": ""}
     head = ["of", "minus", "all captions", "by seed", "small", "middle", "large", "1 object", "2 objects", "3 or more"]
     body = []
     for entry in results["differences"]:
         seeds = ", ".join(f"{value:+.1f}" for value in entry["seeds"]) if len(entry["seeds"]) > 1 else ""
         by = [*entry["by_size"], *entry["by_objects"].values()]
-        body.append([name(entry["of"]), name(entry["minus"]), cell(entry), seeds, *map(cell, by)])
+        names = [f"{name}{where[section]}" for section, name in (entry["of"], entry["minus"])]
+        body.append([*names, cell(entry), seeds, *map(cell, by)])
     return _table(head, body)
 
 

@@ -53,31 +53,44 @@ def make_caption(
         picked[int(rng.integers(len(picked)))] = must
     full = rng.random() < 0.3
     named = [_phrase(rng, item, full) for item in picked]
-    plain = lambda text: [(text, None, "")]
-    joined = lambda word, phrases: [part for phrase in phrases for part in (*plain(word), *phrase)]
     place = [("in front of" if scene[0].endswith("lake") else "on", None, ""), (scene[0], scene[1], "scene")]
     if rng.random() < style.terse:
-        return tuple(joined(",", named)[1:])
+        return tuple(_joined(",", named)[1:])
     if style.natural:
         return _natural_caption(rng, picked, named, place, sky_chain)
-    rest = joined(",", named[1:-1]) + joined("and", named[-1:])
+    rest = _joined(",", named[1:-1]) + _joined("and", named[-1:])
     form = int(rng.integers(6))
     if form == 0:
         parts = named[0] + rest + place
     elif form == 1:
-        parts = named[0] + plain("is " + _relation(picked[0], picked[1])) + named[1]
-        parts += joined("near", named[2:]) + place
+        parts = named[0] + _plain("is " + _relation(picked[0], picked[1])) + named[1]
+        parts += _joined("near", named[2:]) + place
     elif form == 2:
-        parts = plain("there is") + named[0] + plain("with") + named[1] + joined("and", named[2:])
+        parts = _plain("there is") + named[0] + _plain("with") + named[1] + _joined("and", named[2:])
     elif form == 3:
-        parts = named[0] + rest + plain("can be seen") + place
+        parts = named[0] + rest + _plain("can be seen") + place
     elif form == 4:
-        parts = named[0] + plain("next to") + named[1]
+        parts = named[0] + _plain("next to") + named[1]
         for phrase in named[2:3]:
-            parts += plain("while") + phrase + plain("is near") + [("it", 0, "notvisual")]
+            parts += _plain("while") + phrase + _plain("is near") + [("it", 0, "notvisual")]
     else:
-        parts = plain("under") + [("the sky", sky_chain, "other")] + plain("there is") + named[0] + rest + place
+        parts = _plain("under") + [("the sky", sky_chain, "other")] + _plain("there is") + named[0] + rest + place
     return (*parts, (".", None, ""))
+
+
+def _plain(text: str) -> list[tuple[str, int | None, str]]:
+    """Words that name nothing, as a part."""
+    return [(text, None, "")]
+
+
+def _joined(word: str, phrases: list[list[tuple[str, int | None, str]]]) -> list[tuple[str, int | None, str]]:
+    """The parts of some phrases, a word before each."""
+    return [part for phrase in phrases for part in (*_plain(word), *phrase)]
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> list[tuple[str, int | None, str]]:
+    """One of some plain words, as a part."""
+    return _plain(options[int(rng.integers(len(options)))])
 
 
 def _natural_caption(
@@ -88,24 +101,28 @@ def _natural_caption(
     sky_chain: int,
 ) -> tuple[tuple[str, int | None, str], ...]:
     """A full sentence of the `outdoor` style: lead-in, what is where, and where all that was seen."""
-    pick = lambda options: [(options[int(rng.integers(len(options)))], None, "")]
-    lead = pick(_LEADS)
+    lead = _pick(rng, _LEADS)
     sides = {"to the left of": "on the left hand side of", "to the right of": "on the right hand side of"}
     relation = _relation(picked[0], picked[1])
     form = int(rng.integers(3))
     if form == 0:
         parts = [*lead, *named[0], (sides.get(relation, f"right {relation}"), None, ""), *named[1]]
     elif form == 1:
-        parts = [*lead, *named[0], *pick(_LINKS), *named[1]]
+        parts = [*lead, *named[0], *_pick(rng, _LINKS), *named[1]]
     else:
-        parts = [*named[0], *pick(("was waiting", "stays quietly", "has been left")), *pick(_LINKS), *named[1]]
+        parts = [
+            *named[0],
+            *_pick(rng, ("was waiting", "stays quietly", "has been left")),
+            *_pick(rng, _LINKS),
+            *named[1],
+        ]
     for phrase in named[2:]:
-        parts += [*pick(("and also", "as well as", "plus")), *phrase]
+        parts += [*_pick(rng, ("and also", "as well as", "plus")), *phrase]
     ending = int(rng.integers(4))
     if ending == 0:
         parts += place
     elif ending == 1:
-        parts += [*pick(("during a quiet afternoon", "early this morning", "while nobody was watching")), *place]
+        parts += [*_pick(rng, ("during a quiet afternoon", "early this morning", "while nobody was watching")), *place]
     elif ending == 2:
         parts += [(", far below", None, ""), ("the sky", sky_chain, "other")]
     else:
