@@ -7,7 +7,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 [ -n "${DATA_ROOT:-}" ] || { echo "error: DATA_ROOT is not set; give the Flickr30k-Entities folder: DATA_ROOT=DIR bash bash/cache.sh" >&2; exit 2; }
-prepare requirements.txt
+prepare
 # SPLITS is a list of words on purpose
 # shellcheck disable=SC2086
 launch scripts/cache.py --data-root "$DATA_ROOT" --adapter-path "${ADAPTER_PATH:-}" \

@@ -6,7 +6,7 @@
 # or fewer tables: bash bash/compare.sh --sections untouched adapted
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-prepare requirements.txt
+prepare
 out="${OUTPUT_DIR:-outputs/compare}"
 if [ -n "${DATA_ROOT:-}" ]; then
     config="${CONFIG:-configs/samer_k64_colpali.yaml}"

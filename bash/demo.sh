@@ -3,5 +3,5 @@
 # Python packages, if the active environment lacks them. Arguments go to scripts/demo.py (--help lists them).
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-prepare requirements.txt
+prepare
 exec "$PYTHON" scripts/demo.py "$@"

@@ -1,13 +1,20 @@
-# Sourced by the launchers: from the repo root, with an interpreter that satisfies requirements.txt in $PYTHON.
+# Sourced by the launchers: from the repo root, with an interpreter in $PYTHON that has what requirements.txt lists.
 # The active environment is used if it has everything; else .venv is made (or reused) and installed into.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# satisfied PYTHON FILE...: whether every requirement line of the files holds in that interpreter
-satisfied() {
+TORCH=2.13.0 # what .venv gets; the package itself takes any torch>=2.9
+
+# missing PYTHON EXTRA...: prints the requirements, of the base set and of those extras of pyproject.toml, that don't
+# hold in that interpreter; fails where it can't tell
+missing() {
     "$1" - "${@:2}" <<'PYTHON'
 import sys
 from importlib.metadata import PackageNotFoundError, version
+
+if sys.version_info < (3, 11):
+    sys.exit(1)
+import tomllib
 
 try:
     from packaging.requirements import Requirement
@@ -16,22 +23,40 @@ except ImportError:
         from pip._vendor.packaging.requirements import Requirement
     except ImportError:
         sys.exit(1)
-for path in sys.argv[1:]:
-    for line in open(path, encoding="utf-8"):
-        line = line.split("#")[0].strip()
-        if not line or line.startswith("-"):
-            continue
-        need = Requirement(line)
-        try:
-            have = version(need.name).split("+")[0]
-        except PackageNotFoundError:
-            sys.exit(1)
-        if not need.specifier.contains(have, prereleases=True):
-            sys.exit(1)
+with open("requirements.txt", encoding="utf-8") as base:
+    lines = [line.strip() for line in base if line.strip() and not line.startswith("#")]
+with open("pyproject.toml", "rb") as project:
+    extras = tomllib.load(project)["project"]["optional-dependencies"]
+for line in [*lines, *(line for extra in sys.argv[1:] for line in extras[extra])]:
+    need = Requirement(line)
+    try:
+        have = version(need.name).split("+")[0]
+    except PackageNotFoundError:
+        have = None
+    if have is None or not need.specifier.contains(have, prereleases=True):
+        print(line)
 PYTHON
 }
 
-# prepare FILE...: sets PYTHON to an interpreter that satisfies the requirement files, installing if needed
+# satisfied PYTHON EXTRA...: whether nothing is missing
+satisfied() {
+    local lines
+    lines=$(missing "$@") && [ -z "$lines" ]
+}
+
+has_nvidia() { command -v nvidia-smi >/dev/null || [ -e /proc/driver/nvidia ]; }
+
+# install_torch: into .venv, first and by itself, so that what comes after is satisfied by this build. PyPI's build for
+# Linux brings gigabytes of CUDA; the CPU build lies at PyTorch's own index, unless pip is told where to look.
+install_torch() {
+    local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check "torch==$TORCH")
+    if ! has_nvidia && ! .venv/bin/python -m pip config list | grep -Ec 'index-url|find-links|constraint' >/dev/null; then
+        "${pip[@]}" --index-url https://download.pytorch.org/whl/cpu && return
+    fi
+    "${pip[@]}"
+}
+
+# prepare EXTRA...: sets PYTHON to an interpreter that has the base set and the extras, installing if needed
 prepare() {
     local candidate
     for candidate in "$(command -v python || true)" "$(command -v python3 || true)" .venv/bin/python; do
@@ -45,15 +70,22 @@ prepare() {
     [ -n "$host" ] || { echo "error: no python3 found; install Python 3.11 or newer" >&2; exit 2; }
     "$host" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         { echo "error: $("$host" --version) is too old; SaMer needs Python 3.11 or newer" >&2; exit 2; }
-    echo "the active environment lacks requirements; installing into .venv (about 1.5 GB on disk, once)"
+    local size="1.7 GB on disk, with the CPU build of torch"
+    if has_nvidia; then size="7 GB on disk, with the CUDA build of torch"; fi
+    local extras
+    extras=$(IFS=,; echo "$*")
+    echo "the active environment lacks requirements; installing into .venv (about $size; a few minutes, once)"
+    echo "(to install into the active environment instead, stop this and run: pip install -e '.${extras:+[$extras]}')"
     [ -x .venv/bin/python ] || "$host" -m venv .venv
-    # torch first and by itself: what comes after is satisfied by the pinned build
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
-    local file
-    for file in "$@"; do
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file"
-    done
+    local lines
+    lines=$(missing .venv/bin/python)
+    if [[ $'\n'$lines == *$'\n'torch[\>=]* ]]; then install_torch; fi
+    lines=$(missing .venv/bin/python "$@")
+    if [ -n "$lines" ]; then
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin <<<"$lines"
+    fi
     PYTHON=.venv/bin/python
+    echo "installed; later commands (python scripts/...) need it active:  source .venv/bin/activate"
 }
 
 # launch SCRIPT ARGUMENT...: one process, or torchrun with NPROC_PER_NODE of them; a launcher's last command. SIGTERM

@@ -6,7 +6,7 @@
 #   SAMER_FAULT_LOG (outputs/faults.jsonl: what the table is made of)
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-prepare requirements.txt requirements-serve.txt tests/requirements.txt
+prepare serve test
 export SAMER_FAULT_LONG=1 SAMER_FAULT_CASES=${SAMER_FAULT_CASES:-8000} SAMER_FAULT_MINUTES=${SAMER_FAULT_MINUTES:-30}
 export SAMER_FAULT_LOG=${SAMER_FAULT_LOG:-$PWD/outputs/faults.jsonl}
 mkdir -p "$(dirname "$SAMER_FAULT_LOG")"

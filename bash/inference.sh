@@ -4,7 +4,7 @@
 #   DATA_ROOT (empty; else the report beside OUTPUT_JSON shows pictures)   FEATURES_DIR (empty: from the images)
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-prepare requirements.txt
+prepare
 CACHE_DIR=${CACHE_DIR:-outputs/flickr_samer_k64}
 SPLIT=${SPLIT:-test}
 exec "$PYTHON" scripts/eval.py --cache-dir "$CACHE_DIR" --split "$SPLIT" --device "${DEVICE:-auto}" \

@@ -2,7 +2,7 @@
 # Lint and tests; installs what they need. Arguments go to pytest, e.g. bash bash/test.sh tests/test_merging.py
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-prepare requirements.txt requirements-serve.txt tests/requirements.txt
+prepare serve test
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 exec "$PYTHON" -m pytest "$@"

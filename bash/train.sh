@@ -33,5 +33,5 @@ DATALOADER_NUM_WORKERS train.dataloader_num_workers
 LIMIT_TRAIN_IMAGES data.limit_train_images
 LIMIT_EVAL_IMAGES data.limit_eval_images
 NAMES
-prepare requirements.txt
+prepare
 launch scripts/train.py --config "${CONFIG:-configs/samer_k64_colpali.yaml}" "${settings[@]}" "$@"
