@@ -1,7 +1,7 @@
 """Benchmarks: medians of several runs, the baseline in the same process, ratios reported.
 
 python scripts/bench.py merge     the operator against its own products, a loop over images and clusters, and H-Pool
-python scripts/bench.py maxsim    exact scoring against the bare product and other engines (tests/peers.txt)
+python scripts/bench.py maxsim    exact scoring against the bare product and other engines (the extra `peers`)
 python scripts/bench.py scale     one million images of 64 x 128 int8 on disk: time and memory of a search (8.2 GB)
 python scripts/bench.py eval      5,000 captions against 1,000 images: scores, metrics, memory
 python scripts/bench.py cache     how much of building an index is spent outside the backbone
@@ -19,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +142,7 @@ def clustered(count):
 
 
 def peers(queries, images):
-    """Other exact engines, where they are installed: pip install -r tests/peers.txt."""
+    """Other exact engines, where they are installed: pip install -e ".[peers]"."""
     found = {}
     try:
         import maxsim_cpu

@@ -13,7 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.runtime.commands import adapter_config, add_compute_options, compute_device, run, split_words
 from samer.runtime.processes import print0, process_group
@@ -21,9 +22,10 @@ from samer.runtime.processes import print0, process_group
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", required=True, help="Flickr30k-Entities folder; Annotations are not needed")
+    parser.add_argument("--data-root", required=True, help="the data set's folder; boxes are not read")
+    parser.add_argument("--reader", help="kind of data set at --data-root (flickr)")
     parser.add_argument("--cache-dir", required=True, help="where the index goes")
-    parser.add_argument("--adapter-path", default="", help="trained projector (folder); empty: projection untouched")
+    parser.add_argument("--adapter-path", default="", help="trained projector: folder or hub id; empty: untouched")
     parser.add_argument("--splits", nargs="+", default=["val", "test"], help="default: val test")
     parser.add_argument("--batch-size", type=int, default=32, help="images and captions per forward pass (32)")
     parser.add_argument(
@@ -63,11 +65,16 @@ def main(argv=None):
             dtype=options.cache_dtype,
             limit_images=options.limit_images,
             assignments=options.assignments,
+            reader=options.reader or config.data.reader,
         )
         for summary in summaries:
             print0(describe(summary, options.cache_dir))
     return summaries
 
 
-if __name__ == "__main__":
+def command():
     run(main)
+
+
+if __name__ == "__main__":
+    command()

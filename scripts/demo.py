@@ -9,13 +9,15 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import load_config
 from samer.runtime.commands import run
 from samer.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "demo.yaml"
 ROWS = (  # name, compressor of the index, what the projector was trained through (None: untouched)
     ("all tokens", "none", None),
     ("SaMer, raster", "samer raster", None),
@@ -48,80 +50,82 @@ SIZES = {False: (800, 60, 400), True: (80, 20, 60)}  # quick -> images in train,
 
 
 def main(argv=None):
-    from scripts import cache, features, scenes, train
-    from scripts import eval as evaluate
-    from scripts import report as make_report
+    from scripts import features, scenes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="outputs/demo", help="folder for everything (outputs/demo)")
     parser.add_argument("--quick", action="store_true", help="a small world; its figures mean little")
     options = parser.parse_args(argv)
     out = Path(options.out)
-    config = ROOT / "configs" / "demo.yaml"
-    model = f"model.name={ROOT / load_config(config).model.name}"
     started = time.monotonic()
-
-    def step(title, script, *words):
-        print(
-            f"\n== {title}\n   python scripts/{script.__name__.split('.')[-1]}.py {' '.join(map(str, words))}",
-            flush=True,
-        )
-        return script.main([str(word) for word in words])
-
-    world = out / "world"
+    world, store = out / "world", out / "features"
     counts = (word for pair in zip(("--train", "--val", "--test"), SIZES[options.quick]) for word in pair)
     step("generate scenes with captions and boxes", scenes, "--out", world, *counts)
-    store = out / "features"
-    step(
-        "compute the frozen features, once for everything below", features, "--out", store, "--data-root", world, model
-    )
-    results = []
-    for name, compressor, training in ROWS:
-        label = folder_name(name)
-        adapter = []
-        if training is not None:
-            folder = out / "checkpoints" / label
-            words = (f"data.root={world}", f"data.features={store}", model, f"train.output_dir={folder}")
-            step(f"train the projector: {name}", train, "--config", config, *words, *settings(training))
-            adapter = ["--adapter-path", folder]
-        index = out / "caches" / label
-        words = (
-            "--config",
-            config,
-            "--data-root",
-            world,
-            "--features",
-            store,
-            "--cache-dir",
-            index,
-            "--splits",
-            "test",
-            *adapter,
-            *(["--assignments"] if compressor != "none" else []),  # for the search page; all tokens need none
-        )
-        step(f"build the index: {name}", cache, *words, model, *settings(compressor))
-        report = step(
-            "evaluate", evaluate, "--cache-dir", index, "--split", "test", "--output-json", index / "metrics.json"
-        )
-        results.append({"name": name, **report})
+    words = ("--out", store, "--data-root", world, model())
+    step("compute the frozen features, once for everything below", features, *words)
+    results = [train_and_measure(out, world, store, *row) for row in ROWS]
     write_json(out / "results.json", {"rows": results})
-    report = out / "report.html"
-    place = lambda name: f"{name}={out / 'caches' / folder_name(name)}"
-    metrics = lambda name: place(name) + "/metrics.json"
-    words = ["--data-root", world, "--features", store, "--out", report, "--title", "SaMer on generated scenes"]
-    words += ["--method", *map(place, SHOWN), "--row", *(metrics(name) for name, *_ in ROWS if name not in SHOWN)]
-    words += ["--regions", *map(place, REGIONS), "--sweep", *CURVES]
-    step("make the report", make_report, *words)
+    report = make_report(out, world, store)
     print("\n" + table(results))
     print(f"\n{time.monotonic() - started:.0f} s. Projectors in {out / 'checkpoints'}, indexes in {out / 'caches'},")
     print(f"scenes in {world}, these figures in {out / 'results.json'}. To search the scenes with words:")
-    print(f"  CACHE_DIR={out / 'caches' / folder_name(SHOWN[-1])} DATA_ROOT={world} bash bash/serve.sh")
+    print(f"  CACHE_DIR={index_of(out, SHOWN[-1])} DATA_ROOT={world} bash bash/serve.sh")
     print(f"What it all means, with pictures: {report}")
     return results
 
 
+def step(title, script, *words):
+    """Runs an entry point as the line that is printed would."""
+    name = script.__name__.split(".")[-1]
+    print(f"\n== {title}\n   python scripts/{name}.py {' '.join(map(str, words))}", flush=True)
+    return script.main([str(word) for word in words])
+
+
+def train_and_measure(out, world, store, name, compressor, training):
+    """One row: trains its projector if it has one, builds the index, evaluates it."""
+    from scripts import cache, train
+    from scripts import eval as evaluate
+
+    adapter = []
+    if training is not None:
+        folder = out / "checkpoints" / folder_name(name)
+        words = (f"data.root={world}", f"data.features={store}", model(), f"train.output_dir={folder}")
+        step(f"train the projector: {name}", train, "--config", CONFIG, *words, *settings(training))
+        adapter = ["--adapter-path", folder]
+    index = index_of(out, name)
+    words = ["--config", CONFIG, "--data-root", world, "--features", store, "--cache-dir", index, "--splits", "test"]
+    words += [*adapter, *(["--assignments"] if compressor != "none" else [])]  # for the search page
+    step(f"build the index: {name}", cache, *words, model(), *settings(compressor))
+    words = ("--cache-dir", index, "--split", "test", "--output-json", index / "metrics.json")
+    return {"name": name, **step("evaluate", evaluate, *words)}
+
+
+def make_report(out, world, store):
+    """The page with pictures; returns its path."""
+    from scripts import report
+
+    path = out / "report.html"
+    places = {name: f"{name}={index_of(out, name)}" for name, *_ in ROWS}
+    words = ["--data-root", world, "--features", store, "--out", path, "--title", "SaMer on generated scenes"]
+    words += ["--method", *(places[name] for name in SHOWN)]
+    words += ["--row", *(f"{place}/metrics.json" for name, place in places.items() if name not in SHOWN)]
+    words += ["--regions", *(places[name] for name in REGIONS), "--sweep", *CURVES]
+    step("make the report", report, *words)
+    return path
+
+
+def model():
+    """The override that names the small retriever wherever the demo is run."""
+    return f"model.name={ROOT / load_config(CONFIG).model.name}"
+
+
+def index_of(out, name):
+    """Where a row's index lies."""
+    return out / "caches" / folder_name(name)
+
+
 def folder_name(row):
-    """Where a row's index and projector lie."""
+    """What a row's index and projector are called."""
     return row.replace(", ", "-").replace(" ", "-").lower()
 
 

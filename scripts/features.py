@@ -13,7 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import load_config
 from samer.runtime.commands import add_compute_options, compute_device, run, split_words
@@ -23,7 +24,8 @@ from samer.runtime.processes import print0, process_group
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder of the store")
-    parser.add_argument("--data-root", required=True, help="Flickr30k-Entities folder; Annotations are not needed")
+    parser.add_argument("--data-root", required=True, help="the data set's folder; boxes are not read")
+    parser.add_argument("--reader", help="kind of data set at --data-root (flickr)")
     parser.add_argument("--splits", nargs="+", default=["train", "val", "test"], help="default: train val test")
     parser.add_argument("--batch-size", type=int, default=32, help="images and captions per forward pass (32)")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 or int8; default: as the model computes")
@@ -53,7 +55,7 @@ def main(argv=None):
             batch_size=options.batch_size,
             dtype=options.dtype or retriever.origin["computed_in"],
             limit_images=options.limit_images,
-            reader=config.data.reader,
+            reader=options.reader or config.data.reader,
         )
         for split, entry in entries.items():
             images, texts = (sum(shard.count for shard in shards) for shards in (entry.images, entry.texts))
@@ -61,5 +63,9 @@ def main(argv=None):
     return entries
 
 
-if __name__ == "__main__":
+def command():
     run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -13,7 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import InputError
 from samer.runtime.commands import add_compute_options, compute_device, run
@@ -41,30 +42,33 @@ def main(argv=None):
         f"in {options.cache_dir}",
         file=sys.stderr,
     )
-
-    def answer(text):
-        found = index.search(text, options.top)
-        path = lambda name: str(index.root / name if index.root else name)
-        results = [{"id": name, "path": path(name), "score": round(score, 6)} for name, score in found.hits]
-        took = {"encode_ms": round(found.encode_ms, 2), "search_ms": round(found.search_ms, 2)}
-        result = {"query": text, "results": results, **took}
-        if options.json:
-            print(json.dumps(result, ensure_ascii=False), flush=True)
-        else:
-            print(f"{text}   ({result['encode_ms']:.0f} ms to encode, {result['search_ms']:.1f} ms to search)")
-            for place, row in enumerate(results, 1):
-                print(f"{place:3}  {row['score']:.4f}  {row['path']}", flush=True)
-        return result
-
     if options.query:
-        return [answer(text) for text in options.query]
+        return [answer(index, text, options.top, options.json) for text in options.query]
     answers = []
     for text in lines():
         try:
-            answers.append(answer(text))
+            answers.append(answer(index, text, options.top, options.json))
         except InputError as error:  # a query that can't be encoded does not end the session
             print("error:", error, file=sys.stderr, flush=True)
     return answers
+
+
+def answer(index, text, top, as_json):
+    """Searches, prints what was found, and returns it."""
+    found = index.search(text, top)
+    rows = [
+        {"id": name, "path": str(index.root / name if index.root else name), "score": round(score, 6)}
+        for name, score in found.hits
+    ]
+    took = {"encode_ms": round(found.encode_ms, 2), "search_ms": round(found.search_ms, 2)}
+    result = {"query": text, "results": rows, **took}
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+        return result
+    print(f"{text}   ({result['encode_ms']:.0f} ms to encode, {result['search_ms']:.1f} ms to search)")
+    for place, row in enumerate(rows, 1):
+        print(f"{place:3}  {row['score']:.4f}  {row['path']}", flush=True)
+    return result
 
 
 def lines():
@@ -78,5 +82,9 @@ def lines():
         yield line
 
 
-if __name__ == "__main__":
+def command():
     run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -13,7 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.runtime.commands import add_compute_options, compute_device, run
 
@@ -22,7 +23,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache-dir", required=True, nargs="+", help="made by scripts/index.py or scripts/cache.py")
     parser.add_argument("--split", help="default: each index's only one")
-    parser.add_argument("--data-root", help="Flickr30k-Entities folder, for indexes that scripts/cache.py made")
+    parser.add_argument("--data-root", help="the data set's folder, for indexes that scripts/cache.py made")
     parser.add_argument("--reader", default="flickr", help="kind of data set at --data-root (flickr)")
     parser.add_argument("--model", help="where the model is, if not where the indexes say")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1, this machine only)")
@@ -40,5 +41,9 @@ def main(argv=None):
     serve(indexes, options.host, options.port)
 
 
-if __name__ == "__main__":
+def command():
     run(main)
+
+
+if __name__ == "__main__":
+    command()

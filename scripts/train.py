@@ -11,7 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import dump_config, load_config
 from samer.runtime.commands import run
@@ -36,5 +37,9 @@ def main(argv=None):
     return result
 
 
-if __name__ == "__main__":
+def command():
     run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -11,7 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from samer.config import InputError
 from samer.runtime.commands import run
@@ -42,5 +43,9 @@ def main(argv=None):
         raise refused
 
 
-if __name__ == "__main__":
+def command():
     run(main)
+
+
+if __name__ == "__main__":
+    command()

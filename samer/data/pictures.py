@@ -17,6 +17,7 @@ from samer.config import InputError
 # raster formats only: Pillow would start another program for PostScript, whatever its name
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 MOST_PIXELS = 64 * 10**6  # of an image; a small file can claim many
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -51,6 +52,22 @@ def load_image(path: str | Path) -> Image.Image:
         Image.DecompressionBombError,
     ) as error:
         raise InputError(f"{path}: not a readable image ({one_line(error)}); replace the file") from error
+
+
+def find_pictures(folder: str | Path) -> list[str]:
+    """Paths under a folder, subfolders too, of all that is named like a picture, in order; not opened here.
+
+    Raises:
+        InputError: no such folder, or none in it.
+    """
+    root = Path(folder).resolve()
+    if not root.is_dir():
+        raise InputError(f"{folder}: no such folder; name one that holds pictures")
+    found = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path.relative_to(root).as_posix() for path in found)
+    if not paths:
+        raise InputError(f"{root}: no pictures in it (looked for {', '.join(SUFFIXES)})")
+    return paths
 
 
 def regular_file(path: str | Path) -> None:

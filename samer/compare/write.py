@@ -1,0 +1,109 @@
+"""A comparison from its settings to its files: features if there are none, the rows, tables, plots and the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from samer.compare.plan import shown_methods
+from samer.compare.run import compare
+from samer.config import Config
+from samer.data import make_reader
+from samer.features.read import FeatureStore, open_encoder
+from samer.features.write import write_features
+from samer.report.gallery import Gallery, make_gallery
+from samer.report.page import Table, write_report
+from samer.report.results import write_tables
+from samer.report.tables import recall_table
+from samer.runtime.processes import print0
+
+TILES = {  # the figures in large
+    "none": "all tokens",
+    "none, trained": "all tokens, same training",
+    "samer, farthest, trained": "SaMer, farthest, trained",
+    "samer, raster, trained": "SaMer, raster, trained",
+}
+
+
+def write_comparison(
+    config: Config,
+    out: str | Path,
+    *,
+    seeds: Sequence[int],
+    sections: Sequence[str],
+    split: str,
+    device: torch.device,
+) -> dict:
+    """Runs what is not there yet, and writes `results.json`, `results.md`, plots and `report.html`.
+
+    Args:
+        config: `data.root` is set; without `data.features` they are computed into `out`/features.
+        out: folder of everything.
+        seeds, sections, split: as `compare` takes them.
+        device: to compute on.
+
+    Returns:
+        The results, as written.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    if not config.data.features:
+        config = replace(config, data=replace(config.data, features=str(out / "features")))
+        _compute_features(config, split, device)
+    store = FeatureStore(config.data.features, config.model.name, device, revision=config.model.revision)
+    results = compare(config, out, store, seeds=seeds, sections=sections, split=split)
+    files = [out / "results.json", *write_tables(results, out), out / "report.html"]
+    records = make_reader(config.data.reader).load_split(
+        config.data.root, split, boxes=True, limit_images=config.data.limit_eval_images
+    )
+    methods, regions = shown_methods(config.merge, out, store, sections, seeds[0])
+    gallery = make_gallery(store, records, methods, regions, batch_size=config.train.eval_batch_size)
+    _write_page(files[-1], results, gallery, config.data.root, seeds)
+    print0(f"{time.monotonic() - started:.0f} s; wrote {', '.join(map(str, files))}")
+    return results
+
+
+def _compute_features(config: Config, split: str, device: torch.device) -> None:
+    """The frozen hidden states of the splits trained and measured on."""
+    data, model = config.data, config.model
+    encoder = open_encoder(model.name, device, local_files_only=model.local_files_only, revision=model.revision)
+    for name, limit in ((data.train_split, data.limit_train_images), (split, data.limit_eval_images)):
+        write_features(
+            data.features,
+            data.root,
+            [name],
+            encoder,
+            dtype=encoder.origin["computed_in"],
+            limit_images=limit,
+            reader=data.reader,
+        )
+
+
+def _write_page(path: Path, results: dict, gallery: Gallery, root: str, seeds: Sequence[int]) -> None:
+    """The report of a comparison."""
+    about = results["about"]
+    head, rows = recall_table(results)
+    note = (
+        f"In percent, text to image unless said otherwise, 95 % bootstrap intervals over images. Trained rows: mean of "
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, ± standard deviation. Pictures below: seed {seeds[0]}."
+    )
+    data = f"{about['split']} of {root}: {about['images']:,} images, {about['captions']:,} captions"
+    write_report(
+        path,
+        title=f"Compressors compared on {about['data']}",
+        about=[
+            ("data", data),
+            ("retriever", f"{about['model']}, {about['tokens_per_image']} tokens per image"),
+            ("compressed to", f"{about['merge']['num_regions']} vectors"),
+            ("training", ", ".join(f"{name} {value:g}" for name, value in about["train"].items())),
+            ("all tables", str(path.with_name("results.md"))),
+        ],
+        tiles=[(f"{float(row[1].split()[0]):.1f} %", f"R@1, {TILES[row[0]]}") for row in rows if row[0] in TILES],
+        tables=[Table("Retrieval", note, head, rows)] if rows else [],
+        results=results,
+        gallery=gallery,
+    )
