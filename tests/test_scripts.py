@@ -6,22 +6,23 @@ import math
 import re
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from samer.config import load_config
+from samer.config import MergeConfig, load_config
 from samer.data import flickr, pictures
 from samer.evaluation import both_directions
 from samer.index.read import Index
-from samer.merging import MergeConfig, merge_tokens
+from samer.merging import merge_tokens
 from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted(ROOT.glob("scripts/*.py"))
+SCRIPTS = sorted(path for path in ROOT.glob("scripts/*.py") if path.name != "__init__.py")
 METRICS = ["r@1", "r@5", "r@10", "median_rank", "mrr@10", "ndcg@5", "ndcg@10"]
 MERGE = {
     "num_regions": 6,
@@ -160,10 +161,12 @@ def test_train_writes_the_projector_and_the_settings(pipeline, base, world):
 def test_cache_takes_the_settings_of_the_adapter(pipeline, base):
     manifest = Index(pipeline["folder"] / "cache").manifest
     settings = json.loads((pipeline["folder"] / "out" / "config.json").read_text())
-    assert manifest["merge"] == settings["merge"] == MERGE
-    assert manifest["base_model"] == str(base)
-    assert manifest["projector"] == settings["projector"] != manifest["base_projector"] == settings["base_projector"]
-    assert sorted(manifest["splits"]) == ["test", "val"]
+    assert settings["merge"] == MERGE
+    assert manifest.merge == MergeConfig(**MERGE)
+    assert manifest.base_model == str(base)
+    untouched = manifest.model.base_projector
+    assert manifest.projector == settings["projector"] != untouched == settings["base_projector"]
+    assert sorted(manifest.splits) == ["test", "val"]
     lines = pipeline["cache"].stdout.splitlines()
     assert lines[0] == f"writing the index to {pipeline['folder'] / 'cache'} ({pipeline['folder'] / 'out'})"
     assert lines[1].startswith("val: 6 images x at most 6 vectors (390 bytes per image), 30 queries -> ")
@@ -177,7 +180,7 @@ def test_eval_writes_the_metrics_of_the_cache(pipeline, base):
     about = {key: result.pop(key) for key in ("split", "images", "queries", "vectors_per_image", "bytes_per_image")}
     assert about == {"split": "test", "images": 8, "queries": 40, "vectors_per_image": 6, "bytes_per_image": 390.0}
     source = result.pop("cache")
-    projector = cache.manifest["projector"]
+    projector = cache.manifest.projector
     assert source == {"base_model": str(base), "projector": projector, "merge": MERGE, "dtype": "float32"}
     assert list(result) == ["text_to_image", "image_to_text"]
     for direction in result.values():
@@ -220,7 +223,7 @@ def cache_words(pipeline, world, folder, *rest):
 
 
 def merge_of(folder):
-    return Index(folder).manifest["merge"]
+    return asdict(Index(folder).manifest.merge)
 
 
 def test_overrides_win_over_the_adapter(script, pipeline, world, tmp_path):
@@ -237,15 +240,16 @@ def test_a_config_file_wins_over_the_adapter(script, pipeline, world, base, tmp_
     defaults = {"spatial_weight": 0.1, "assignment_temperature": 0.07, "object_penalty": 1.0, "center_init": "raster"}
     defaults["compressor"] = "samer"
     assert merge_of(tmp_path / "c") == {"num_regions": 5, "cluster_iters": 1, **defaults}
-    assert Index(tmp_path / "c").manifest["projector"] != Index(tmp_path / "c").manifest["base_projector"]
+    manifest = Index(tmp_path / "c").manifest
+    assert manifest.projector != manifest.model.base_projector
 
 
 def test_without_an_adapter_the_projection_is_untouched(script, pipeline, world, base, tmp_path, capsys):
     rest = ("--limit-images", 2, "--batch-size", 1, f"model.name={base}", "merge.num_regions=7")
     (summary,) = script("cache").main(cache_words(pipeline, world, tmp_path / "c", *rest))
     manifest = Index(tmp_path / "c").manifest
-    assert manifest["projector"] == manifest["base_projector"]
-    assert manifest["dtype"] == "bfloat16"
+    assert manifest.projector == manifest.model.base_projector
+    assert manifest.dtype == "bfloat16"
     assert (summary.images, summary.queries, summary.regions) == (2, 10, 7)
     assert "(projection untouched)" in capsys.readouterr().out
 
@@ -257,7 +261,7 @@ def test_a_base_folder_may_bear_any_name(script, pipeline, world, base, tmp_path
     settings = json.loads((adapter / "config.json").read_text())
     (adapter / "config.json").write_text(json.dumps({**settings, "base_model": str(odd)}))
     script("cache").main(cache_words(pipeline, world, tmp_path / "c", "--adapter-path", adapter))
-    assert Index(tmp_path / "c").manifest["base_model"] == str(odd)
+    assert Index(tmp_path / "c").manifest.base_model == str(odd)
 
 
 def test_overrides_may_follow_the_splits(script, pipeline, world, base, tmp_path, capsys):
