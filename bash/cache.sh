@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the compressed index; reads no box file. Variables (default) and any flag or section.key=value override:
-#   DATA_ROOT (required)   ADAPTER_PATH (empty: projection untouched)   CACHE_DIR (outputs/flickr_samer_k64)
+#   DATA_ROOT (required)   ADAPTER_PATH (folder or hub id; empty: untouched)   CACHE_DIR (outputs/flickr_samer_k64)
 #   SPLITS ("val test")   BATCH_SIZE (32)   CACHE_DTYPE (bfloat16)   NPROC_PER_NODE (1; more: torchrun)
 #   FEATURES_DIR (empty: encode the images; else a store made by bash/features.sh)
 # Example: DATA_ROOT=/data/flickr30k_entities ADAPTER_PATH=checkpoints/samer_k64_colpali bash bash/cache.sh
