@@ -35,7 +35,7 @@ def retrieval_metrics(scores: Tensor | np.ndarray, positives: Tensor | np.ndarra
     Raises:
         InputError: shapes differ or are empty, positives are not bool, a score is not finite, a query has no positive.
 
-    Source: METHOD section 5 (the figures reported); HOUSE traps 5 and 6 (non-finite scores, ties).
+    Source: METHOD section 5 (the figures reported, ties, scores that are not finite).
     """
     return {name: _summary(name, values) for name, values in query_metrics(scores, positives).items()}
 

@@ -1,4 +1,4 @@
-"""What tests compare with: the merge of METHOD sections 2-3 as plain loops over one image, search by sorting all."""
+"""What tests compare with: merge and labels of METHOD sections 2-3 as plain loops over one image, search by sorting."""
 
 import numpy as np
 import torch
@@ -65,6 +65,24 @@ def naive_merge(tokens, coords, config, labels=None):
         merged.append(_normalise((w[:, k, None] * tokens).sum(0) / mass))
         places.append((w[:, k, None] * coords).sum(0) / mass)
     return torch.stack(merged), torch.stack(places), w, c
+
+
+def naive_labels(caption, objects):
+    """METHOD section 3 as loops: tokens of an 8 x 8 grid and 6 prompt tokens."""
+    boxes, seen = [], set()
+    for number, one in enumerate(caption.phrases):
+        if one.chain_id not in seen:
+            seen.add(one.chain_id)
+            boxes += [(number, box, (box[2] - box[0]) * (box[3] - box[1])) for box in one.boxes]
+    boxes = [entry for entry in boxes if objects.min_area <= entry[2] <= objects.max_area]
+    largest = {number: max(area for n, _, area in boxes if n == number) for number, _, _ in boxes}
+    kept = sorted(largest, key=lambda number: -largest[number])[: objects.max_phrases]
+    boxes = [entry for entry in boxes if entry[0] in kept]
+    labels = []
+    for x, y in [(x / 7, y / 7) for y in range(8) for x in range(8)] + [(0.5, 0.5)] * 6:
+        inside = [k for k, (_, b, _) in enumerate(boxes) if b[0] <= x <= b[2] and b[1] <= y <= b[3]]
+        labels.append(1 + min(inside, key=lambda k: boxes[k][2]) if inside else 0)
+    return labels
 
 
 def unit(*shape, seed=0):

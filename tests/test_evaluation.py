@@ -56,7 +56,7 @@ def naive_scores(cache, split):
 
 
 def naive_metrics(scores, positives):
-    """Metrics of METHOD section 4 for a list of score rows and, per row, the set of right columns."""
+    """Metrics of METHOD section 5 for a list of score rows and, per row, the set of right columns."""
     columns = {name: [] for name in METRICS}
     for row, right in zip(scores, positives):
         wrong = [row[k] for k in range(len(row)) if k not in right]

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import naive_labels
 from PIL import Image
 
 from samer.config import InputError, ObjectsConfig
-from samer.data import flickr, pictures
+from samer.data import flickr
 from samer.data.records import Caption, ImageRecord, Phrase
+from samer.retrievers import hf
 from samer.runtime.progress import batched
 from samer.training.batches import CaptionDataset, Collator, Row, caption_boxes
 
@@ -37,24 +39,6 @@ def picture(folder, name, *captions):
     path = Path(folder) / f"{name}.png"
     Image.effect_noise((60, 40), 80).convert("RGB").save(path)
     return ImageRecord(name, path, tuple(Caption(f"{name} caption {k}", p, True) for k, p in enumerate(captions)))
-
-
-def naive_labels(caption, objects):
-    """METHOD section 3 as loops: tokens of an 8 x 8 grid and 6 prompt tokens."""
-    boxes, seen = [], set()
-    for number, one in enumerate(caption.phrases):
-        if one.chain_id not in seen:
-            seen.add(one.chain_id)
-            boxes += [(number, box, (box[2] - box[0]) * (box[3] - box[1])) for box in one.boxes]
-    boxes = [entry for entry in boxes if objects.min_area <= entry[2] <= objects.max_area]
-    largest = {number: max(area for n, _, area in boxes if n == number) for number, _, _ in boxes}
-    kept = sorted(largest, key=lambda number: -largest[number])[: objects.max_phrases]
-    boxes = [entry for entry in boxes if entry[0] in kept]
-    labels = []
-    for x, y in [(x / 7, y / 7) for y in range(8) for x in range(8)] + [(0.5, 0.5)] * 6:
-        inside = [k for k, (_, b, _) in enumerate(boxes) if b[0] <= x <= b[2] and b[1] <= y <= b[3]]
-        labels.append(1 + min(inside, key=lambda k: boxes[k][2]) if inside else 0)
-    return labels
 
 
 def columns(label_of_column):
@@ -116,8 +100,8 @@ def test_a_chain_named_twice_counts_once():
 
 def test_an_image_is_prepared_once_however_many_captions_it_has(collator, records, monkeypatch):
     opened = []
-    load = pictures.load_image
-    monkeypatch.setattr(pictures, "load_image", lambda path: opened.append(path) or load(path))
+    load = hf.load_image
+    monkeypatch.setattr(hf, "load_image", lambda path: opened.append(path) or load(path))
     pick = [(3, 0), (1, 2), (3, 4), (0, 1), (1, 0), (3, 1)]
     rows = [Row(image, records[image], records[image].captions[caption]) for image, caption in pick]
     batch = collator(rows)

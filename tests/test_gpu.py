@@ -1,0 +1,212 @@
+"""On a GPU: an index, a search and an encoder give what the CPU gives, and a ColPali of full size fits.
+
+    pytest -m gpu tests/test_gpu.py -s
+
+What is checked there is also checked with the CPU in the GPU's place, so that the checks themselves are known to work.
+"""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import ColPaliConfig, ColPaliForRetrieval, ColPaliProcessor, PaliGemmaConfig, SiglipVisionConfig
+from transformers.models.gemma import GemmaConfig
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from samer.config import MergeConfig
+from samer.data import flickr
+from samer.evaluation import join_queries
+from samer.features.read import open_encoder
+from samer.index.read import Index
+from samer.index.write import build_index
+from samer.retrievers.hf import Retriever
+from samer.world.retriever import page_texts, train_tokenizer
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or hidden without -m gpu")
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])
+DEVICES = ["cpu", GPU]
+DTYPES = ["float32", "bfloat16", "float16", "int8", "binary"]
+
+
+@pytest.fixture
+def exact_float32():
+    """No TF32 in convolutions, where torch takes it by itself: it keeps 10 bits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def built(folder, base, world, device, dtype):
+    encoder = open_encoder(str(base), device, dtype=torch.float32)
+    build_index(folder, world, ["test"], encoder, MergeConfig(num_regions=9), batch_size=3, dtype=dtype)
+    return Index(folder)
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu(base, world, tmp_path_factory):
+    """Indexes made on the CPU, by dtype."""
+    made = {}
+
+    def get(dtype):
+        if dtype not in made:
+            made[dtype] = built(tmp_path_factory.mktemp("cpu") / dtype, base, world, "cpu", dtype)
+        return made[dtype]
+
+    return get
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_an_index_made_on_the_device_scores_as_the_cpus(
+    exact_float32, on_the_cpu, base, world, tmp_path, device, dtype
+):
+    expected, image_of = on_the_cpu(dtype).scores("test")
+    scores, owner = built(tmp_path / "index", base, world, device, dtype).scores("test")
+    assert torch.equal(owner, image_of)
+    torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)
+    assert expected.std(1).min() > 2e-3  # images differ by more than that
+    for ours, theirs in zip(scores, expected):
+        order = theirs.argsort(descending=True)
+        clear = theirs[order][:-1] - theirs[order][1:] > 2e-3  # neighbours that no tolerance may swap
+        assert (ours[order][:-1] > ours[order][1:])[clear].all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_search_on_the_device_finds_what_the_cpu_finds(exact_float32, on_the_cpu, device, dtype):
+    index = on_the_cpu(dtype)
+    queries = join_queries([query for query, _, _ in index.queries("test")])
+    there = type(queries)(queries.tokens.to(device), queries.mask.to(device))
+    fresh = Index(index.folder)  # nothing on the device yet
+    for _ in range(2):  # the second finds the index there
+        found = fresh.search(there, "test", 8, device)
+        for ours, theirs in zip(found, index.search(queries, "test", 8)):
+            scores = dict(theirs)
+            assert [score for _, score in ours] == pytest.approx([score for _, score in theirs], abs=1e-4)
+            assert {name: pytest.approx(score, abs=1e-4) for name, score in ours} == scores
+            best, second = theirs[0][1], theirs[1][1]
+            assert ours[0][0] == theirs[0][0] or best - second < 2e-4
+    scores, _ = fresh.scores("test", device)
+    torch.testing.assert_close(scores, index.scores("test")[0], atol=1e-4, rtol=0)
+    assert scores.device.type == "cpu"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bfloat16_on_the_device_is_near_float32_on_the_cpu(base, world, device):
+    records = flickr.load_split(world, "test", boxes=False)
+    exact = open_encoder(str(base), "cpu", dtype=torch.float32)
+    half = open_encoder(str(base), device, dtype=torch.bfloat16)
+    images = exact.encode_images(exact.record_inputs(records)), half.encode_images(half.record_inputs(records))
+    texts = [caption.text for record in records for caption in record.captions]
+    queries = exact.encode_queries(exact.query_inputs(texts)), half.encode_queries(half.query_inputs(texts))
+    for ours, theirs in (images, queries):
+        assert theirs.tokens.dtype == torch.float32
+        assert theirs.tokens.device.type == torch.device(device).type
+        cosine = F.cosine_similarity(ours.tokens, theirs.tokens.cpu(), dim=-1)
+        valid = torch.ones_like(cosine, dtype=torch.bool) if ours.mask is None else ours.mask
+        assert cosine[valid].min() > 0.99
+
+
+# --- a ColPali of full size -----------------------------------------------------------------------------------------
+
+VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+TEXT = {
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+}
+VOCABULARY = 257216  # of vidore/colpali-v1.3-hf, as the sizes above
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def colpali_config(processor, vision, text, side, vocabulary):
+    return ColPaliConfig(
+        vlm_config=PaliGemmaConfig(
+            vision_config=SiglipVisionConfig(**vision, image_size=side, patch_size=14, vision_use_head=False),
+            text_config=GemmaConfig(**text, vocab_size=vocabulary),
+            image_token_index=processor.image_token_id,
+            vocab_size=vocabulary,
+            projection_dim=text["hidden_size"],
+            hidden_size=text["hidden_size"],
+        ),
+        embedding_dim=128,
+    )
+
+
+def make_processor(side):
+    pictures = SiglipImageProcessorPil(size={"height": side, "width": side}, image_seq_length=(side // 14) ** 2)
+    return ColPaliProcessor(image_processor=pictures, tokenizer=train_tokenizer(page_texts(20, 0), 500))
+
+
+@contextlib.contextmanager
+def halves():
+    """Within the block, new weights are bfloat16; float32 ones of this size would need twice the memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def encode_four(device, vision, text, side, vocabulary):
+    """Four images through a random ColPali of these sizes, made on the device: tokens, bytes of weights, peak bytes."""
+    processor = make_processor(side)
+    with halves(), torch.device(device):
+        model = ColPaliForRetrieval(colpali_config(processor, vision, text, side, vocabulary))
+    weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    retriever = Retriever(model, processor, "a random ColPali")
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (4, 300, 400, 3), dtype=torch.uint8, generator=generator)
+    images = [Image.fromarray(each.numpy()) for each in pixels]
+    peak = 0
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    visual = retriever.encode_images(retriever.image_inputs(images))
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    return visual, weights, peak
+
+
+def check_tokens(visual, patches):
+    assert visual.tokens.shape == (4, patches + 6, 128)
+    torch.testing.assert_close(visual.tokens.norm(dim=-1), torch.ones_like(visual.tokens[..., 0]))
+    assert (visual.patches.sum(1) == patches).all()
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_the_peak_memory_of_a_full_size_colpali():
+    free, _ = torch.cuda.mem_get_info()
+    if free < 12e9:
+        pytest.skip(f"{free / 1e9:.1f} GB free on the GPU; 12 are needed")
+    visual, weights, peak = encode_four("cuda", VISION, TEXT, 448, VOCABULARY)
+    print(f"\nfull-size ColPali, bfloat16: weights {weights / 1e9:.2f} GB, peak with 4 images {peak / 1e9:.2f} GB")
+    check_tokens(visual, 1024)
+    assert 5.8e9 < weights < 5.9e9
+    # a layer's widest tensors: 3 of 4 x 1,030 x 16,384 halves are 0.4 GB; those of all layers would be 7 GB
+    assert peak < weights + 2e9
+
+
+def test_a_small_colpali_goes_the_same_way():
+    text = {**SMALL, "num_key_value_heads": 1, "head_dim": 16}
+    visual, weights, _ = encode_four("cpu", SMALL, text, 112, 2000)
+    check_tokens(visual, 64)
+    assert weights < 1e6
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_full_size_is_that_of_the_released_model():
+    """Counted without memory: PaliGemma's 2.92 billion at 448 pixels, and METHOD's 262,272 of the projection."""
+    with torch.device("meta"):
+        model = ColPaliForRetrieval(colpali_config(make_processor(448), VISION, TEXT, 448, VOCABULARY))
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    own = sum(size for name, size in sizes.items() if name.startswith("embedding_proj_layer"))
+    assert own == 262_272
+    assert sum(sizes.values()) - own == 2_924_351_216
