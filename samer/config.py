@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -21,9 +22,21 @@ class InputError(ValueError):
     """
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 120, 120
+
+
+def _shown(value: object) -> str:
+    """A value as messages show it: short, however much it holds; nested YAML aliases can stand for gigabytes."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # more digits than Python writes
+        return "a number too long to show"
+
+
 def _require(holds: bool, key: str, rule: str, value: object) -> None:
     if not holds:
-        raise InputError(f"{key} must be {rule}; it is {value!r}")
+        raise InputError(f"{key} must be {rule}; it is {_shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -183,11 +196,13 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{key} must be a list{' of whole numbers' if inner is int else ''}; it is {value!r}")
+            raise InputError(
+                f"{key} must be a list{' of whole numbers' if inner is int else ''}; it is {_shown(value)}"
+            )
         return tuple(_coerce(item, inner, key) for item in value)
     if typing.get_origin(kind) is dict:
         if not isinstance(value, dict):
-            raise InputError(f"{key} must be a mapping; it is {value!r}")
+            raise InputError(f"{key} must be a mapping; it is {_shown(value)}")
         return {str(name): _coerce(item, typing.get_args(kind)[1], f"{key}.{name}") for name, item in value.items()}
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
@@ -202,7 +217,7 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         return value
     elif kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    raise InputError(f"{key} must be {wanted}; it is {value!r}")
+    raise InputError(f"{key} must be {wanted}; it is {_shown(value)}")
 
 
 def build_dataclass(cls: type, values: Any, where: str, prefix: str = "") -> Any:
@@ -214,13 +229,16 @@ def build_dataclass(cls: type, values: Any, where: str, prefix: str = "") -> Any
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise InputError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys; it is {values!r}")
+        raise InputError(
+            f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys; it is {_shown(values)}"
+        )
     hints = typing.get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(cls)}
     arguments = {}
     for name, value in values.items():
         if name not in fields:
-            close = difflib.get_close_matches(str(name), fields, 1)
+            name = name[:120] if isinstance(name, str) else _shown(name)
+            close = difflib.get_close_matches(name, fields, 1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(sorted(fields))}"
             raise InputError(f"{where}: unknown key {prefix}{name}; {hint}")
         if dataclasses.is_dataclass(hints[name]):
@@ -234,49 +252,25 @@ def build_dataclass(cls: type, values: Any, where: str, prefix: str = "") -> Any
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """SafeLoader, which builds no objects, that also refuses a key given twice instead of taking the last, and aliases.
+    """SafeLoader, which builds no objects, that also refuses a key given twice instead of taking the last."""
 
-    Settings need no aliases; nested ones stand for gigabytes.
-    """
-
-    def construct_number(self, node):
-        if len(node.value) > 1000:  # more digits than Python would write into a message
-            raise yaml.YAMLError(f"a number of {len(node.value):,} characters, {str(node.start_mark).strip()}")
-        return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"an alias (*) is not accepted, {str(self.peek_event().start_mark).strip()}")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key in keys:
-            if not isinstance(key, (str, int, float, bool, type(None))):
-                raise yaml.YAMLError(f"a key must be a word or a number, {str(node.start_mark).strip()}")
-            if key in seen:
-                raise yaml.YAMLError(f"key {key!r} stands twice, {str(node.start_mark).strip()}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-for _kind in ("int", "float"):
-    _OnceLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _OnceLoader.construct_number)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.YAMLError(f"key {key.value!r} stands twice, {str(key.start_mark).strip()}")
+                seen.add(key.value)
+        return node
 
 
 def _parse_yaml(text: str) -> Any:
     """`text` as plain YAML values; whatever PyYAML raises on bad text comes out as `yaml.YAMLError`."""
     try:
         return yaml.load(text, Loader=_OnceLoader)
-    except (
-        ValueError,
-        OverflowError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # e.g. the date 2024-13-45, `!!int x`
-        raise yaml.YAMLError(error) from error
+    except (ValueError, OverflowError, LookupError, AttributeError, RecursionError) as error:
+        raise yaml.YAMLError(error) from error  # e.g. the date 2024-13-45, `!!int x`
 
 
 def load_yaml(path: str | Path) -> Any:
@@ -302,7 +296,9 @@ def _spread_budgets(values: Any, where: str) -> Any:
     if not isinstance(regions, list):
         return values
     if not regions or not all(isinstance(k, int) and not isinstance(k, bool) for k in regions):
-        raise InputError(f"{where}: merge.num_regions must be a whole number or a list of them; it is {regions!r}")
+        raise InputError(
+            f"{where}: merge.num_regions must be a whole number or a list of them; it is {_shown(regions)}"
+        )
     train = values.get("train") or {}
     if isinstance(train, dict):  # else it is refused by name when the settings are built
         train = {**train, "budgets": regions}

@@ -73,7 +73,7 @@ def main(argv=None):
 
 
 def command():
-    run(main)
+    run(main, shared=True)
 
 
 if __name__ == "__main__":

@@ -306,7 +306,7 @@ CASES = {
         lambda b: b.cache("--cache-dir", small_file(b) / "c"),
         ["{out}/file/c", "can't be written", "name another"],
     ),
-    "cache: output in a folder of files": (lambda b: b.cache("--cache-dir", small_file(b).parent), ["no SaMer cache"]),
+    "cache: output in a folder of files": (lambda b: b.cache("--cache-dir", small_file(b).parent), ["no SaMer index"]),
     "scenes: output is not empty": (
         lambda b: ["scenes", "--out", str(small_file(b).parent)],
         ["{out} exists and holds something else"],
@@ -351,7 +351,7 @@ def test_the_message_names_it_and_nothing_is_half_written(bench, name):
     load_config(bench.out / "run" / "config.yaml" if "run/config.yaml" in left else None)
 
 
-# --- eval and cache on a cache that is there ------------------------------------------------------------------------
+# --- eval and cache on an index that is there ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -367,12 +367,12 @@ def cached(bench):
         (lambda b: b.cache("merge.num_regions=4"), "'num_regions': 8"),
         (lambda b: b.cache("--cache-dtype", "float32"), "dtype='bfloat16'"),
         (lambda b: do(truncate(b.picture()), b.cache("--splits", "train")), "not a readable image"),
-        (lambda b: b.eval("--split", "train"), "no split 'train' in this cache; it holds: test, val"),
+        (lambda b: b.eval("--split", "train"), "no split 'train' in this index; it holds: test, val"),
         (lambda b: b.eval("--output-json", b.out / "cache"), "cache: can't be written"),
         (lambda b: b.eval("--output-json", b.xml() / "metrics.json"), "metrics.json: can't be written"),
     ],
 )
-def test_a_finished_cache_stays_as_it_is(cached, spoil, expected):
+def test_a_finished_index_stays_as_it_is(cached, spoil, expected):
     before = cached.written()
     message = message_of(cached, spoil(cached))
     assert expected in message
@@ -429,7 +429,7 @@ def test_a_bad_validation_image_leaves_a_checkpoint_to_resume(bench):
     assert str(bench.picture("val")) in message_of(bench, bench.train())
     left = bench.written()
     assert {path.split("/")[1] for path in left} == {"config.yaml", "checkpoint-3"}
-    assert "run/checkpoint-3/trainer_state.json" in left
+    assert "run/checkpoint-3/state.json" in left
     bench.picture("val").write_bytes(whole)
     bench.main(bench.train())
     bench.main(bench.train(f"train.output_dir={bench.out / 'clean'}"))
@@ -479,7 +479,7 @@ def test_captions_that_name_nothing_boxed_train_and_are_counted(bench, capsys):
 
 
 def test_an_index_needs_no_good_boxes(bench):
-    """The cache never opens Annotations, so a malformed file there is no matter."""
+    """The index never opens Annotations, so a malformed file there is no matter."""
     for path in (bench.notes / "Annotations").iterdir():
         path.write_text("<annotation><size>")
     assert [summary.images for summary in bench.main(bench.cache())] == [6, 8]

@@ -341,6 +341,36 @@ def test_a_key_given_twice_is_refused(tmp_path):
         load_config(path)
 
 
+def test_a_key_given_twice_is_refused_wherever_it_stands(write):
+    for text in ("merge: {num_regions: 3}\nmerge: {}\n", "merge: {num_regions: 3, 'num_regions': 3}\n"):
+        assert "stands twice" in refuse(write(text))
+
+
+def test_aliases_are_plain_yaml(write):
+    path = write("merge: {num_regions: &k 16, cluster_iters: *k}\ntrain: &t {seed: *k}\n")
+    config = load_config(path)
+    assert (config.merge.num_regions, config.merge.cluster_iters, config.train.seed) == (16, 16, 16)
+
+
+@pytest.mark.parametrize("key", ["merge: {num_regions: *j}", "merge: *j", "train: {run_name: *j}", "train: {seed: *j}"])
+def test_a_message_stays_short_whatever_the_value_holds(write, key):
+    """Nested aliases: ten of ten of ten ..., a million million values in half a kilobyte of YAML."""
+    nested = [f"&{name} [{', '.join([f'*{inner}'] * 10)}]" for inner, name in zip("abcdefghijk", "bcdefghijkl")]
+    inside = f"[&a [x, x], {', '.join(nested)}]"
+    section, _, rest = key.partition(": ")
+    message = refuse(write(f"{section}: {rest.replace('*j', inside)}\n"))
+    assert section in message
+    assert len(message) < 600
+    long = refuse(write(f"{section}: {rest.replace('*j', '[' + 'y' * 100_000 + ']')}\n"))
+    assert len(long) < 600
+
+
+@pytest.mark.parametrize("number", ["9" * 3000, "0x" + "f" * 9000, "9" * 9000])
+def test_a_number_of_thousands_of_digits_is_refused_in_a_line(write, number):
+    for text in (f"merge: {{num_regions: {number}}}", f"{number}: 1", f"train: {{learning_rate: {number}}}"):
+        assert len(refuse(write(text))) < 500
+
+
 @pytest.mark.parametrize("text", ["/data/a: b", "[x]", "2024", "yes", "~/flickr", "#1"])
 def test_text_overrides_stay_as_typed(text):
     assert load_config(None, [f"data.root={text}"]).data.root == text

@@ -100,7 +100,7 @@ def process(rank, count, port, folder, faults, work, *words):
     for fault in faults:
         if fault.rank == rank:
             arm(fault)
-    runtime_commands.run(lambda: work(*words))
+    runtime_commands.run(lambda: work(*words), shared=True)
 
 
 def arm(fault):

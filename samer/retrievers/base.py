@@ -117,6 +117,7 @@ class Encoder:
         self.image_token_id = image_token_id
         self.device = torch.device(device)
         self.projection = Projection(base).to(self.device).requires_grad_(False)
+        self.use_projector(base)  # which refuses values that are not finite
 
     @property
     def identity(self) -> ModelIdentity:

@@ -13,6 +13,7 @@ import torch
 from samer.config import Config, InputError, load_config
 from samer.runtime.files import read_json
 from samer.runtime.hub import projector_place
+from samer.runtime.processes import world_size
 from samer.runtime.signals import Stopped, listening
 
 
@@ -93,10 +94,20 @@ def split_words(parser: argparse.ArgumentParser, splits: Sequence[str], override
     return names, [*(word for word in splits if "=" in word), *overrides]
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Runs an entry point: bad input prints one line and exits with 2, SIGINT exits with 130, SIGTERM with 143."""
+def run(main: Callable[[], Any], *, shared: bool = False) -> None:
+    """Runs an entry point: bad input prints one line and exits with 2, SIGINT exits with 130, SIGTERM with 143.
+
+    Args:
+        main: the entry point.
+        shared: whether it shares its work between the processes of a job; otherwise several processes are bad input.
+    """
     try:
         with listening():
+            if world_size() > 1 and not shared:
+                raise InputError(
+                    f"this command runs in one process, and WORLD_SIZE is {world_size()}; start it without torchrun "
+                    "(unset WORLD_SIZE): only train, features and cache share their work between processes"
+                )
             main()
     except Stopped:
         print("stopped; run the same command again to go on", file=sys.stderr, flush=True)

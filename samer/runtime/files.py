@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from samer.config import InputError
-from samer.runtime.processes import gather_objects, print0, rank
+from samer.runtime.processes import check_joined, gather_objects, print0, rank
 
 TEMPORARY = ".samer-tmp"  # ends the names of files that are being written
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # what some network file systems answer
 
 
 @contextmanager
 def atomic_path(path: str | Path):
     """Yields a temporary path beside `path`; it replaces `path` when the block ends well and is removed otherwise.
+
+    The new file's permissions are those that the umask leaves.
 
     Raises:
         InputError: the file can't be written: a folder of that name, a file as parent, no permission, a full disk.
@@ -28,13 +34,14 @@ def atomic_path(path: str | Path):
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
+        name = path.parent / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}"
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        temporary, mode = name, stat.S_IMODE(os.fstat(handle).st_mode)
         os.close(handle)
-        temporary = Path(name)
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)  # safetensors puts a file of its own in its place, for the owner only
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path}: can't be written ({error.strerror or error}); name another place") from error
@@ -66,9 +73,11 @@ def only_writer(folder: str | Path):
     too.
 
     Raises:
-        InputError: another process holds it, or it can't be written to.
+        InputError: another process holds it, it can't be written to, or this is one of several processes that were
+            launched together and have not joined (`process_group`).
     """
     folder = Path(folder)
+    check_joined(folder)
     with _locked(folder) if rank() == 0 else nullcontext():
         gather_objects(None)
         yield
@@ -76,51 +85,44 @@ def only_writer(folder: str | Path):
 
 @contextmanager
 def _locked(folder: Path):
+    """The lock is filelock's, which a forked child leaves; its file goes with the lock, so that nothing is left over.
+
+    filelock itself leaves the file. Removing it is safe while the lock is held: who has just opened it finds no link
+    to it any more and is refused.
+    """
     made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
     before = set() if made else set(folder.iterdir()) if folder.is_dir() else set()
     path = folder / ".lock"
+    lock = filelock.FileLock(path, blocking=False, fallback_to_soft=False)  # a soft lock outlives a killed process
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(f"{folder}: another process is writing to it; wait until it ends") from None
     except OSError as error:
-        raise InputError(f"{folder}: can't be written ({error.strerror}); name another folder") from None
+        if error.errno not in _NO_LOCKS:
+            raise InputError(f"{folder}: can't be written ({error.strerror}); name another folder") from None
+        print0(f"note: {folder} can't be locked ({error.strerror}); let nothing else write to it")
     try:
+        _remove_strays(folder)
+        yield
+    finally:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(handle).st_nlink == 0:  # the one before took its file away between our two calls
-                raise BlockingIOError
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is writing to it; wait until it ends") from None
-        except OSError as error:  # some network file systems have no locks
-            print0(f"note: {folder} can't be locked ({error.strerror}); let nothing else write to it")
-        _locks.add(handle)
-        try:
-            inner = [place for place in folder.iterdir() if place.is_dir() and not os.path.exists(place / ".lock")]
-            for place in (folder, *inner):  # a folder with a lock of its own has a writer of its own
-                for stray in place.glob(f".*{TEMPORARY}"):
-                    stray.unlink(missing_ok=True)
-            yield
-        finally:
             path.unlink(missing_ok=True)
             own = [entry for entry in folder.iterdir() if entry.is_dir() and entry not in before]
             for empty in [*own, *made]:  # a run that failed leaves no empty folders of its own
                 if not any(empty.iterdir()):
                     empty.rmdir()
-    finally:
-        _locks.discard(handle)
-        os.close(handle)
+        finally:
+            lock.release()
 
 
-_locks: set[int] = set()  # open lock files; a forked worker must not keep them when its parent is killed
-
-
-def _leave_locks() -> None:
-    for handle in _locks:
-        os.close(handle)
-    _locks.clear()
-
-
-os.register_at_fork(after_in_child=_leave_locks)
+def _remove_strays(folder: Path) -> None:
+    """Removes what a killed writer left half written, but not from a folder within that has a writer of its own."""
+    inner = [place for place in folder.iterdir() if place.is_dir() and not os.path.exists(place / ".lock")]
+    for place in (folder, *inner):
+        for stray in place.glob(f".*{TEMPORARY}"):
+            stray.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -5,6 +5,7 @@ Shape letters: B rows of this process, W processes."""
 from __future__ import annotations
 
 import os
+import re
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,14 @@ from torch import Tensor
 
 from samer.config import InputError
 from samer.runtime.signals import asked, stop_here
+
+# what gloo, NCCL and torch's store say when a process at the other end is no more; NCCL's plain system error names a
+# remote peer as one of many guesses and is not meant
+_PEER_LEFT = re.compile(
+    "connection (was )?(closed|reset) by (remote )?peer|timed out waiting .* for (send|recv)|remote process exited"
+    "|ncclRemoteError|socket (was )?closed|broken pipe|pair closure|failed to recv, got 0 bytes",
+    re.IGNORECASE,
+)
 
 
 def rank() -> int:
@@ -32,29 +41,70 @@ def print0(*words: object) -> None:
         print(*words, flush=True)
 
 
+def check_joined(place: object) -> None:
+    """Several processes may write to `place` only after they have joined: each would take itself for the only one.
+
+    Raises:
+        InputError: they have not.
+    """
+    if world_size() > 1 and not dist.is_initialized():
+        raise InputError(
+            f"{place}: WORLD_SIZE is {world_size()}, but these processes have not joined each other; start one "
+            "process (unset WORLD_SIZE), or join them with samer.runtime.processes.process_group"
+        )
+
+
 @contextmanager
 def process_group():
-    """Joins the processes that torchrun launched (nccl with CUDA, else gloo); nothing to do for one process."""
+    """Joins the processes that torchrun launched (nccl with CUDA, else gloo); nothing to do for one process.
+
+    Raises:
+        InputError: more processes than GPUs, processes that can't reach each other, or one of them has ended. Other
+            errors come out as they are.
+    """
     started = world_size() > 1 and not dist.is_initialized()
-    if started:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
+        if started:
+            _join()
         yield
         if started:
             dist.barrier()  # a process that leaves while another still takes leave aborts it
     except RuntimeError as error:
-        if not started or not any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
+        ended = _PEER_LEFT.search(str(error))
+        if not started or not (ended or isinstance(error, dist.DistError)):
             raise
         stop_here()  # all were asked to stop, this one came last
+        place, words = f"process {rank()} of {world_size()}", " ".join(str(error).split())
+        if ended:
+            raise InputError(
+                f"{place}: another process of this job has ended, its own message says why (here: {words[:200]}); "
+                "run the same command again to go on"
+            ) from None
         raise InputError(
-            f"process {rank()} of {world_size()}: another process of this job has ended, its own message says why "
-            f"(here: {' '.join(str(error).split())[:200]}); run the same command again to go on"
-        ) from None
+            f"{place}: the processes can't work together: {_cause(error)}; NCCL_DEBUG=INFO and "
+            "TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment say more"
+        ) from error
     finally:
         if started and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _join() -> None:
+    if torch.cuda.is_available():
+        count, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size()), torch.cuda.device_count()
+        if count > gpus:
+            raise InputError(
+                f"{count} processes on this machine (LOCAL_WORLD_SIZE, else WORLD_SIZE) for its {gpus} GPUs; start at "
+                f"most {gpus}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to compute on the CPU"
+            )
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def _cause(error: RuntimeError) -> str:
+    """The first lines of an error of torch.distributed, without the stack in C++ below them."""
+    lines = str(error).partition("Exception raised from")[0].splitlines()
+    return " ".join(" ".join([line for line in lines if line.strip()][:4]).split())[:500]
 
 
 class _Gather(torch.autograd.Function):
