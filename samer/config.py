@@ -205,18 +205,16 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
             raise InputError(f"{key} must be a mapping; it is {_shown(value)}")
         return {str(name): _coerce(item, typing.get_args(kind)[1], f"{key}.{name}") for name, item in value.items()}
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (ValueError, OverflowError):
-            pass
-    elif kind is int and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if abs(value) < 2**63 and value == int(value):  # neither NaN nor infinity is below
-            return int(value)
-    elif kind in (bool, str) and isinstance(value, kind):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind in (bool, str) and isinstance(value, kind):
         return value
-    elif kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
+    if kind is int and number and abs(value) < 2**63 and value == int(value):  # neither NaN nor infinity is below
+        return int(value)
+    if (kind is float and (number or isinstance(value, str))) or (kind is str and number):
+        try:
+            return kind(value)
+        except (ValueError, OverflowError):  # no number, or more digits than a float holds or Python writes
+            pass
     raise InputError(f"{key} must be {wanted}; it is {_shown(value)}")
 
 

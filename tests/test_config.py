@@ -369,6 +369,8 @@ def test_a_message_stays_short_whatever_the_value_holds(write, key):
 def test_a_number_of_thousands_of_digits_is_refused_in_a_line(write, number):
     for text in (f"merge: {{num_regions: {number}}}", f"{number}: 1", f"train: {{learning_rate: {number}}}"):
         assert len(refuse(write(text))) < 500
+    if len(number) > 3000:  # as text it can be had as long as Python writes it
+        assert len(refuse(write(f"train: {{run_name: {number}}}"))) < 500
 
 
 @pytest.mark.parametrize("text", ["/data/a: b", "[x]", "2024", "yes", "~/flickr", "#1"])
