@@ -8,7 +8,7 @@ from oracle import naive_labels
 from PIL import Image
 
 from samer.config import InputError, ObjectsConfig
-from samer.data import flickr
+from samer.data import flickr, pictures
 from samer.data.records import Caption, ImageRecord, Phrase
 from samer.retrievers import hf
 from samer.runtime.progress import batched
@@ -100,7 +100,7 @@ def test_a_chain_named_twice_counts_once():
 
 def test_an_image_is_prepared_once_however_many_captions_it_has(collator, records, monkeypatch):
     opened = []
-    load = hf.load_image
+    load = pictures.load_image
     monkeypatch.setattr(hf, "load_image", lambda path: opened.append(path) or load(path))
     pick = [(3, 0), (1, 2), (3, 4), (0, 1), (1, 0), (3, 1)]
     rows = [Row(image, records[image], records[image].captions[caption]) for image, caption in pick]
