@@ -24,7 +24,7 @@ except ImportError:
     except ImportError:
         sys.exit(1)
 with open("requirements.txt", encoding="utf-8") as base:
-    lines = [line.strip() for line in base if line.strip() and not line.startswith("#")]
+    lines = [line for line in (line.split("#")[0].strip() for line in base) if line]
 with open("pyproject.toml", "rb") as project:
     extras = tomllib.load(project)["project"]["optional-dependencies"]
 for line in [*lines, *(line for extra in sys.argv[1:] for line in extras[extra])]:
