@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -209,8 +210,16 @@ def _announce(folder: Path, records: dict[str, list[ImageRecord]], retriever: Re
 
 
 def _sizes_of(records: Sequence[ImageRecord], retriever: Retriever) -> tuple[int, int]:
-    """Tokens and patches of an image: the mean of a few, as the grids of some retrievers depend on the picture."""
-    few = [retriever.record_inputs([record]) for record in records[:: max(1, len(records) // 8)][:8]]
+    """Tokens and patches of an image: the mean of a few, as the grids of some retrievers depend on the picture.
+
+    One that can't be read is passed over: whichever process comes to it says so.
+    """
+    few = []
+    for record in records[:: max(1, len(records) // 8)][:8]:
+        with suppress(InputError):
+            few.append(retriever.record_inputs([record]))
+    if not few:
+        few = [retriever.record_inputs(records[:1])]
     tokens = sum(int(inputs["attention_mask"].sum()) for inputs in few)
     patches = sum(int(retriever.image_layout(inputs).grid.prod()) for inputs in few)
     return round(tokens / len(few)), round(patches / len(few))
