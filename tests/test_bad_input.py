@@ -429,7 +429,7 @@ def test_a_bad_validation_image_leaves_a_checkpoint_to_resume(bench):
     assert str(bench.picture("val")) in message_of(bench, bench.train())
     left = bench.written()
     assert {path.split("/")[1] for path in left} == {"config.yaml", "checkpoint-3"}
-    assert "run/checkpoint-3/trainer_state.json" in left
+    assert "run/checkpoint-3/state.json" in left
     bench.picture("val").write_bytes(whole)
     bench.main(bench.train())
     bench.main(bench.train(f"train.output_dir={bench.out / 'clean'}"))

@@ -212,8 +212,8 @@ def gradients(model):
 
 def train_with_a_late_process(base, world, folder):
     """A process that looks late for an earlier run in the folder must not take this very run for one."""
-    check = training_loop._check_output
-    training_loop._check_output = lambda *words: time.sleep(2 * runtime_processes.rank()) or check(*words)
+    check = training_loop.check_output
+    training_loop.check_output = lambda *words: time.sleep(2 * runtime_processes.rank()) or check(*words)
     words = [*training_words(base, world, folder, "even"), f"train.output_dir={folder / 'late'}"]
     training_loop.train(
         load_config(None, [*words, "train.resume=false", "train.num_train_epochs=0.2", "data.eval_split="])
@@ -599,7 +599,7 @@ def test_train_sh_is_stopped_loses_a_worker_and_goes_on(start, setting, tally, b
             assert job.wait(MINUTE) == 143
         stopped = steps_done(folder)
         assert 5 <= stopped < 40
-        assert (folder / f"even/checkpoint-{stopped}/trainer_state.json").is_file()
+        assert (folder / f"even/checkpoint-{stopped}/state.json").is_file()
         assert not (folder / "even/history.json").exists()
 
         with train_sh(base, world, folder) as job:

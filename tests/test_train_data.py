@@ -9,6 +9,7 @@ from PIL import Image
 from samer.config import InputError, ObjectsConfig
 from samer.data import flickr, pictures
 from samer.data.records import Caption, ImageRecord, Phrase
+from samer.retrievers import hf as retrievers_hf
 from samer.runtime.progress import batched
 from samer.training.batches import CaptionDataset, Collator, Row, caption_boxes
 
@@ -117,7 +118,7 @@ def test_a_chain_named_twice_counts_once():
 def test_an_image_is_prepared_once_however_many_captions_it_has(collator, records, monkeypatch):
     opened = []
     load = pictures.load_image
-    monkeypatch.setattr(pictures, "load_image", lambda path: opened.append(path) or load(path))
+    monkeypatch.setattr(retrievers_hf, "load_image", lambda path: opened.append(path) or load(path))
     pick = [(3, 0), (1, 2), (3, 4), (0, 1), (1, 0), (3, 1)]
     rows = [Row(image, records[image], records[image].captions[caption]) for image, caption in pick]
     batch = collator(rows)
