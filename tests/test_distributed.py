@@ -377,6 +377,38 @@ def test_training_reaches_the_same_projector(done, base, count, name):
     assert measured[1] == pytest.approx(measured[0])
 
 
+# each process scores its own images, as a single one does that accumulates the batches of two
+ALONE = ["train.train_batch_size=6", "train.num_train_epochs=4", "train.gather_negatives=false"]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_with_one(start, setting, base):
+    """The same steps, epochs and learning rates, and the same projector: one process accumulates two batches a step."""
+    undisturbed, words = setting("undisturbed")
+    codes, said = ended(start(2, undisturbed, one_script, *words, "last-small", ALONE), undisturbed)
+    assert codes == [0, 0], said
+    folder, words = setting("fewer")
+    faults = [Fault("stopped", rank, 8) for rank in range(2)]
+    codes, said = ended(start(2, folder, one_script, *words, "last-small", ALONE, faults=faults), folder, MINUTE)
+    assert codes == [143, 143], said
+    assert (folder / "last-small/checkpoint-8").is_dir()
+    codes, said = ended(start(1, folder, one_script, *words, "last-small", ALONE), folder, MINUTE)
+    assert codes == [0], said
+    spoken = (folder / "out-0.txt").read_text()
+    assert "2 processes x 6 captions x 1 accumulated so far, 1 x 6 x 2 from here on: 12 captions a step" in spoken
+    ours, expected = (json.loads((at / "last-small/history.json").read_text()) for at in (folder, undisturbed))
+    assert [entry["step"] for entry in ours] == [entry["step"] for entry in expected]
+    assert ours[-1] == expected[-1] == {"step": 12, "epoch": 4.0}
+    for mine, other in zip(ours, expected):
+        assert mine["epoch"] == other["epoch"]
+        assert mine.get("learning_rate") == other.get("learning_rate")
+        assert mine.get("loss") == pytest.approx(other.get("loss"), abs=1e-5)
+    retriever = Retriever.load(str(base))
+    one, two = (load_projector(at / "last-small", retriever) for at in (folder, undisturbed))
+    torch.testing.assert_close(one.weight, two.weight, atol=1e-6, rtol=0)
+    torch.testing.assert_close(one.bias, two.bias, atol=1e-6, rtol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_the_shared_validation_is_that_of_one_process(done, base, world, count):

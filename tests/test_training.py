@@ -20,6 +20,7 @@ from samer.features.write import write_features
 from samer.index.verify import verify
 from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector
+from samer.training import checks
 from samer.training import loop as training_loop
 from samer.training import model as training_model
 from samer.training.batches import CaptionDataset, Collator
@@ -527,6 +528,28 @@ def test_settings_that_change_no_result_may_change(settings, tmp_path):
     before = weights(output)
     train(settings(output, **changes, train__run_name="other", train__eval_batch_size=3))
     assert weights(output) == before
+
+
+def test_other_numbers_of_processes_keep_the_captions_of_a_step_or_are_refused(settings, tmp_path, monkeypatch, capsys):
+    """The run: one process that accumulates 6 batches of 2."""
+    output = tmp_path / "run"
+    changes = {"train__train_batch_size": 2, "train__num_train_epochs": 0.2}
+    train(settings(output, **changes, train__grad_accum_steps=6))
+    capsys.readouterr()
+    for processes, accumulate in ((2, 3), (3, 2), (6, 1)):
+        monkeypatch.setattr(checks, "world_size", lambda count=processes: count)
+        for configured in (6, accumulate):  # as the run began, or as it is now
+            config = settings(output, **changes, train__grad_accum_steps=configured)
+            checks.check_output(output, config)
+            assert checks.find_start(output, config.train).accumulation == accumulate
+            said = f"1 processes x 2 captions x 6 accumulated so far, {processes} x 2 x {accumulate} from here on"
+            assert said in capsys.readouterr().out
+        with pytest.raises(InputError, match="train.grad_accum_steps=6, now 5"):
+            checks.check_output(output, settings(output, **changes, train__grad_accum_steps=5))
+    monkeypatch.setattr(checks, "world_size", lambda: 4)
+    words = "each step has 12 captions .* 4 processes take a multiple of 8; use 1 or 2 or 3 or 6 processes"
+    with pytest.raises(InputError, match=words):
+        checks.find_start(output, settings(output, **changes, train__grad_accum_steps=6).train)
 
 
 def test_resume_false_is_refused_where_a_run_is(settings, tmp_path):
