@@ -178,7 +178,7 @@ def test_a_step_has_the_same_captions_however_many_processes_share_it(records, m
 
     alone = steps(1, 6)
     assert [len(captions) for captions in alone] == [24, 24, 12]
-    assert sorted(sum(alone, [])) == list(range(60))
+    assert sorted(row for captions in alone for row in captions) == list(range(60))
     assert steps(processes, accumulate) == alone
 
 

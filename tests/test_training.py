@@ -544,7 +544,7 @@ def test_other_numbers_of_processes_keep_the_captions_of_a_step_or_are_refused(s
             assert checks.find_start(output, config.train).accumulation == accumulate
             said = f"1 processes x 2 captions x 6 accumulated so far, {processes} x 2 x {accumulate} from here on"
             assert said in capsys.readouterr().out
-        with pytest.raises(InputError, match="train.grad_accum_steps=6, now 5"):
+        with pytest.raises(InputError, match=r"train\.grad_accum_steps=6, now 5"):
             checks.check_output(output, settings(output, **changes, train__grad_accum_steps=5))
     monkeypatch.setattr(checks, "world_size", lambda: 4)
     words = "each step has 12 captions .* 4 processes take a multiple of 8; use 1 or 2 or 3 or 6 processes"
