@@ -127,6 +127,7 @@ class TrainConfig:
     `budgets`: train one projector for all of these K, the loss averaged over them; written as a list in
     merge.num_regions, whose largest is then the K of validation and index. `select_best`: keep the projector of the
     epoch with the best validation R@1; `early_stop_patience`: stop after so many epochs without a better one.
+    `report_to`: none, or trackers that accelerate knows, by comma, such as tensorboard,wandb; each must be installed.
     """
 
     output_dir: str = "checkpoints/samer_k64_colpali"

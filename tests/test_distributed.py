@@ -212,8 +212,8 @@ def gradients(model):
 
 def train_with_a_late_process(base, world, folder):
     """A process that looks late for an earlier run in the folder must not take this very run for one."""
-    check = training_loop._check_output
-    training_loop._check_output = lambda *words: time.sleep(2 * runtime_processes.rank()) or check(*words)
+    check = training_loop.check_output
+    training_loop.check_output = lambda *words: time.sleep(2 * runtime_processes.rank()) or check(*words)
     words = [*training_words(base, world, folder, "even"), f"train.output_dir={folder / 'late'}"]
     training_loop.train(
         load_config(None, [*words, "train.resume=false", "train.num_train_epochs=0.2", "data.eval_split="])
@@ -375,6 +375,38 @@ def test_training_reaches_the_same_projector(done, base, count, name):
     measured = [{entry["step"]: entry["eval_r@1"] for entry in log if "eval_r@1" in entry} for log in logs]
     assert len(measured[0]) == 2
     assert measured[1] == pytest.approx(measured[0])
+
+
+# each process scores its own images, as a single one does that accumulates the batches of two
+ALONE = ["train.train_batch_size=6", "train.num_train_epochs=4", "train.gather_negatives=false"]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_with_one(start, setting, base):
+    """The same steps, epochs and learning rates, and the same projector: one process accumulates two batches a step."""
+    undisturbed, words = setting("undisturbed")
+    codes, said = ended(start(2, undisturbed, one_script, *words, "last-small", ALONE), undisturbed)
+    assert codes == [0, 0], said
+    folder, words = setting("fewer")
+    faults = [Fault("stopped", rank, 8) for rank in range(2)]
+    codes, said = ended(start(2, folder, one_script, *words, "last-small", ALONE, faults=faults), folder, MINUTE)
+    assert codes == [143, 143], said
+    assert (folder / "last-small/checkpoint-8").is_dir()
+    codes, said = ended(start(1, folder, one_script, *words, "last-small", ALONE), folder, MINUTE)
+    assert codes == [0], said
+    spoken = (folder / "out-0.txt").read_text()
+    assert "2 processes x 6 captions x 1 accumulated so far, 1 x 6 x 2 from here on: 12 captions a step" in spoken
+    ours, expected = (json.loads((at / "last-small/history.json").read_text()) for at in (folder, undisturbed))
+    assert [entry["step"] for entry in ours] == [entry["step"] for entry in expected]
+    assert ours[-1] == expected[-1] == {"step": 12, "epoch": 4.0}
+    for mine, other in zip(ours, expected):
+        assert mine["epoch"] == other["epoch"]
+        assert mine.get("learning_rate") == other.get("learning_rate")
+        assert mine.get("loss") == pytest.approx(other.get("loss"), abs=1e-5)
+    retriever = Retriever.load(str(base))
+    one, two = (load_projector(at / "last-small", retriever) for at in (folder, undisturbed))
+    torch.testing.assert_close(one.weight, two.weight, atol=1e-6, rtol=0)
+    torch.testing.assert_close(one.bias, two.bias, atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
@@ -599,7 +631,7 @@ def test_train_sh_is_stopped_loses_a_worker_and_goes_on(start, setting, tally, b
             assert job.wait(MINUTE) == 143
         stopped = steps_done(folder)
         assert 5 <= stopped < 40
-        assert (folder / f"even/checkpoint-{stopped}/trainer_state.json").is_file()
+        assert (folder / f"even/checkpoint-{stopped}/state.json").is_file()
         assert not (folder / "even/history.json").exists()
 
         with train_sh(base, world, folder) as job:

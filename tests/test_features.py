@@ -460,7 +460,7 @@ def test_an_early_stopped_run_stays_finished(store, base, world, tmp_path, monke
     assert contents(tmp_path / "run") == before
     assert first.steps == again.steps == 12
     assert again.validation["r@1"] == first.validation["r@1"] == 40.0
-    assert (tmp_path / "run" / "checkpoint-12" / "trainer_state.json").is_file()
+    assert (tmp_path / "run" / "checkpoint-12" / "state.json").is_file()
 
 
 def test_a_store_survives_the_way_to_a_worker(store, base, world):

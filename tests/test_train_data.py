@@ -12,7 +12,8 @@ from samer.data import flickr, pictures
 from samer.data.records import Caption, ImageRecord, Phrase
 from samer.retrievers import hf
 from samer.runtime.progress import batched
-from samer.training.batches import CaptionDataset, Collator, Row, caption_boxes
+from samer.training import batches
+from samer.training.batches import CaptionDataset, Collator, Row, StepBatches, caption_boxes
 
 LEFT, RIGHT, WHOLE = (0.0, 0.0, 0.45, 1.0), (0.55, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 1.0)
 CORNER, SPECK = (0.0, 0.0, 0.2, 0.2), (0.1, 0.1, 0.15, 0.15)
@@ -137,6 +138,31 @@ def test_unrelated_captions_are_left_out(records, tmp_path):
     assert dataset.boxless() == 1
     with pytest.raises(InputError, match="UNRELATED_CAPTIONS"):
         CaptionDataset([other])
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(2, 3), (3, 2), (6, 1)])
+def test_a_step_has_the_same_captions_however_many_processes_share_it(records, monkeypatch, processes, accumulate):
+    def steps(processes, accumulate):
+        """Sorted captions of each step of an epoch; rows that only fill up are left out."""
+        found = {}
+        for rank in range(processes):
+            monkeypatch.setattr(batches, "world_size", lambda: processes)
+            monkeypatch.setattr(batches, "rank", lambda rank=rank: rank)
+            own = StepBatches(CaptionDataset(records), seed=3, size=4)
+            own.begin(2, 0)
+            assert len(own) == len(list(own))
+            for number, batch in enumerate(own):
+                found.setdefault(number // accumulate, []).extend(row for row in batch if row >= 0)
+        total = sum(own.rows(number) for number in range(len(own)))
+        assert total == len(records) * 5
+        own.begin(2, accumulate)
+        assert len(list(own)) == len(own) - accumulate  # those of the first step are left out
+        return [sorted(found[number]) for number in sorted(found)]
+
+    alone = steps(1, 6)
+    assert [len(captions) for captions in alone] == [24, 24, 12]
+    assert sorted(row for captions in alone for row in captions) == list(range(60))
+    assert steps(processes, accumulate) == alone
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

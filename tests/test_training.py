@@ -4,18 +4,23 @@ import hashlib
 import importlib.util
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from oracle import naive_merge
 
 from samer import evaluation
 from samer.config import InputError, MergeConfig, ObjectsConfig, dump_config, load_config
 from samer.data import flickr
+from samer.features.write import write_features
 from samer.index.verify import verify
 from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector
+from samer.training import checks
 from samer.training import loop as training_loop
 from samer.training import model as training_model
 from samer.training.batches import CaptionDataset, Collator
@@ -25,7 +30,7 @@ from samer.training.model import ProjectorModel
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    """Trainer takes a GPU where there is one; bytes are compared here."""
+    """Training takes a GPU where there is one; bytes are compared here."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
@@ -104,12 +109,14 @@ def history(output, name="loss"):
 def stop_before(step, monkeypatch):
     """Makes the next run end as if the user had interrupted it when `step` begins."""
 
-    class Stopping(training_loop.LineLogger):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step + 1 == step:
-                raise KeyboardInterrupt
+    take = training_loop.Run.step
 
-    monkeypatch.setattr(training_loop, "LineLogger", Stopping)
+    def stopping(run, *words):
+        if run.state.step + 1 == step:
+            raise KeyboardInterrupt
+        return take(run, *words)
+
+    monkeypatch.setattr(training_loop.Run, "step", stopping)
 
 
 # --- the loss -------------------------------------------------------------------------------------------------------
@@ -260,6 +267,32 @@ def test_a_run_equals_a_plain_loop_of_the_recipe(settings, captured, tmp_path, a
     assert (saved.weight - captured.retriever.base_projector.weight).abs().max() > 1e-3
 
 
+def test_a_short_last_step_is_the_mean_over_its_captions(settings, captured, tmp_path, monkeypatch):
+    """Not over its batches: the same captions give the same step, however many processes share them."""
+    losses = []
+    forward = ProjectorModel.forward
+
+    def recording(self, *words, **inputs):
+        result = forward(self, *words, **inputs)
+        losses.append(result["loss"].item())
+        return result
+
+    monkeypatch.setattr(ProjectorModel, "forward", recording)
+    train(
+        settings(
+            tmp_path / "run",
+            train__train_batch_size=6,
+            train__grad_accum_steps=4,
+            data__limit_train_images=8,
+        )
+    )
+    assert [len(batch["image_of"]) for batch in captured.batches] == [6] * 6 + [4]
+    assert history(tmp_path / "run") == {
+        1: pytest.approx(sum(losses[:4]) / 4),
+        2: pytest.approx((6 * losses[4] + 6 * losses[5] + 4 * losses[6]) / 16),
+    }
+
+
 def test_every_caption_is_seen_once_an_epoch(settings, captured, tmp_path):
     train(settings(tmp_path / "run", train__num_train_epochs=2))
     numbers = [batch["image_numbers"] for batch in captured.batches]
@@ -323,8 +356,7 @@ def test_the_script_writes_what_belongs_together(settings, script, tmp_path, cap
     assert lines[0].startswith("training 528 parameters of")
     assert lines[-1].startswith("done: 2 steps")
     inside = {path.name for path in (tmp_path / "run/checkpoint-2").iterdir()}
-    assert inside >= {"projector.safetensors", "config.json", "trainer_state.json"}
-    assert "training_args.bin" not in inside  # a pickle
+    assert inside == {"projector.safetensors", "config.json", "state.safetensors", "state.json", "checksums.json"}
 
 
 # --- determinism and resuming ---------------------------------------------------------------------------------------
@@ -371,7 +403,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(settings, whole, tmp_path,
     assert (output / f"checkpoint-{last}").is_dir()
     torn = output / "checkpoint-99"  # as a process killed while it wrote leaves it
     torn.mkdir()
-    (torn / "model.safetensors").write_bytes(b"half")
+    (torn / "state.safetensors").write_bytes(b"half")
     (output / "checkpoint-last").mkdir()
     capsys.readouterr()
     train(settings(output, **changes))
@@ -390,7 +422,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(settings, whole
     last = output / "checkpoint-4"
     assert verify(output).damages == []
     files = json.loads((last / "checksums.json").read_text())
-    assert {file.name for file in last.iterdir()} - files.keys() == {"checksums.json", "trainer_state.json"}
+    assert {file.name for file in last.iterdir()} - files.keys() == {"checksums.json", "state.json"}
     for name in files:
         data = (last / name).read_bytes()
         (last / name).write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
@@ -398,19 +430,46 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(settings, whole
             train(settings(output, **changes))
         assert [line.split(": ")[0] for line in verify(output).damages] == [str(last / name)]
         (last / name).write_bytes(data)
-    for name, text in (("checksums.json", "{"), ("trainer_state.json", '{"global_step": 4}'), ("optimizer.pt", None)):
+    state = (last / "state.json").read_text()
+    flipped = state.replace('"epoch": 0', '"epoch": 1')
+    cases = (("checksums.json", "{"), ("state.json", '{"step": 4}'), ("state.json", flipped))
+    for name, text in (*cases, ("state.json", None), ("state.safetensors", None)):
         data = (last / name).read_bytes()
         (last / name).unlink() if text is None else (last / name).write_text(text)
         with pytest.raises(InputError, match=str(last / name)):
             train(settings(output, **changes))
         (last / name).write_bytes(data)
-    for name in ("checksums.json", "optimizer.pt", "continuation.json"):
-        (last / name).unlink()
-    with pytest.raises(InputError, match=f"{last} is no checkpoint of this run"):  # it has a state, and nothing of ours
+    (last / "pytorch_model.bin").touch()
+    with pytest.raises(InputError, match=f"{last} is no checkpoint of this run"):  # we write nothing of that name
         train(settings(output, **changes))
-    (last / "trainer_state.json").unlink()  # as a removal that was killed leaves it
+    (last / "pytorch_model.bin").unlink()
+    for name in ("checksums.json", "state.safetensors"):
+        (last / name).unlink()  # as a removal that was killed leaves it
     train(settings(output, **changes))
     assert weights(output) == weights(whole(1))
+
+
+def test_what_the_trainer_of_transformers_wrote_is_refused_unless_it_is_finished(settings, tmp_path):
+    """As SaMer left a folder before it had a loop of its own."""
+    changes = {"train__num_train_epochs": 0.25}
+    output, result = tmp_path / "run", train(settings(tmp_path / "run", **changes))
+    shutil.rmtree(output / "checkpoint-2")
+    old = output / "checkpoint-1"
+    old.mkdir()
+    for name in ("trainer_state.json", "optimizer.pt", "model.safetensors", "checksums.json"):
+        (old / name).write_text("{}")
+    assert train(settings(output, **changes)).steps == result.steps  # finished: it is left as it is
+    (output / "history.json").unlink()
+    before = sorted(output.rglob("*"))
+    words = (
+        rf"{old}: an earlier SaMer wrote this .*another train\.output_dir, or remove {output}/checkpoint-\* to start"
+    )
+    with pytest.raises(InputError, match=words):
+        train(settings(output, **changes))
+    (old / "checksums.json").unlink()  # torn
+    with pytest.raises(InputError, match=words):
+        train(settings(output, **changes))
+    assert [path for path in before if path.name != "checksums.json"] == sorted(output.rglob("*"))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[1]", '[{"loss": 1}]'])
@@ -471,6 +530,28 @@ def test_settings_that_change_no_result_may_change(settings, tmp_path):
     assert weights(output) == before
 
 
+def test_other_numbers_of_processes_keep_the_captions_of_a_step_or_are_refused(settings, tmp_path, monkeypatch, capsys):
+    """The run: one process that accumulates 6 batches of 2."""
+    output = tmp_path / "run"
+    changes = {"train__train_batch_size": 2, "train__num_train_epochs": 0.2}
+    train(settings(output, **changes, train__grad_accum_steps=6))
+    capsys.readouterr()
+    for processes, accumulate in ((2, 3), (3, 2), (6, 1)):
+        monkeypatch.setattr(checks, "world_size", lambda count=processes: count)
+        for configured in (6, accumulate):  # as the run began, or as it is now
+            config = settings(output, **changes, train__grad_accum_steps=configured)
+            checks.check_output(output, config)
+            assert checks.find_start(output, config.train).accumulation == accumulate
+            said = f"1 processes x 2 captions x 6 accumulated so far, {processes} x 2 x {accumulate} from here on"
+            assert said in capsys.readouterr().out
+        with pytest.raises(InputError, match=r"train\.grad_accum_steps=6, now 5"):
+            checks.check_output(output, settings(output, **changes, train__grad_accum_steps=5))
+    monkeypatch.setattr(checks, "world_size", lambda: 4)
+    words = "each step has 12 captions .* 4 processes take a multiple of 8; use 1 or 2 or 3 or 6 processes"
+    with pytest.raises(InputError, match=words):
+        checks.find_start(output, settings(output, **changes, train__grad_accum_steps=6).train)
+
+
 def test_resume_false_is_refused_where_a_run_is(settings, tmp_path):
     output = tmp_path / "run"
     changes = {"train__num_train_epochs": 0.125, "train__resume": "false"}
@@ -500,9 +581,58 @@ def missing_reporter():
 @pytest.mark.parametrize("name", ["no_such_thing", missing_reporter()])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_reports_to_what_is_not_there_are_refused_at_once(settings, tmp_path, name):
-    with pytest.raises(InputError, match=r"train settings: .*(not supported|installed)"):
+    with pytest.raises(InputError, match=r"train\.report_to: .*(not supported|installed)"):
         train(settings(tmp_path / "run", train__report_to=name, model__name="not even looked for"))
     assert not (tmp_path / "run").exists()
+
+
+class Recorder(GeneralTracker):
+    """A tracker that keeps what it is told."""
+
+    name, requires_logging_directory = "recorder", False
+
+    def __init__(self, broken=False):
+        super().__init__(_blank=True)
+        self.logged, self.settings, self.broken = [], {}, broken
+
+    def start(self):
+        if self.broken:
+            raise RuntimeError("no login")
+
+    tracker = property(lambda self: self)
+
+    def store_init_configuration(self, values):
+        self.settings = values
+
+    def log(self, values, step=None, **more):
+        self.logged.append({**values, "step": step})
+
+    def finish(self):
+        self.logged.append("finished")
+
+
+def test_a_tracker_hears_settings_and_every_log(settings, tmp_path, monkeypatch):
+    tracker = Recorder()
+    monkeypatch.setattr(training_loop, "check_trackers", lambda names: [tracker])
+    train(settings(tmp_path / "run", data__eval_split="val", train__num_train_epochs=0.5, train__logging_steps=2))
+    entries = json.loads((tmp_path / "run/history.json").read_text())[:-1]
+    assert [{k: v for k, v in entry.items() if k != "epoch"} for entry in entries] == tracker.logged[:-1]
+    assert [entry["step"] for entry in tracker.logged[:-1]] == [2, 4, 4]
+    assert tracker.logged[-1] == "finished"
+    assert tracker.settings["merge.num_regions"] == 12
+    monkeypatch.setattr(training_loop, "check_trackers", lambda names: [Recorder(broken=True)])
+    with pytest.raises(InputError, match=r"train\.report_to=.* can't be started \(no login\)"):
+        train(settings(tmp_path / "other"))
+
+
+def test_a_store_without_the_validation_split_is_refused_before_the_first_step(settings, tmp_path, base, world):
+    store = tmp_path / "store"
+    write_features(store, world, ["train"], Retriever.load(str(base)), dtype="float32")
+    changes = {"data__features": store, "train__num_train_epochs": 0.25}
+    with pytest.raises(InputError, match=rf"{store}: no features of .*it holds the splits train: run"):
+        train(settings(tmp_path / "run", **changes, data__eval_split="val"))
+    assert not (tmp_path / "run").exists()
+    train(settings(tmp_path / "run", **changes))
 
 
 def test_data_and_model_are_named_when_they_are_missing(settings, tmp_path):
@@ -521,4 +651,9 @@ def test_several_gpus_without_torchrun_do_not_split_the_batch(settings, tmp_path
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    assert training_loop._arguments(settings(tmp_path / "run")).n_gpu == 1
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = training_loop._make_accelerator(tmp_path / "run", [])
+        assert (accelerator.num_processes, accelerator.distributed_type.value) == (1, "NO")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,6 +1,6 @@
-"""Records -> batches: one row per caption, each image prepared once per batch.
+"""Records -> batches: one row per caption, each image prepared once per batch; which process gets which.
 
-Shape letters: B captions, U distinct images, N tokens per image, M query tokens.
+Shape letters: B captions, U distinct images, N tokens per image, M query tokens, W processes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from samer.config import InputError, ObjectsConfig
 from samer.data.records import Caption, ImageRecord
 from samer.objects import instance_labels
 from samer.retrievers.base import Encoder
-
-WINDOW_IMAGES = 4096  # 17 GB of ColPali features: the page cache holds what one window needs
+from samer.runtime.processes import rank, world_size
 
 
 @dataclass(frozen=True)
@@ -119,6 +118,9 @@ def caption_boxes(caption: Caption) -> tuple[Tensor, Tensor]:
     return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(owners, dtype=torch.long)
 
 
+WINDOW_IMAGES = 4096  # 17 GB of ColPali features: the page cache holds what one window needs
+
+
 class WindowSampler(Sampler[int]):
     """Shuffles captions so that an image's are near each other: each image is read from disk once per epoch.
 
@@ -138,7 +140,7 @@ class WindowSampler(Sampler[int]):
             self.captions.setdefault(row.image, []).append(index)
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch's order comes next."""
+        """Called before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -154,63 +156,55 @@ class WindowSampler(Sampler[int]):
             yield from [-1 - window[0]] * self.missing  # one image: the least to read
 
 
-class RankBatches(Sampler[list[int]]):
-    """A process's share of the batches of an epoch: those of a step go round the processes, one each.
+class StepBatches(Sampler[list[int]]):
+    """Deals one shuffled order out: batch i of process r is the order's batch W i + r.
 
-    So what a step sees does not depend on how many processes share it, as long as processes x accumulation stay.
-
-    Args:
-        sampler: the order of all rows.
-        batch_size: rows of a batch.
-        rank, world_size: which share; the sampler has as many whole batches for each.
+    So the captions of W batches in a row do not depend on W, and a step of W processes that accumulate A batches sees
+    those of a step of one process that accumulates W A.
     """
 
-    def __init__(self, sampler: WindowSampler, batch_size: int, rank: int, world_size: int) -> None:
-        self.sampler, self.batch_size, self.rank, self.world_size = sampler, batch_size, rank, world_size
-        self.skipped = 0
+    def __init__(self, dataset: CaptionDataset, seed: int, size: int) -> None:
+        self.size, self.together = size, size * world_size()
+        self.sampler = WindowSampler(dataset, seed, self.together if world_size() > 1 else 1)
+        self.first = 0
 
-    def begin(self, epoch: int, skipped: int = 0) -> None:
-        """Says which epoch comes next, and how many of this process's batches are done already."""
+    def begin(self, epoch: int, first: int) -> None:
+        """What comes next is `epoch` from its batch `first` on."""
         self.sampler.set_epoch(epoch)
-        self.skipped = skipped
+        self.first = first
+
+    def rows(self, number: int) -> int:
+        """How many captions all processes have in their batch of that number; the last may be smaller."""
+        return min(self.together, self.sampler.count - number * self.together)
 
     def __len__(self) -> int:
-        return -(-len(self.sampler) // (self.batch_size * self.world_size))
+        """Batches of an epoch."""
+        return -(-len(self.sampler) // self.together)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = list(self.sampler)
-        starts = range(self.rank * self.batch_size, len(order), self.batch_size * self.world_size)
-        yield from (order[start : start + self.batch_size] for start in starts[self.skipped :])
+        for number in range(self.first, len(self)):
+            start = number * self.together + rank() * self.size
+            yield order[start : start + self.size]
 
 
-def make_loader(batches: RankBatches, dataset: CaptionDataset, collate: Collator, workers: int, ahead: int | None):
-    """The loader of one process: `ahead` batches per worker are prepared while one is at work (None: torch's choice).
-
-    Its workers' seeds leave the random state that checkpoints keep alone, and SIGTERM reaches them from their trainer
-    only, not from who stops a whole process group.
-    """
+def make_loader(dataset: CaptionDataset, batches: StepBatches, collate: Collator, workers: int, ahead: int | None):
+    """The data loader of a run; its workers live through all epochs and have `ahead` batches ready each."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        persistent_workers=workers > 0,
         prefetch_factor=ahead if workers else None,
+        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # workers' seeds leave the state that checkpoints keep alone
     )
 
 
-def end_workers(loader: DataLoader) -> None:
-    """Ends a loader's workers; left to the garbage collector, each is waited for 5 seconds."""
-    iterator = getattr(loader, "_iterator", None)
-    if iterator is not None:
-        loader._iterator = None
-        iterator._shutdown_workers()
-
-
 def _start_worker(number: int) -> None:
+    """A worker that takes SIGTERM from its trainer only, not from who stops the whole process group."""
     trainer = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
@@ -220,3 +214,11 @@ def _start_worker(number: int) -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def end_workers(loader: DataLoader) -> None:
+    """Ends a loader's workers; left to the garbage collector, each is waited for 5 seconds."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        loader._iterator = None
+        iterator._shutdown_workers()

@@ -1,7 +1,7 @@
-"""Projector-only training on accelerate: one plain loop; the frozen retriever feeds it, the merge shapes the loss.
+"""Projector-only training, top to bottom: the frozen retriever feeds it, the merge shapes the loss, AdamW steps.
 
-What a run leaves in its folder: config.yaml (as resolved), checkpoint-<step>/ (`checkpoints`), best/,
-and at its end projector.safetensors + config.json and history.json, a list of log entries.
+The retriever computes in bfloat16 where train.bf16 is on; projection, merge and scores are float32 always, so there is
+nothing left for autocast. accelerate finds the device, wraps the model for several processes and talks to trackers.
 """
 
 from __future__ import annotations
@@ -9,33 +9,29 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import send_to_device, set_seed
-from safetensors import SafetensorError
-from torch.optim import AdamW
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, send_to_device, set_seed
 
 from samer import evaluation
 from samer.compressors import make_compressor
-from samer.config import Config, InputError, TrainConfig, dump_config, load_config
+from samer.config import Config, InputError, TrainConfig, dump_config
 from samer.data import make_reader
 from samer.data.records import ImageRecord
 from samer.features.read import open_encoder
-from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import load_projector, save_projector
 from samer.runtime.files import atomic_path, only_writer
 from samer.runtime.processes import gather_objects, print0, rank, stop_asked, world_size
 from samer.runtime.signals import Stopped, stop_here, stoppable
 from samer.training import checkpoints
-from samer.training.batches import CaptionDataset, Collator, RankBatches, WindowSampler, end_workers, make_loader
-from samer.training.checkpoints import RunState
+from samer.training.batches import CaptionDataset, Collator, StepBatches, end_workers, make_loader
+from samer.training.checks import Start, check_output, check_trackers, find_start
 from samer.training.model import ProjectorModel
 
 
@@ -52,12 +48,12 @@ class TrainResult:
 def train(config: Config) -> TrainResult:
     """Trains the projector as configured and writes `projector.safetensors` + `config.json` to the output folder.
 
-    Resumes from the last complete checkpoint in the output folder if `train.resume` is on, with as many captions per
-    step as before, whatever the number of processes.
+    Resumes from the last complete checkpoint in the output folder if `train.resume` is on, with as many captions a step
+    as before whatever the number of processes.
 
     Raises:
         InputError: bad data, a folder that holds another run or is written to by another process, a full disk, a
-            non-finite loss, a number of processes that can't share the run's steps.
+            non-finite loss.
         Stopped: SIGTERM came; a checkpoint of the last step is written.
     """
     with only_writer(config.train.output_dir):
@@ -65,80 +61,88 @@ def train(config: Config) -> TrainResult:
 
 
 def _train(config: Config) -> TrainResult:
-    settings = config.train
-    output = Path(settings.output_dir)
+    settings, output = config.train, Path(config.train.output_dir)
+    # all that a run needs is looked at before its first step, what is quick to find before the model is loaded
     if not config.data.root:
         raise InputError("data.root is not set; give the data set's folder as data.root=DIR (DATA_ROOT=DIR)")
-    make_compressor(config.merge)  # an unknown name is refused before any work
-    trackers = _trackers(settings.report_to)
-    _check_output(output, config)
+    make_compressor(config.merge)
+    trackers = check_trackers(settings.report_to)
+    check_output(output, config)
     if settings.resume and (output / "history.json").is_file() and (output / "projector.safetensors").is_file():
         print0(f"{output} holds this run, finished; nothing is left to train")
         return _result(output, _read_history(output / "history.json"), settings, 0.0)
-    torn = checkpoints.torn(output)
-    found = checkpoints.whole(output) if settings.resume else []
-    state = checkpoints.read_state(found[-1]) if found else RunState()
-    accumulation = _accumulation(settings, state, output) if found else settings.grad_accum_steps
-    # without processes started by hand or torchrun, accelerate must not look for a GPU where there is none
-    accelerator = Accelerator(
-        mixed_precision="bf16" if settings.bf16 else "no",
-        cpu=not torch.cuda.is_available(),
-        log_with=trackers or None,
-        project_dir=str(output / "runs") if trackers else None,
-        # False would lay the gradients out anew after a start's first step, and sums of 3 round otherwise then
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    records, validation, retriever = _open(config, accelerator.device)
+    start = find_start(output, settings)
+    records, validation = _load_data(config)
     dataset = CaptionDataset(records)
+    accelerator = _make_accelerator(output, trackers)
+    retriever = open_encoder(
+        config.model.name,
+        accelerator.device,
+        features=config.data.features,
+        dtype=torch.bfloat16 if settings.bf16 else torch.float32,
+        local_files_only=config.model.local_files_only,
+        revision=config.model.revision,
+    )
+    for each in (records, validation):
+        retriever.check_records(each)
+    set_seed(settings.seed)
+    model = ProjectorModel(retriever, config.merge, settings.temperature, settings.gather_negatives, settings.budgets)
+    dropped = sum(len(record.captions) for record in records) - len(dataset)
+    print0(
+        f"training {sum(p.numel() for p in model.parameters()):,} parameters of {config.model.name} on "
+        f"{len(dataset):,} captions of {len(records):,} images ({dataset.boxless():,} captions name nothing boxed, "
+        f"{dropped:,} unrelated ones left out); writing to {output}"
+    )
     gather_objects(None)  # no process may still be looking for a run in this folder when the first one marks it
     if rank() == 0:
-        for folder in torn:
+        for folder in checkpoints.torn(output):
             print0(f"{folder} was cut short; removing it")
             checkpoints.remove(folder)
         with atomic_path(output / "config.yaml") as temporary:
             temporary.write_text(dump_config(config), encoding="utf-8")
-    set_seed(settings.seed)
-    model = ProjectorModel(retriever, config.merge, settings.temperature, settings.gather_negatives, settings.budgets)
-    trainable = sum(p.numel() for p in model.parameters())
-    dropped = sum(len(record.captions) for record in records) - len(dataset)
-    print0(
-        f"training {trainable:,} parameters of {config.model.name} on {len(dataset):,} captions of {len(records):,} "
-        f"images ({dataset.boxless():,} captions name nothing boxed, {dropped:,} unrelated ones left out); "
-        f"writing to {output}"
-    )
-    run = Run(config, accelerator, model, dataset, validation, accumulation, state)
-    seconds = run.go(found[-1] if found else None)
+    run = Run(config, accelerator, model, dataset, validation, start)
+    began = time.monotonic()
+    run.to_the_end()
+    seconds = time.monotonic() - began
     history = [*run.state.history, {"epoch": run.state.epoch, "step": run.state.step}]
     if rank() == 0:
         best = load_projector(output / "best", retriever) if settings.select_best and validation else None
         save_projector(output, best or model.projection.projector(), retriever, config.merge)
         with atomic_path(output / "history.json") as temporary:
-            # sorted, so that bytes don't depend on the order of a log's values
             temporary.write_text(json.dumps(history, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return _result(output, history, settings, seconds)
 
 
-def _open(config: Config, device: torch.device) -> tuple[list[ImageRecord], list[ImageRecord], Encoder]:
-    """Everything that a run will read, looked at before its first step: both splits, and the encoder that has them."""
-    data, load = config.data, make_reader(config.data.reader).load_split
-    records = load(data.root, data.train_split, boxes=True, limit_images=data.limit_train_images)
-    validation = []
-    if data.eval_split:
-        validation = load(data.root, data.eval_split, boxes=False, limit_images=data.limit_eval_images)
-    retriever = open_encoder(
-        config.model.name,
-        device,
-        features=data.features,
-        dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
-        local_files_only=config.model.local_files_only,
-        revision=config.model.revision,
+def _load_data(config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Records to train on, with boxes, and to validate on, without; the latter may be none."""
+    reader, data = make_reader(config.data.reader), config.data
+    records = reader.load_split(data.root, data.train_split, boxes=True, limit_images=data.limit_train_images)
+    if not data.eval_split:
+        return records, []
+    return records, reader.load_split(data.root, data.eval_split, boxes=False, limit_images=data.limit_eval_images)
+
+
+def _make_accelerator(output: Path, trackers: list[str]) -> Accelerator:
+    """This process's device, its part in a job of several, and the trackers."""
+    return Accelerator(
+        mixed_precision="no",  # whatever an environment variable says
+        cpu=not torch.cuda.is_available(),  # else accelerate ignores torchrun on CPUs: each would train alone
+        log_with=trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
+        # False would lay the gradients out anew after a start's first step, and sums of 3 round otherwise then
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    retriever.check_records([*records, *validation])
-    return records, validation, retriever
+
+
+def cosine_share(step: int, warm: int, steps: int) -> float:
+    """Share of the learning rate at update `step` (from 0): linear up over `warm` updates, then half a cosine to 0."""
+    if step < warm:
+        return step / warm
+    return 0.5 * (1 + math.cos(math.pi * ((step - warm) / max(1, steps - warm))))
 
 
 class Run:
-    """A run at work: its model, optimizer and batches, and the state that its checkpoints keep."""
+    """One run: what trains, and where it stands (`state`). A step is `accumulation` batches of every process."""
 
     def __init__(
         self,
@@ -146,260 +150,232 @@ class Run:
         accelerator: Accelerator,
         model: ProjectorModel,
         dataset: CaptionDataset,
-        validation: list[ImageRecord],
-        accumulation: int,
-        state: RunState,
+        validation: Sequence[ImageRecord],
+        start: Start,
     ) -> None:
-        """Lays everything out; `state` is a fresh one, or that of the checkpoint to go on from."""
         settings = config.train
         self.config, self.settings, self.accelerator, self.validation = config, settings, accelerator, validation
         self.output = Path(settings.output_dir)
-        self.accumulation = accumulation
-        rows = settings.train_batch_size
-        order = WindowSampler(dataset, settings.seed, rows * world_size() if world_size() > 1 else 1)
-        self.batches = RankBatches(order, rows, rank(), world_size())
+        self.batches = StepBatches(dataset, settings.seed, settings.train_batch_size)
         # a batch of stored features is large and quick to read: few workers, none far ahead
-        stored = bool(config.data.features)
-        workers = min(settings.dataloader_num_workers, 2) if stored else settings.dataloader_num_workers
-        collate = Collator(model.retriever, config.objects)
-        self.loader = make_loader(self.batches, dataset, collate, workers, 1 if stored else None)
-        self.steps_per_epoch = math.ceil(len(self.batches) / accumulation)
-        self.module = model
-        decayed = [p for p in model.parameters() if p.dim() > 1]
-        rest = [p for p in model.parameters() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        self.model = accelerator.prepare(model)
-        self.optimizer = AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, fused=True)
-        self.state = replace(
-            state,
-            max_steps=math.ceil(settings.num_train_epochs * self.steps_per_epoch),
-            captions_per_step=rows * world_size() * accumulation,
-            seed=settings.seed,
-        )
-        sums = state.loss_sums
-        own = sums[rank()] if len(sums) == world_size() else sum(sums) / len(sums)
-        self.loss_sum = torch.tensor(own, device=accelerator.device)  # since the last log, of this process
-        self.pace = Pace(self.state)
+        workers, ahead = settings.dataloader_num_workers, None
+        if config.data.features:
+            workers, ahead = min(workers, 2), 1
+        self.loader = make_loader(dataset, self.batches, Collator(model.retriever, config.objects), workers, ahead)
+        self.steps_per_epoch = math.ceil(len(self.batches) / start.accumulation)
+        max_steps = math.ceil(settings.num_train_epochs * self.steps_per_epoch)
+        self.warm = math.ceil(settings.warmup_ratio * max_steps)
+        self.module, self.model = model, accelerator.prepare_model(model)
+        projection = dict(model.projection.named_parameters())
+        groups = [
+            {"params": [p for name, p in projection.items() if name != "bias"], "weight_decay": settings.weight_decay},
+            {"params": [p for name, p in projection.items() if name == "bias"], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
+        self.loss_sum = torch.zeros((), device=accelerator.device)  # of this process, since the last log
+        self.saved_step = -1  # of the newest checkpoint
+        self.checkpoint = start.checkpoint
+        now = {"max_steps": max_steps, "world_size": world_size(), "accumulation": start.accumulation}
+        if start.state is None:
+            captions = self.batches.together * start.accumulation
+            self.state = checkpoints.State(step=0, epoch=0.0, seed=settings.seed, captions_per_step=captions, **now)
+        else:
+            self.state = replace(start.state, **now)
+            self._load(start.checkpoint)
 
-    def go(self, checkpoint: Path | None) -> float:
-        """Trains to the end, from `checkpoint` on if there is one; returns the seconds that it took."""
-        started = time.monotonic()
-        if checkpoint is not None:
-            checkpoints.read_tensors(checkpoint, self.module, self.optimizer)
-            gather_objects(None)  # every process has read it before the first one may change it
-            if self.state.validates and not self.state.validated():
-                self.validate()  # which failed, or was stopped
-        if self.state.step >= self.state.max_steps or self.is_stale():
-            print0(f"{checkpoint} is the end of this run; nothing is left to train")
-            return time.monotonic() - started
-        if checkpoint is not None:
-            print0(f"resuming from {checkpoint}")
-        if self.accelerator.log_with:
-            self.accelerator.init_trackers(self.settings.run_name)
+    def to_the_end(self) -> None:
+        """All steps that are left.
+
+        Raises:
+            Stopped: SIGTERM came; a checkpoint of the step that was at work is written.
+        """
+        if self.state.validates and not self.state.validated():  # the validation failed after this checkpoint
+            self.validate()
+        if self.checkpoint is not None and self.ended():
+            print0(f"{self.checkpoint} is the end of this run; nothing is left to train")
+            return
+        if self.checkpoint is not None:
+            print0(f"resuming from {self.checkpoint}")
+        self._start_trackers()
+        self.began, self.first_step = time.monotonic(), self.state.step
         with stoppable():
             try:
-                self.loop()
+                while not self.ended():
+                    self.epoch()
             except RuntimeError as error:
-                if "DataLoader worker" in str(error):  # SIGTERM may reach one before `_start_worker` does
+                if "DataLoader worker" in str(error):  # SIGTERM may reach one before it listens
                     stop_here()
                 raise
             finally:
                 end_workers(self.loader)
-        if self.accelerator.log_with:
-            self.accelerator.end_training()
-        return time.monotonic() - started
+                for tracker in self.accelerator.trackers:
+                    tracker.finish()
 
-    def loop(self) -> None:
-        """Epochs of steps: batches, gradient, update; then what is due: log, validation, checkpoint."""
-        state, every = self.state, self.settings
-        while state.step < state.max_steps and not self.is_stale():
-            epoch, done = divmod(state.step, self.steps_per_epoch)
-            self.batches.begin(epoch, done * self.accumulation)
-            batches = iter(self.loader)
-            for position in range(done, self.steps_per_epoch):
-                logged = self.step(list(islice(batches, self.accumulation)))
-                state.step += 1
-                state.epoch = epoch + min((position + 1) * self.accumulation, len(self.batches)) / len(self.batches)
-                ends = position + 1 == self.steps_per_epoch or state.step >= state.max_steps
-                state.validates = bool(self.validation) and ends
-                if state.step % every.logging_steps == 0:
-                    self.log_step(logged)
-                stopping = stop_asked()
-                if state.validates and not stopping:
-                    self.validate()
-                over = state.step >= state.max_steps or self.is_stale()
-                if stopping or over or state.step % every.save_steps == 0:
-                    self.save()
-                if stopping:
-                    print0(f"stopped after step {state.step} with a checkpoint in {self.output}")
-                    raise Stopped
-                if over:
-                    return
+    def ended(self) -> bool:
+        """Whether all steps are done, or validation has not improved for too long."""
+        patience = self.settings.early_stop_patience
+        stale = patience is not None and _evaluations_since_best(self.state.history) >= patience
+        return stale or self.state.step >= self.state.max_steps
 
-    def step(self, batches: Sequence[dict]) -> dict[str, float]:
-        """One optimizer step over the batches of an accumulation; returns what a log says of it."""
-        number, settings = self.state.step + 1, self.settings
-        self.module.diagnose = number % settings.logging_steps == 0
-        for place, batch in enumerate(batches, 1):
-            # gradients of several processes are exchanged once a step
-            with nullcontext() if place == len(batches) else self.accelerator.no_sync(self.model):
+    def epoch(self) -> None:
+        """The steps that are left of the epoch at hand, each followed by what is due after it."""
+        number, done = divmod(self.state.step, self.steps_per_epoch)
+        self.batches.begin(number, done * self.state.accumulation)
+        batches = iter(self.loader)
+        for step in range(done, self.steps_per_epoch):
+            first = step * self.state.accumulation
+            rows = [self.batches.rows(k) for k in range(first, min(first + self.state.accumulation, len(self.batches)))]
+            rate, norm = self.step(islice(batches, len(rows)), rows)
+            self.state.step += 1
+            self.state.epoch = number + (step + 1) / self.steps_per_epoch
+            stopped = stop_asked()
+            self.state.validates = bool(self.validation) and (
+                step + 1 == self.steps_per_epoch or self.state.step == self.state.max_steps
+            )
+            if self.state.step % self.settings.logging_steps == 0:
+                self.log_loss(rate, norm)
+            if self.state.validates:
+                self.validate()
+            if stopped or self.ended() or self.state.step % self.settings.save_steps == 0:
+                self.save()
+            if stopped:
+                print0(f"stopped after step {self.state.step} with a checkpoint in {self.output}")
+                raise Stopped
+            if self.ended():
+                return
+
+    def step(self, batches: Iterator[dict], rows: Sequence[int]) -> tuple[float, float]:
+        """One update by the mean loss over all captions of a step.
+
+        Args:
+            batches: of this process.
+            rows: how many captions all processes together have in each.
+
+        Returns:
+            (learning rate, norm of the gradient before clipping).
+        """
+        number = self.state.step + 1
+        self.module.diagnose = number % self.settings.logging_steps == 0
+        for k, batch in enumerate(batches):
+            gradients_meet = nullcontext() if k + 1 == len(rows) else self.accelerator.no_sync(self.model)
+            with gradients_meet:
                 loss = self.model(**send_to_device(batch, self.accelerator.device))["loss"]
                 if not torch.isfinite(loss):
                     raise InputError(
-                        f"the loss is {float(loss.detach())} at step {number}; start anew in another "
-                        "train.output_dir with a lower train.learning_rate, or train.bf16=false"
+                        f"the loss is {float(loss.detach())} at step {number}; start anew in another train.output_dir "
+                        "with a lower train.learning_rate, or train.bf16=false"
                     )
-                loss = loss / len(batches)
+                loss = loss / (sum(rows) / rows[k])
                 self.accelerator.backward(loss)
             self.loss_sum += loss.detach()
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
-        rate = settings.learning_rate * rate_factor(self.state.step, self.state.max_steps, settings.warmup_ratio)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        rate = self.settings.learning_rate * cosine_share(self.state.step, self.warm, self.state.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {"grad_norm": float(norm), "learning_rate": rate}
+        return rate, float(norm)
 
-    def log_step(self, values: dict[str, float]) -> None:
-        """Logs the mean loss since the last log, over all processes, and what the object prior does."""
-        state = self.state
-        total = self.accelerator.gather(self.loss_sum.reshape(1)).mean().item()
+    # --- what is due after a step -----------------------------------------------------------------------------------
+
+    def log_loss(self, rate: float, norm: float) -> None:
+        """Logs the mean loss since the last log, over all processes, and says how far the run is."""
+        total = torch.tensor(gather_objects(self.loss_sum.item())).mean().item()
         self.loss_sum.zero_()
-        loss = total / (state.step - state.logged_at)
+        state = self.state
+        values = {"loss": total / (state.step - state.logged_at), "grad_norm": norm, "learning_rate": rate}
+        values |= self.module.diagnostics
         state.logged_at = state.step
-        self.log({"loss": loss, **values, **self.module.diagnostics})
-
-    def log(self, values: dict[str, float]) -> None:
-        """Into the history, to the trackers and as a line."""
-        self.state.history.append({**values, "epoch": self.state.epoch, "step": self.state.step})
-        if self.accelerator.log_with and self.accelerator.trackers:
-            self.accelerator.log(values, step=self.state.step)
-        self.pace.show(self.state, values)
+        self._record(values)
+        pace = (time.monotonic() - self.began) / (state.step - self.first_step)
+        words = [
+            f"step {state.step}/{state.max_steps}",
+            f"loss {values['loss']:.4f}",
+            f"lr {rate:.2e}",
+            f"{state.captions_per_step / pace:.1f} captions/s",
+            f"{pace * (state.max_steps - state.step) / 60:.1f} min left",
+        ]
+        words += [f"{name} {values[name]:.3f}" for name in ("object_mass_on_own", "entropy") if name in values]
+        print0(" | ".join(words))
 
     def validate(self) -> None:
-        """Box-free retrieval metrics on the validation split with the projector as it stands.
+        """Box-free retrieval metrics of the validation split, with a checkpoint before, which holds them afterwards.
 
-        A checkpoint is written before, so that a picture that can't be read does not cost the epoch, and holds the
-        metrics in the end.
+        So a picture that can't be read does not cost the epoch. Keeps the projector of the best R@1 in best/.
         """
         self.save()
-        retriever, settings = self.module.retriever, self.settings
+        retriever = self.module.retriever
         before = retriever.current_projector()
         retriever.use_projector(self.module.projection.projector())
         try:
             metrics = evaluation.evaluate_records(
-                retriever, self.validation, self.module.merge, batch_size=settings.eval_batch_size
+                retriever, self.validation, self.module.merge, batch_size=self.settings.eval_batch_size
             )
         finally:
             retriever.use_projector(before)
-        self.log({f"eval_{name}": value for name, value in metrics.items()})
+        self._record({f"eval_{name}": value for name, value in metrics.items()})
+        shown = ", ".join(f"{name} {metrics[name]:.1f}" for name in ("r@1", "r@5", "r@10"))
+        print0(f"step {self.state.step}/{self.state.max_steps} | validation, box-free: {shown}")
         since = _evaluations_since_best(self.state.history)
-        if settings.select_best and since == 0 and rank() == 0:
-            projector = self.module.projection.projector()
-            save_projector(self.output / "best", projector, retriever, self.config.merge)
-        if self.is_stale():
+        if self.settings.select_best and since == 0 and rank() == 0:
+            save_projector(self.output / "best", self.module.projection.projector(), retriever, self.config.merge)
+        if self.settings.early_stop_patience is not None and since >= self.settings.early_stop_patience:
             print0(f"validation R@1 has not improved in {since} evaluations; stopping")
         self.save()
 
-    def is_stale(self) -> bool:
-        """Whether validation has not improved for too long."""
-        patience = self.settings.early_stop_patience
-        return patience is not None and _evaluations_since_best(self.state.history) >= patience
+    def _record(self, values: dict[str, float]) -> None:
+        """Adds an entry to the history and tells the trackers."""
+        self.state.history.append({**values, "epoch": self.state.epoch, "step": self.state.step})
+        self.accelerator.log(values, step=self.state.step)
+
+    def _start_trackers(self) -> None:
+        settings = {
+            f"{section}.{key}": value for section, part in asdict(self.config).items() for key, value in part.items()
+        }
+        plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in settings.items()}
+        try:
+            self.accelerator.init_trackers("samer", plain, {"wandb": {"name": self.settings.run_name}})
+        except Exception as error:  # each tracker has errors of its own: no login, no server
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"train.report_to={self.settings.report_to} can't be started ({reason})") from error
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes the checkpoint of this step; one that is there already gets what was logged since."""
-        folder = checkpoints.place_of(self.output, self.state.step)
-        self.state.loss_sums = gather_objects(self.loss_sum.item())
-        self.state.world_size = world_size()
-        if rank() == 0:
-            try:
-                if (folder / checkpoints.CHECKSUMS).is_file():
-                    checkpoints.write_state(folder, self.state)
-                else:
-                    checkpoints.write_tensors(folder, self.module, self.optimizer)
-                    save_projector(folder, self.module.projection.projector(), self.module.retriever, self.config.merge)
-                    checkpoints.write_state(folder, self.state)
-                    checkpoints.finish(folder)
-            except (OSError, SafetensorError, InputError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise InputError(
-                    f"{folder}: a checkpoint can't be written ({reason}); make room and run the same command again to "
-                    "go on"
-                ) from None
-        gather_objects(None)  # no process goes on before it is written
+        """Writes a checkpoint of this step; where there is one, only what was logged since is new."""
+        state, again = self.state, self.saved_step == self.state.step
+        if not again:
+            state.loss_sums = gather_objects(self.loss_sum.item())
+        if rank() == 0 and again:
+            checkpoints.rewrite_state(self.output, state)
+        elif rank() == 0:
+            projector, retriever = self.module.projection.projector(), self.module.retriever
+            checkpoints.write(self.output, state, self._tensors(), projector, retriever, self.config.merge)
+        self.saved_step = state.step
+        gather_objects(None)  # nobody goes on, or reads it, before it is there
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Projection, moments and random state; the latter is the same in every process."""
+        tensors = {"random": torch.get_rng_state()}
+        for name, parameter in self.module.projection.named_parameters():
+            tensors[f"projection.{name}"] = parameter.detach().cpu()
+            for part, value in self.optimizer.state[parameter].items():
+                tensors[f"adamw.{name}.{part}"] = value.cpu()
+        return tensors
 
-def rate_factor(step: int, max_steps: int, warmup_ratio: float) -> float:
-    """What the learning rate of a step, from 0, is multiplied by: a linear warm-up, then half a cosine down to 0."""
-    warmup = math.ceil(max_steps * warmup_ratio)
-    if step < warmup:
-        return step / max(1, warmup)
-    progress = (step - warmup) / max(1, max_steps - warmup)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
-
-
-class Pace:
-    """One plain line per log on the first process: step, loss, rate, throughput, time left."""
-
-    def __init__(self, state: RunState) -> None:
-        self.started, self.first = time.monotonic(), state.step
-
-    def show(self, state: RunState, values: dict[str, float]) -> None:
-        """Prints what was logged."""
-        done = state.step - self.first
-        if "loss" in values and done:
-            pace = (time.monotonic() - self.started) / done
-            words = [
-                f"step {state.step}/{state.max_steps}",
-                f"loss {values['loss']:.4f}",
-                f"lr {values['learning_rate']:.2e}",
-                f"{state.captions_per_step / pace:.1f} captions/s",
-                f"{pace * (state.max_steps - state.step) / 60:.1f} min left",
-            ]
-            words += [f"{name} {values[name]:.3f}" for name in ("object_mass_on_own", "entropy") if name in values]
-            print0(" | ".join(words))
-        elif "eval_r@1" in values:
-            shown = ", ".join(f"{name} {values[f'eval_{name}']:.1f}" for name in ("r@1", "r@5", "r@10"))
-            print0(f"step {state.step}/{state.max_steps} | validation, box-free: {shown}")
-
-
-def _accumulation(settings: TrainConfig, state: RunState, output: Path) -> int:
-    """Batches per step and process that keep a run's captions per step.
-
-    Raises:
-        InputError: this number of processes can't.
-    """
-    rows = settings.train_batch_size * world_size()
-    if state.captions_per_step % rows:
-        raise InputError(
-            f"{output} holds a run of {state.captions_per_step} captions per step ({state.world_size} processes); "
-            f"{world_size()} processes with train.train_batch_size={settings.train_batch_size} take {rows} at a time, "
-            "which does not divide it; start as many processes as before"
-        )
-    accumulation = state.captions_per_step // rows
-    if accumulation != settings.grad_accum_steps:
-        print0(
-            f"{world_size()} processes instead of {state.world_size}: {accumulation} batches per step and process "
-            f"instead of {settings.grad_accum_steps} keep {state.captions_per_step} captions per step"
-        )
-    return accumulation
-
-
-def _trackers(report_to: str) -> list[str]:
-    """Names of the trackers to log to, all of them installed.
-
-    Raises:
-        InputError: one that accelerate does not know, or that is not installed.
-    """
-    names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
-    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
-    there = {str(tracker.value if hasattr(tracker, "value") else tracker) for tracker in get_available_trackers()}
-    for name in names:
-        if name not in known:
-            raise InputError(f"train.report_to: {name!r} is unknown; use none, or some of {', '.join(known)}")
-        if name not in there:
-            raise InputError(f"train.report_to: {name} is not installed; pip install {name}, or train.report_to=none")
-    return names
+    def _load(self, checkpoint: Path) -> None:
+        """Goes on from the tensors of a checkpoint, and from the sums of losses in its state."""
+        sums, device = self.state.loss_sums, self.accelerator.device
+        self.loss_sum += sums[rank()] if len(sums) == world_size() else sum(sums) / len(sums)
+        self.saved_step = self.state.step
+        tensors = checkpoints.read_tensors(checkpoint)
+        torch.set_rng_state(tensors["random"])
+        for name, parameter in self.module.projection.named_parameters():
+            with torch.no_grad():
+                parameter.copy_(tensors[f"projection.{name}"])
+            self.optimizer.state[parameter] = {
+                part: tensors[f"adamw.{name}.{part}"].to(device) for part in ("step", "exp_avg", "exp_avg_sq")
+            }
 
 
 def _read_history(path: Path) -> list[dict]:
@@ -426,22 +402,3 @@ def _evaluations_since_best(history: list[dict]) -> int:
     """How many evaluations came after the best one, the first of equals; 0 also if there is none."""
     measured = [entry["eval_r@1"] for entry in history if "eval_r@1" in entry]
     return len(measured) - 1 - measured.index(max(measured)) if measured else 0
-
-
-def _check_output(output: Path, config: Config) -> None:
-    """Refuses a folder that holds a run with other settings; where training goes on must not change unseen."""
-    previous = output / "config.yaml"
-    if not previous.is_file():
-        return
-    old = load_config(previous)
-    if not config.train.resume:
-        raise InputError(f"{output} holds a run and train.resume is false; name another train.output_dir or remove it")
-    free = ("output_dir", "report_to", "run_name", "dataloader_num_workers", "eval_batch_size")
-    for section in ("model", "data", "merge", "objects", "train"):
-        before, now = vars(getattr(old, section)), vars(getattr(config, section))
-        for key, value in now.items():
-            if before[key] != value and key not in free:
-                raise InputError(
-                    f"{output} holds a run with {section}.{key}={before[key]!r}, now {value!r}; "
-                    "name another train.output_dir, or remove it to start anew"
-                )

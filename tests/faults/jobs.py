@@ -335,14 +335,14 @@ def work(order: dict) -> None:
 
 def count_steps(place: int) -> None:
     """Notes each training step as it begins."""
-    trainer = sys.modules["samer.training.loop"].SamerTrainer
-    plain = trainer.training_step
+    run = sys.modules["samer.training.loop"].Run
+    plain = run.step
 
-    def training_step(self, *words, **more):
-        struct.pack_into("q", BOARD, place + 8, self.state.global_step + 1)
+    def step(self, *words, **more):
+        struct.pack_into("q", BOARD, place + 8, self.state.step + 1)
         return plain(self, *words, **more)
 
-    trainer.training_step = training_step
+    run.step = step
 
 
 def limit_files(size: int) -> None:

@@ -91,8 +91,8 @@ def last_checkpoint(folder: Path, expected: dict[str, bytes]) -> int:
     whole = [0]
     for number, files in checkpoints(found).get("", {}).items():
         with contextlib.suppress(KeyError, ValueError):
-            state = json.loads(found[f"checkpoint-{number}/trainer_state.json"])
-            whole += [number] * (files == full[max(full)] and state["global_step"] == number)
+            state = json.loads(found[f"checkpoint-{number}/state.json"])
+            whole += [number] * (files == full[max(full)] and state["step"] == number)
     return max(whole)
 
 
