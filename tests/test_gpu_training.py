@@ -92,12 +92,7 @@ def one_of_two(number, port, base, world, folder):
 def share_of(retriever, world, numbers, device):
     rows = CaptionDataset(flickr.load_split(world, "train", boxes=True)).rows
     batch = Collator(retriever, ObjectsConfig())([rows[k] for k in numbers])
-    return {
-        key: {name: tensor.to(device) for name, tensor in value.items()}
-        if isinstance(value, dict)
-        else value.to(device)
-        for key, value in batch.items()
-    }
+    return send_to_device(batch, device)
 
 
 @pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")

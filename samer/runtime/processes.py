@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,6 +87,9 @@ def process_group():
         ) from error
     finally:
         if started and dist.is_initialized():
+            # gloo's thread frees the tensors of the last exchange, for which it needs the interpreter; a group that is
+            # destroyed meanwhile waits for that thread with the interpreter in its hands, for ever
+            time.sleep(0.1)
             dist.destroy_process_group()
 
 
