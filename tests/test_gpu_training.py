@@ -6,6 +6,7 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing
+from accelerate.utils import send_to_device
 
 from samer.config import MergeConfig, ObjectsConfig, load_config
 from samer.data import flickr
