@@ -122,7 +122,7 @@ def script():
 def command():
     """Runs a command as a user would, from the repo root; returns the finished process with text output."""
 
-    def run(*words, cwd=ROOT, env=None, timeout=300):
+    def run(*words, cwd=ROOT, env=None, timeout=1200):  # a hang, on any machine
         clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         return subprocess.run(
             [str(word) for word in words],
