@@ -16,7 +16,7 @@ from samer.config import MergeConfig
 from samer.data.records import ImageRecord
 from samer.metrics import bootstrap_intervals, query_metrics, retrieval_metrics
 from samer.retrievers.base import Encoder
-from samer.runtime.processes import gather_objects, rank, world_size
+from samer.runtime.processes import from_first, gather_objects, rank, world_size
 from samer.runtime.progress import batched, prefetched
 from samer.scoring import maxsim
 from samer.tokens import MergedTokens, QueryTokens, VisualTokens
@@ -30,13 +30,19 @@ def fitted_compressor(
 ) -> Compressor:
     """The compressor that `merge` names, fitted on the corpus `records` where it has something to learn from one.
 
-    The same corpus gives the same compressor in every process.
+    The first process fits it and the others take over what it learned: two devices need not agree in the last bit, and
+    codes that differ in one would mix in an index. So every process must call this, with the same corpus.
     """
     compressor = make_compressor(merge)
-    if compressor.needs_corpus:
+
+    def learned() -> dict[str, Tensor]:
         steps = np.linspace(0, len(records) - 1, min(FIT_IMAGES, len(records))).round().astype(int)
         batches = batched([records[k] for k in steps], batch_size)
         compressor.fit(retriever.encode_images(retriever.record_inputs(batch), compressor.needs) for batch in batches)
+        return compressor.state()
+
+    if compressor.needs_corpus:
+        compressor.load_state(from_first(learned))
     return compressor
 
 

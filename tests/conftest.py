@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -21,8 +22,20 @@ hypothesis.settings.load_profile("samer")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is a defect
 
 
+def asks_for_gpu(expression):
+    """Whether pytest's -m names the mark gpu, and not to leave it out."""
+    return re.search(r"(?<!not )\bgpu\b", expression) is not None
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "browser: drives a headless Chromium; skipped where there is none")
+    if not asks_for_gpu(config.getoption("markexpr")):  # results are compared with those of float32 on the CPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch counts devices at their first use; children inherit it
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and `-m gpu`, without which none is seen")
 
 
 NO_CODE = Counter()  # outcomes of tests/faults/test_no_code.py, whose tests are cases of the table of faults
@@ -109,7 +122,7 @@ def script():
 def command():
     """Runs a command as a user would, from the repo root; returns the finished process with text output."""
 
-    def run(*words, cwd=ROOT, env=None, timeout=300):
+    def run(*words, cwd=ROOT, env=None, timeout=1200):  # a hang, on any machine
         clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         return subprocess.run(
             [str(word) for word in words],

@@ -1,8 +1,12 @@
 """Scores and metrics of a small cache against loops, in both directions."""
 
 import math
+import multiprocessing
+import os
 import random
 import shutil
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +15,14 @@ import torch
 from samer.compressors import make_compressor
 from samer.config import MergeConfig
 from samer.data import flickr
-from samer.evaluation import both_directions, compress_images, encode_texts, evaluate_records
+from samer.data.records import ImageRecord
+from samer.evaluation import both_directions, compress_images, encode_texts, evaluate_records, fitted_compressor
 from samer.index.read import Index
 from samer.index.write import build_index
 from samer.retrievers.hf import Retriever
+from samer.runtime.processes import process_group
 from samer.runtime.progress import batched, prefetched
+from samer.tokens import VisualTokens
 
 METRICS = ["r@1", "r@5", "r@10", "median_rank", "mrr@10", "ndcg@5", "ndcg@10"]
 MERGE = MergeConfig(num_regions=8)
@@ -191,22 +198,88 @@ def test_boxes_in_the_records_change_nothing(world, frozen):
     pairs = zip(
         *(compress_images(frozen, batched(records, 3), make_compressor(MERGE)) for records in (with_boxes, without))
     )
-    for (_, ours), (_, theirs) in pairs:
+    for (_, _, ours), (_, _, theirs) in pairs:
         assert torch.equal(ours.tokens, theirs.tokens)
 
 
 def test_batches_keep_order_and_leave_no_gradient(world, frozen):
     records = flickr.load_split(world, "test", boxes=False)
     seen = list(compress_images(frozen, batched(records, 3), make_compressor(MERGE)))
-    assert [record.image_id for batch, _ in seen for record in batch] == [record.image_id for record in records]
-    assert [len(merged.tokens) for _, merged in seen] == [3, 3, 2]
-    assert not any(merged.tokens.requires_grad for _, merged in seen)
+    assert [record.image_id for batch, _, _ in seen for record in batch] == [record.image_id for record in records]
+    assert [len(merged.tokens) for _, _, merged in seen] == [3, 3, 2]
+    assert not any(merged.tokens.requires_grad for _, _, merged in seen)
     texts = [caption.text for caption in records[0].captions]
     queries = list(encode_texts(frozen, texts, 2))
     assert [len(query.tokens) for query in queries] == [2, 2, 1]
     for text, query in zip(texts[::2], queries):
         alone = frozen.encode_queries(frozen.query_inputs([text])).tokens[0]
         torch.testing.assert_close(query.tokens[0][query.mask[0]], alone, atol=1e-5, rtol=0)
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+class Unequal:
+    """Stands for an encoder on two devices: what it sees of an image differs in the last bit of every number."""
+
+    def __init__(self, last_bit):
+        self.last_bit, self.calls = last_bit, 0
+
+    def record_inputs(self, records):
+        return [record.image_id for record in records]
+
+    def encode_images(self, ids, needs):
+        self.calls += 1
+        draw = lambda name: torch.randn(20, 8, generator=torch.Generator().manual_seed(int(name)))
+        tokens = torch.nn.functional.normalize(torch.stack([draw(name) for name in ids]), dim=-1)
+        moved = (tokens.view(torch.int32) ^ self.last_bit).view(torch.float32)
+        attention = {name: torch.rand(moved.shape[:2], generator=torch.Generator().manual_seed(0)) for name in needs}
+        return VisualTokens(moved, torch.zeros(20, 2), attention=attention)
+
+
+CORPUS = [ImageRecord(str(number), Path(f"{number}.jpg"), ()) for number in range(30)]  # 600 tokens for 256 codes
+CODED = MergeConfig(num_regions=5, compressor="hpc")
+
+
+def fit_as_one_of_two(number, port, folder):
+    """The life of one process: what it is given for a codebook, and what it made of the first images with it."""
+    names = {"RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    encoder = Unequal(last_bit=number)
+    with process_group():
+        compressor = fitted_compressor(encoder, CORPUS, CODED, 4)
+    calls = encoder.calls
+    same = Unequal(last_bit=0).encode_images(["0", "1", "2"], compressor.needs)
+    torch.save({"codes": compressor.codes, "tokens": compressor(same).tokens, "calls": calls}, folder / f"{number}.pt")
+
+
+def test_two_processes_have_one_codebook_though_their_features_differ_in_a_bit(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = [context.Process(target=fit_as_one_of_two, args=(number, port, tmp_path)) for number in range(2)]
+    try:
+        for each in job:
+            each.start()
+        for each in job:
+            each.join(300)  # a process that waits for ever is killed, and has no exit code then
+        assert [each.exitcode for each in job] == [0, 0]
+    finally:
+        for each in job:
+            each.kill()
+    first, second = (torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in range(2))
+    assert torch.equal(first["codes"], second["codes"])
+    assert torch.equal(first["tokens"], second["tokens"])
+    assert (first["calls"], second["calls"]) == (8, 0)
+    alone = [fitted_compressor(Unequal(last_bit=bit), CORPUS, CODED, 4).codes for bit in (0, 1)]
+    assert torch.equal(first["codes"], alone[0])
+    assert not torch.equal(*alone)  # the bit matters
+
+
+# --- reading ahead --------------------------------------------------------------------------------------------------
 
 
 def test_prefetched_keeps_order_computes_one_ahead_and_raises_in_turn():

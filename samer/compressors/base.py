@@ -47,6 +47,13 @@ class Compressor:
     def fit(self, corpus: Iterable[VisualTokens]) -> None:
         """Learns from a corpus what `compress` needs of it; only where `needs_corpus` says so."""
 
+    def state(self) -> dict[str, Tensor]:
+        """What `fit` learned, on the CPU; another of the same settings that loads it compresses alike to the bit."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes over what another one's `state` returned, in place of `fit`."""
+
     def for_training(self) -> Compressor:
         """What a projector is trained through: the compressor itself, unless it has a part that no gradient passes."""
         return self

@@ -61,6 +61,12 @@ class HPC(TopAttention):
             centres, _ = kmeans2(sample, centres, iter=FIT_ITERATIONS, minit="matrix")
         self.codes = F.normalize(torch.from_numpy(centres).float(), dim=-1)
 
+    def state(self) -> dict[str, Tensor]:
+        return {"codes": self.codes}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.codes = state["codes"]
+
     def for_training(self) -> Compressor:
         return TopAttention(self.settings)
 

@@ -299,7 +299,8 @@ class Flickr(Reader):
         if not _bare(image_id):
             return None
         layout = find_layout(root)
-        path = next(filter(Path.is_file, (layout.images / f"{image_id}{suffix}" for suffix in IMAGE_SUFFIXES)), None)
+        paths = (layout.images / f"{image_id}{suffix}" for suffix in IMAGE_SUFFIXES)
+        path = next(filter(os.path.isfile, paths), None)  # False, where Path.is_file raises, for a name too long
         if path is None:
             return None
         annotation = layout.annotations / f"{image_id}.xml" if layout.annotations else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -146,6 +147,18 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What `make` returns in the first process, the same bytes in all of them; the others wait and don't compute it.
+
+    For small values whose tensors are on the CPU. Without processes simply `make()`.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make()
+    held = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
 
 
 def stop_asked() -> bool:

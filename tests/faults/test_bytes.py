@@ -67,7 +67,6 @@ KNOWN = {
         "passes": [r"wrong \w+: files that contradict"],
     },
 }
-SLOW = 1.0  # seconds that a reading of a tiny file may take where it is known to take for ever
 
 
 def known(*names):
@@ -842,13 +841,10 @@ FILES = [
     ("a.xml", b"<?xml version='1.0' encoding='no-such'?><a/>"),
     ("a.yaml", "[" * 10**5),
     ("a.yaml", "train:\n  seed: " + "[" * 150 + "]" * 150),
-    ("a.yaml", "train: &a\n  seed: *a\n"),
     ("a.yaml", "train:\n  learning_rate: " + "1" * 10**5 + ".5\n"),
     ("a.yaml", "train:\n  seed: " + "9" * 10**4),
-    ("a.yaml", "train:\n  <<: {seed: 1}\n"),
     ("a.yaml", b"train:\n  run_name: \xff\n"),
     ("a.yaml", "train:\n  run_name: \0\n"),
-    *(("a.yaml", yaml_bomb(place)) for place in ("train:\n  seed", "merge:\n  num_regions", "data")),
     *(
         ("a.yaml", text)
         for text in (
@@ -860,16 +856,15 @@ FILES = [
             "train:\n  learning_rate: " + "1:" * 10_000 + "1.5\n",
         )
     ),
-    ("a.yaml", EQUAL),
 ]
 READ = {".xml": flickr.parse_annotation, ".yaml": load_config, ".txt": flickr._read_lines}
 
 
-def refusal(read, path, seconds=10.0, memory=2**30):
+def refusal(read, path, memory=2**30):
     """The message that refuses `path`; anything else that comes of reading it fails the test, without its traceback."""
     words = None
     try:
-        with bounded(seconds, memory):
+        with bounded(memory=memory):
             read(path)
     except InputError as error:
         words = str(error)
@@ -886,6 +881,32 @@ def test_absurd_files_are_refused_soon_and_within_bounds(tmp_path, name, content
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     refusal(READ.get(path.suffix, load_image), path)
+
+
+ALIASES = [
+    "train: &a\n  seed: *a\n",
+    "data: &a {root: [*a]}\n",
+    *(yaml_bomb(place) for place in ("train:\n  seed", "merge:\n  num_regions", "data", "train:\n  run_name", "x")),
+    "a: &a " + yaml_bomb("x").partition("\n")[2].strip() + "\nmerge: *a\n",
+    EQUAL,
+]
+
+
+@pytest.mark.parametrize("text", ALIASES, ids=range(len(ALIASES)))
+def test_yaml_aliases_that_stand_for_gigabytes_neither_hang_nor_fill_memory(tmp_path, text):
+    """None of them makes sense as settings; a message about one is short all the same."""
+    (tmp_path / "a.yaml").write_text(text)
+    assert len(refusal(load_config, tmp_path / "a.yaml")) < 2000
+
+
+@pytest.mark.parametrize(
+    ("text", "same"), [("train:\n  <<: {seed: 7}\n", ["train.seed=7"]), ("train: &a\n  <<: *a\n", [])]
+)
+def test_yaml_that_joins_mappings_is_read_as_yaml_says_or_refused(tmp_path, text, same):
+    (tmp_path / "a.yaml").write_text(text)
+    with bounded():
+        found = outcome(lambda: load_config(tmp_path / "a.yaml"))
+    assert "a.yaml" in str(found) if isinstance(found, InputError) else found == load_config(None, same)
 
 
 def test_a_small_file_of_many_pixels_is_refused(tmp_path):
@@ -909,13 +930,13 @@ def test_large_but_good_annotations_are_read(tmp_path, content):
 @pytest.mark.parametrize("name", ["a.jpg", "a.xml", "a.yaml", "a.txt"])
 def test_a_pipe_is_refused(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    refusal(READ.get(Path(name).suffix, load_image), tmp_path / name, SLOW)
+    refusal(READ.get(Path(name).suffix, load_image), tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.xml", "a.yaml", "a.txt"])
 def test_a_device_is_refused(tmp_path, name):
     (tmp_path / name).symlink_to("/dev/zero")
-    refusal(READ.get(Path(name).suffix, load_image), tmp_path / name, SLOW, 2**27)
+    refusal(READ.get(Path(name).suffix, load_image), tmp_path / name, 2**27)
 
 
 def outcome(read):
@@ -965,8 +986,9 @@ def test_a_models_index_of_weights(tmp_path, weights):
     with bounded():
         found = outcome(lambda: fingerprint(tmp_path))
     if isinstance(found, InputError):
-        found = {"refused": "0" * 64} if "model.safetensors.index.json" in str(found) else {"unnamed": ""}
-    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in found.values())
+        assert "model.safetensors.index.json" in str(found)
+    else:
+        assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in (found.weights, found.processor))
 
 
 # --- adapters, whose settings are read by PEFT ------------------------------------------------------------------------
@@ -1008,7 +1030,7 @@ def test_settings_of_an_adapter_that_cannot_be(projectors, tmp_path, change):
     folder = shutil.copytree(work.folder / "lora", tmp_path / "lora")
     content = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**content, **change}))
-    refusal(lambda path: load_projector(path, encoder), folder, SLOW)
+    refusal(lambda path: load_projector(path, encoder), folder)
 
 
 # --- the index: one repetition of each defect that the surveys pass over ----------------------------------------------
