@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from samer.compressors import Compressor, make_compressor
@@ -70,9 +71,9 @@ def encode_texts(retriever: Encoder, texts: Sequence[str], batch_size: int) -> I
 def join_queries(batches: Sequence[QueryTokens]) -> QueryTokens:
     """Batches of queries as one, padded to the longest, without offsets: scored in one call, images are read once."""
     width = max(batch.mask.shape[1] for batch in batches)
-    fill = lambda batch: width - batch.mask.shape[1]
-    tokens = torch.cat([torch.nn.functional.pad(batch.tokens, (0, 0, 0, fill(batch))) for batch in batches])
-    return QueryTokens(tokens, torch.cat([torch.nn.functional.pad(batch.mask, (0, fill(batch))) for batch in batches]))
+    short = [width - batch.mask.shape[1] for batch in batches]
+    tokens = torch.cat([F.pad(batch.tokens, (0, 0, 0, missing)) for batch, missing in zip(batches, short)])
+    return QueryTokens(tokens, torch.cat([F.pad(batch.mask, (0, missing)) for batch, missing in zip(batches, short)]))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Files, locks and processes: permissions, one writer, work of one process, and why a job of several ends."""
 
+import ast
 import errno
 import os
 import re
@@ -156,8 +157,10 @@ def test_a_command_that_shares_no_work_refuses_several_processes(monkeypatch, ca
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py")))
 def test_only_train_features_and_cache_share_their_work(name):
-    last = (ROOT / "scripts" / f"{name}.py").read_text().splitlines()[-1].strip()
-    assert last == ("run(main, shared=True)" if name in ("train", "features", "cache") else "run(main)")
+    tree = ast.parse((ROOT / "scripts" / f"{name}.py").read_text())
+    calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    runs = [call for call in calls if call.startswith("run(main")]
+    assert runs == ["run(main, shared=True)" if name in ("train", "features", "cache") else "run(main)"]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -126,7 +126,6 @@ def keep_best(visual: VisualTokens, salience: Tensor, regions: int) -> MergedTok
         behind = (~valid).gather(1, order).to(torch.uint8).argsort(dim=1, stable=True)
         order = order.gather(1, behind)
     chosen = order[:, :regions].sort(dim=1).values  # (B, K)
-    take = lambda rows: rows.gather(1, chosen[..., None].expand(-1, -1, rows.shape[2]))
     filled = torch.ones_like(chosen, dtype=torch.bool) if valid is None else valid.gather(1, chosen)
     slots = torch.arange(regions, device=tokens.device).expand(len(tokens), -1)
     assignments = torch.full(tokens.shape[:2], -1, device=tokens.device).scatter(1, chosen, slots)
@@ -134,7 +133,9 @@ def keep_best(visual: VisualTokens, salience: Tensor, regions: int) -> MergedTok
     weights = weights.scatter(1, chosen[:, None], filled[:, None].to(tokens.dtype))
     if valid is not None:
         assignments = assignments.masked_fill(~valid, -1)
-    return MergedTokens(take(tokens) * filled[..., None], take(visual.coords), filled, weights, assignments)
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+    kept = tokens[rows, chosen] * filled[..., None]
+    return MergedTokens(kept, visual.coords[rows, chosen], filled, weights, assignments)
 
 
 def hard_merge(visual: VisualTokens, assignments: Tensor, regions: int) -> MergedTokens:
