@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from samer.config import InputError, MergeConfig
 from samer.features.read import FeatureStore, open_encoder
 from samer.features.write import write_features
+from samer.index.read import Index
+from samer.index.write import build_index
 from samer.retrievers import identity
 from samer.retrievers.base import Encoder, Projector
 from samer.retrievers.colpali import ColPali
@@ -20,6 +22,7 @@ from samer.retrievers.hf import Retriever, identify
 from samer.retrievers.identity import ModelIdentity, content_hash, fingerprint
 from samer.retrievers.projectors import load_projector, save_projector
 from samer.runtime.commands import adapter_config
+from samer.search.models import Models
 
 MERGE = MergeConfig(num_regions=16)
 
@@ -222,6 +225,22 @@ def test_a_store_knows_its_model(base, noisy, world, tmp_path, monkeypatch):
     monkeypatch.setattr(ColPali, "settings", {"backend": "torchvision"})
     with pytest.raises(InputError, match="stale, its processor"):
         FeatureStore(tmp_path / "store", str(base))
+
+
+def test_an_index_is_not_opened_with_another_backbone(base, noisy, world, tmp_path):
+    """The untouched projection is the same, so its hash tells nothing."""
+    retriever, other = Retriever.load(str(base)), Retriever.load(str(noisy))
+    assert retriever.base_projector.hash == other.base_projector.hash
+    build_index(tmp_path / "index", world, ["val"], retriever, MERGE, dtype="float16")
+    index = Index(tmp_path / "index")
+    index.check_model(retriever)
+    index.check_model(Retriever.load(str(shutil.copytree(base, tmp_path / "elsewhere"))))  # the same files
+    with pytest.raises(InputError, match="weights"):
+        index.check_model(other)
+    with pytest.raises(InputError, match="weights"):
+        build_index(tmp_path / "index", world, ["test"], other, MERGE, dtype="float16")
+    with pytest.raises(InputError, match="weights"):
+        Models("cpu", str(noisy)).load(index)
 
 
 @pytest.mark.parametrize(
