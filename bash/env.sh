@@ -56,6 +56,11 @@ install_torch() {
     "${pip[@]}"
 }
 
+unusable() {
+    echo "error: .venv has no pip, or a Python older than 3.11; remove .venv and run this again" >&2
+    exit 2
+}
+
 # prepare EXTRA...: sets PYTHON to an interpreter that has the base set and the extras, installing if needed
 prepare() {
     local candidate
@@ -78,9 +83,9 @@ prepare() {
     echo "(to install into the active environment instead, stop this and run: pip install -e '.${extras:+[$extras]}')"
     [ -x .venv/bin/python ] || "$host" -m venv .venv
     local lines
-    lines=$(missing .venv/bin/python)
+    lines=$(missing .venv/bin/python) || unusable
     if [[ $'\n'$lines == *$'\n'torch[\>=]* ]]; then install_torch; fi
-    lines=$(missing .venv/bin/python "$@")
+    lines=$(missing .venv/bin/python "$@") || unusable
     if [ -n "$lines" ]; then
         .venv/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin <<<"$lines"
     fi

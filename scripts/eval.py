@@ -26,6 +26,7 @@ def main(argv=None):
     parser.add_argument("--data-root", help="the data set's folder, with boxes, for the report's pictures")
     parser.add_argument("--reader", default="flickr", help="kind of data set at --data-root (flickr)")
     parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
+    parser.add_argument("--model", help="where the model is, if not where the index says")
     add_compute_options(parser)
     options = parser.parse_args(argv)
     device = compute_device(options)
@@ -42,7 +43,7 @@ def main(argv=None):
         print(f"  {line}")
     gallery = None
     if options.data_root:
-        where = {"reader": options.reader, "features": options.features, "device": device}
+        where = {"reader": options.reader, "features": options.features, "device": device, "model": options.model}
         gallery = index_gallery(index, split, scores, options.data_root, **where)
     report = Path(options.output_json).with_suffix(".html")
     write_index_report(report, folder, result, gallery)

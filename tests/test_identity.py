@@ -100,6 +100,15 @@ def test_a_fingerprint_is_that_of_the_files(base):
         assert value == sha256(lines.encode())
 
 
+def test_weights_that_are_not_all_there_are_unknown(base, world, tmp_path, capsys):
+    """As a hub cache is after an interrupted download: nothing can be said of the model, so nothing is refused."""
+    half = shutil.copytree(base, tmp_path / "half")
+    (half / "model.safetensors").unlink()
+    assert (fingerprint(half).weights, identify(str(half)).weights) == ("", "")
+    write_features(tmp_path / "store", world, ["val"], Retriever.load(str(base)), dtype="int8")
+    FeatureStore(tmp_path / "store", str(half))
+
+
 def test_the_hubs_large_blobs_are_not_read_and_its_small_ones_are(base, hub, monkeypatch):
     snapshot = hub("owner/model", base)
     read = []
@@ -306,6 +315,14 @@ def test_settings_come_from_a_projector_of_the_hub(released, base, tmp_path):
     (tmp_path / "config.yaml").write_text("merge: {num_regions: 9}\n")
     assert adapter_config("owner/samer-k7", str(tmp_path / "config.yaml"), []).merge.num_regions == 9
     assert adapter_config("", None, ["merge.num_regions=3"]).merge.num_regions == 3
+
+
+def test_a_projectors_file_brings_the_settings_beside_it(base, tmp_path):
+    retriever = Retriever.load(str(base))
+    save_projector(tmp_path / "run", random_projector(retriever), retriever, MergeConfig(num_regions=7))
+    ours = adapter_config(str(tmp_path / "run" / "projector.safetensors"), None, [])
+    assert ours == adapter_config(str(tmp_path / "run"), None, [])
+    assert (ours.merge.num_regions, ours.model.name) == (7, str(base))
 
 
 def test_a_projectors_revision_is_the_models(base, noisy, hub, tmp_path):

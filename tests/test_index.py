@@ -27,6 +27,7 @@ from torch.nn.functional import normalize
 
 from samer.compressors import make_compressor
 from samer.config import InputError, MergeConfig
+from samer.coords import grid_layout
 from samer.data.pictures import load_image
 from samer.data.records import ImageRecord
 from samer.index import manifest as index_manifest
@@ -800,3 +801,28 @@ def killed(folder, root):
 
 if __name__ == "__main__":
     killed(sys.argv[1], sys.argv[2])
+
+
+class Ragged(Drawn):
+    """Images of 12 or 16 tokens, by their ids; one row of patches."""
+
+    def record_inputs(self, records):
+        (record,) = records
+        return self.draw([record.image_id.encode()], 12 + 4 * (int(record.image_id) % 2))
+
+    def image_layout(self, inputs):
+        count = inputs["input_ids"].shape[1]
+        return grid_layout(torch.ones(1, count, dtype=torch.bool), torch.tensor([[1, count]]))
+
+
+def test_shards_of_unequal_width_are_evaluated_in_every_dtype(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_write, "IMAGES_PER_SHARD", 1)
+    merge = MergeConfig(compressor="none")
+    scores = {}
+    for dtype in ("bfloat16", "binary", "int8"):
+        build_index(tmp_path / dtype, world, ["test"], Ragged(), merge, batch_size=1, dtype=dtype)
+        index = Index(tmp_path / dtype)
+        assert {shard.regions for shard in index.manifest.splits["test"].images} == {12, 16}
+        scores[dtype], _ = index.scores("test")
+    torch.testing.assert_close(scores["binary"], scores["bfloat16"], atol=1e-6, rtol=0)  # all are re-ranked
+    torch.testing.assert_close(scores["int8"], scores["bfloat16"], atol=2e-2, rtol=0)

@@ -4,18 +4,20 @@ import ast
 import errno
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 import torch.distributed as dist
 
 from samer.config import InputError
-from samer.runtime import commands, files, processes
+from samer.runtime import commands, files, processes, signals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,6 +110,20 @@ def test_a_file_system_without_locks_is_told_and_written_to(tmp_path, monkeypatc
         (tmp_path / "c" / "file").touch()
     assert re.match(r"note: .*/c can't be locked \(.*\); let nothing else write to it\n$", capsys.readouterr().out)
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["file"]
+
+
+def test_a_stop_while_the_lock_is_taken_leaves_nothing(tmp_path, monkeypatch):
+    acquire = filelock.FileLock.acquire
+
+    def stopped(self, *words, **more):
+        taken = acquire(self, *words, **more)
+        os.kill(os.getpid(), signal.SIGTERM)  # its file is there, its owner does not know yet
+        return taken
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", stopped)
+    with pytest.raises(signals.Stopped), signals.listening(), files.only_writer(tmp_path / "a" / "b"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 RACE = """

@@ -219,7 +219,7 @@ def test_only_the_projector_trains_and_the_loss_falls(settings, captured, tmp_pa
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_equals_a_plain_loop_of_the_recipe(settings, captured, tmp_path, accumulate):
-    """AdamW, warm-up and cosine, clipping, gradients averaged over the accumulated batches; no other state."""
+    """AdamW, warm-up and cosine, clipping, the gradient of the mean over a step's captions; no other state."""
     config = settings(
         tmp_path / "run",
         train__train_batch_size=4,
@@ -657,3 +657,17 @@ def test_several_gpus_without_torchrun_do_not_split_the_batch(settings, tmp_path
         assert (accelerator.num_processes, accelerator.distributed_type.value) == (1, "NO")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_run_does_not_go_on_with_other_captions(settings, world, tmp_path, monkeypatch):
+    """Its steps, rates and order would be those of another run."""
+    changes = {"train__save_steps": 2, "train__num_train_epochs": 2}
+    data = shutil.copytree(world, tmp_path / "world")
+    with monkeypatch.context() as patch:
+        stop_before(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(tmp_path / "run", data__root=data, **changes))
+    ids = data / "annotations" / "train.txt"
+    ids.write_text("".join(ids.read_text().splitlines(keepends=True)[:-4]))
+    with pytest.raises(InputError, match=r"checkpoint-2 is of a run of 16 steps, today's data make 10"):
+        train(settings(tmp_path / "run", data__root=data, **changes))

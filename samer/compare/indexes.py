@@ -73,7 +73,8 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
         check_images(index, split, records, root)
     first = indexes[request.methods[0][1]].manifest
     model = request.model or first.base_model
-    encoder = open_encoder(model, device, features=request.features, revision=first.revision)
+    revision = "main" if request.model else first.revision
+    encoder = open_encoder(model, device, features=request.features, revision=revision)
     for index in indexes.values():
         index.check_model(encoder)
     methods, measured = [], []
@@ -121,7 +122,7 @@ def read_metrics(path: str, split: str) -> dict:
     """
     row = read_json(path)
     wanted = {"split", "text_to_image", "image_to_text", "vectors_per_image", "bytes_per_image", "cache"}
-    if not wanted <= set(row) or "merge" not in row["cache"]:
+    if not wanted <= set(row) or not isinstance(row["cache"], dict) or "merge" not in row["cache"]:
         raise InputError(f"{path}: no metrics of scripts/eval.py; make them anew")
     if row["split"] != split:
         raise InputError(f"{path}: metrics of {row['split']}, not of {split}")

@@ -29,11 +29,11 @@ from samer.index.manifest import (
     write_index_manifest,
 )
 from samer.index.read import Index
-from samer.index.write import check_settings, joined, write_image_shard, writing
+from samer.index.write import check_settings, write_image_shard, writing
 from samer.retrievers.base import Encoder, image_seeds
 from samer.runtime.files import only_writer
 from samer.runtime.progress import Progress, batched, prefetched
-from samer.runtime.shards import load_header
+from samer.runtime.shards import joined, load_header
 from samer.runtime.signals import stop_here, stoppable
 
 PICTURES_PER_SHARD = 256  # of a folder: what a kill can cost

@@ -29,7 +29,7 @@ from samer.retrievers.base import Encoder, Projector
 from samer.retrievers.projectors import read_projector
 from samer.runtime.files import lookup
 from samer.runtime.progress import batched
-from samer.runtime.shards import load_shard, verify_shard
+from samer.runtime.shards import joined, load_shard, verify_shard
 from samer.scoring import StoredImages, maxsim, score_stored, search
 from samer.tokens import QueryTokens
 
@@ -380,8 +380,8 @@ class Index:
             columns.append(torch.cat([score_stored(query, images).cpu() for query, _ in blocks]))
         scores = torch.cat(columns, dim=1)
         if self.manifest.dtype == "binary":
-            tokens = torch.cat([self._map(split, shard, exact=True)[0]["tokens"] for shard in held.images])
-            masks = torch.cat([self._map(split, shard)[0]["mask"] for shard in held.images])
+            tokens = joined([self._map(split, shard, exact=True)[0]["tokens"] for shard in held.images])
+            masks = joined([self._map(split, shard)[0]["mask"] for shard in held.images])
             queries = [(tokens, mask) for query, _ in blocks for tokens, mask in zip(query.tokens, query.mask)]
             count = min(CANDIDATES * 10, scores.shape[1])
             chosen = scores.topk(count, dim=1).indices  # (Q, candidates)

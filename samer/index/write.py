@@ -97,7 +97,7 @@ from samer.retrievers.projectors import read_projector
 from samer.runtime.files import atomic_path, lookup, only_writer
 from samer.runtime.processes import gather_objects, rank
 from samer.runtime.progress import Progress, batched, prefetched
-from samer.runtime.shards import finished_shard, in_order, load_header, shared_out, write_shard
+from samer.runtime.shards import finished_shard, in_order, joined, load_header, shared_out, write_shard
 from samer.runtime.signals import stop_here, stoppable
 from samer.scoring import pack_signs, quantise_images
 from samer.tokens import MergedTokens, VisualTokens, regions_of_patches
@@ -173,13 +173,6 @@ def check_settings(retriever: Encoder, merge: MergeConfig, batch_size: int, dtyp
         raise InputError("all tokens are kept, each is its own region: leave --assignments out")
     if assignments and merge.num_regions > NO_REGION:
         raise InputError(f"assignments take a byte per patch, so at most {NO_REGION} regions, not {merge.num_regions}")
-
-
-def joined(parts: Sequence[Tensor], fill: int = 0) -> Tensor:
-    """Rows (n, K, ...) of several batches as one, padded to the widest."""
-    width = max(part.shape[1] for part in parts)
-    pad = lambda t: torch.nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, width - t.shape[1]), value=fill)
-    return torch.cat([pad(part) for part in parts])
 
 
 def write_image_shard(path: Path, tensors: dict[str, Tensor], half: dict[str, Tensor], stamp: dict) -> Shard:

@@ -55,7 +55,15 @@ def metric_lines(result: dict) -> list[str]:
 
 
 def index_gallery(
-    index: Index, split: str, scores: Tensor, data_root: str, *, reader: str, features: str, device: torch.device
+    index: Index,
+    split: str,
+    scores: Tensor,
+    data_root: str,
+    *,
+    reader: str,
+    features: str,
+    device: torch.device,
+    model: str | None = None,
 ) -> Gallery:
     """Failures by rule, and what winning vectors stand on; the captions shown are encoded again.
 
@@ -67,6 +75,7 @@ def index_gallery(
         reader: its kind, a name in `samer.data.READERS`.
         features: a feature store to read instead of the images; empty: none.
         device: to encode on.
+        model: where it is, if not where the index says.
 
     Raises:
         InputError: data or a model that are not those of the index.
@@ -74,7 +83,8 @@ def index_gallery(
     records = make_reader(reader).load_split(data_root, split, boxes=True, limit_images=index.size(split)[0])
     check_images(index, split, records, data_root)
     made = index.manifest
-    encoder = open_encoder(made.base_model, device, features=features, revision=made.revision)
+    revision = "main" if model else made.revision
+    encoder = open_encoder(model or made.base_model, device, features=features, revision=revision)
     index.check_model(encoder)
     return make_gallery(encoder, records, [Shown(made.merge.compressor, made.merge, index.projector(), scores)])
 

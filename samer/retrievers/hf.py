@@ -30,7 +30,8 @@ from samer.tokens import ImageLayout
 class Retriever(Encoder):
     """A frozen retriever: images and texts to hidden states, those to unit tokens through a projector.
 
-    Hidden states are what the projection layer is given while the whole model runs, whatever lies before it.
+    Hidden states are what the projection layer is given while the whole model runs, whatever lies before it; they are
+    seen by hooks in the model, so one thread at a time.
     """
 
     def __init__(

@@ -74,7 +74,8 @@ def fingerprint(folder: Path) -> Fingerprint:
         if not isinstance(files, dict) or not all(isinstance(file, str) and len(file) < 256 for file in files.values()):
             raise InputError(f"{index}: weight_map must map each weight to a file; it may be damaged, restore it")
         weights = sorted(set(files.values()))
-    return Fingerprint(_digest(folder, ["config.json", *weights]), _digest(folder, PROCESSOR_FILES))
+    there = all((folder / name).is_file() for name in weights)  # else they are somewhere on their way
+    return Fingerprint(_digest(folder, ["config.json", *weights]) if there else "", _digest(folder, PROCESSOR_FILES))
 
 
 def processor_hash(files: str, settings: Mapping[str, Any]) -> str:

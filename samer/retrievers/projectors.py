@@ -168,14 +168,15 @@ def _load_legacy(file: Path, retriever: Encoder) -> Projector:
 def _other_model(recorded: str, name: str) -> bool:
     """Whether two names are known to be of different models.
 
-    Two hub ids are, unless they differ in case or in the ending "-hf" only, which marks a checkpoint converted to
-    transformers' own format. A folder has no name; it is another model only if its config.json says which it came from
-    (`_name_or_path`), and that is another. Its weights are not looked at: a legacy file has no hash of them.
+    Two hub ids are if the names after their owners differ, apart from case and the ending "-hf", which marks a
+    checkpoint converted to transformers' own format (what looks like an owner may be the folder of a copy elsewhere). A
+    folder has no name; it is another model only if its config.json says which it came from (`_name_or_path`), and that
+    is another. Its weights are not looked at: a legacy file has no hash of them.
     """
     if Path(name).is_dir():
         came_from = read_json(Path(name) / "config.json").get("_name_or_path") if _has_config(name) else None
         name = came_from if isinstance(came_from, str) else ""
-    names = [each.lower().removesuffix("-hf") for each in (recorded, name)]
+    names = [each.lower().rpartition("/")[2].removesuffix("-hf") for each in (recorded, name)]
     known = all(is_hub_id(each) and not Path(each).exists() for each in (recorded, name))
     return known and names[0] != names[1]
 

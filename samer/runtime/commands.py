@@ -71,6 +71,8 @@ def adapter_config(adapter_path: str, config_path: str | None, overrides: Sequen
     if not adapter_path:
         return config
     folder = projector_place(adapter_path, local_files_only=config.model.local_files_only)
+    if folder.name == "projector.safetensors":  # what it was trained for stands beside it
+        folder = folder.parent
     if config_path or not (folder / "projector.safetensors").is_file():
         return config
     trained = read_json(folder / "config.json")

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import stat
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import filelock
 
 from samer.config import InputError
 from samer.runtime.processes import check_joined, gather_objects, print0, rank
+from samer.runtime.signals import held, stop_here
 
 TEMPORARY = ".samer-tmp"  # ends the names of files that are being written
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # what some network file systems answer
@@ -90,30 +91,37 @@ def _locked(folder: Path):
     filelock itself leaves the file. Removing it is safe while the lock is held: who has just opened it finds no link
     to it any more and is refused.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
-    before = set() if made else set(folder.iterdir()) if folder.is_dir() else set()
     path = folder / ".lock"
     lock = filelock.FileLock(path, blocking=False, fallback_to_soft=False)  # a soft lock outlives a killed process
+    made: list[Path] = []  # folders of this run, innermost first
+    before: set[Path] = set()
+    held_without_lock = False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout:
-        raise InputError(f"{folder}: another process is writing to it; wait until it ends") from None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise InputError(f"{folder}: can't be written ({error.strerror}); name another folder") from None
-        print0(f"note: {folder} can't be locked ({error.strerror}); let nothing else write to it")
-    try:
-        _remove_strays(folder)
+        with held():  # a SIGTERM between the file and the lock would leave the file
+            try:
+                made = [place for place in (folder, *folder.parents) if not place.exists()]
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+                before = {entry for entry in folder.iterdir() if entry.is_dir()}
+                _remove_strays(folder)
+            except (filelock.Timeout, FileNotFoundError):  # the one before has just taken the empty folder away
+                raise InputError(f"{folder}: another process is writing to it; wait until it ends") from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    reason = error.strerror or error
+                    raise InputError(f"{folder}: can't be written ({reason}); name another folder") from None
+                print0(f"note: {folder} can't be locked ({error.strerror}); let nothing else write to it")
+                held_without_lock = True
+        stop_here()
         yield
     finally:
-        try:
-            path.unlink(missing_ok=True)
-            own = [entry for entry in folder.iterdir() if entry.is_dir() and entry not in before]
-            for empty in [*own, *made]:  # a run that failed leaves no empty folders of its own
-                if not any(empty.iterdir()):
-                    empty.rmdir()
-        finally:
+        with held():
+            if lock.is_locked or held_without_lock:
+                path.unlink(missing_ok=True)
+                own = [entry for entry in folder.iterdir() if entry.is_dir() and entry not in before]
+                for empty in [*own, *made]:  # a run that failed leaves no empty folders of its own
+                    with suppress(OSError):  # not empty, or gone
+                        empty.rmdir()
             lock.release()
 
 

@@ -64,13 +64,14 @@ def process_group():
         InputError: more processes than GPUs, processes that can't reach each other, or one of them has ended. Other
             errors come out as they are.
     """
-    started = world_size() > 1 and not dist.is_initialized()
+    started, clean = world_size() > 1 and not dist.is_initialized(), False
     try:
         if started:
             _join()
         yield
         if started:
             dist.barrier()  # a process that leaves while another still takes leave aborts it
+        clean = True
     except RuntimeError as error:
         ended = _PEER_LEFT.search(str(error))
         if not started or not (ended or isinstance(error, dist.DistError)):
@@ -87,7 +88,8 @@ def process_group():
             "TORCH_DISTRIBUTED_DEBUG=DETAIL in the environment say more"
         ) from error
     finally:
-        if started and dist.is_initialized():
+        # with NCCL, leaving may wait for processes that wait for this one; the end of this process ends its part, too
+        if started and dist.is_initialized() and (clean or not torch.cuda.is_available()):
             # gloo's thread frees the tensors of the last exchange, for which it needs the interpreter; a group that is
             # destroyed meanwhile waits for that thread with the interpreter in its hands, for ever
             time.sleep(0.1)

@@ -163,3 +163,10 @@ def tensors_checksum(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def joined(parts: Sequence[Tensor], fill: int = 0) -> Tensor:
+    """Rows (n, K, ...) of several batches as one, padded to the widest."""
+    width = max(part.shape[1] for part in parts)
+    room = [(0, 0) * (part.dim() - 2) + (0, width - part.shape[1]) for part in parts]
+    return torch.cat([torch.nn.functional.pad(part, sides, value=fill) for part, sides in zip(parts, room)])

@@ -34,18 +34,25 @@ def listening():
 
 
 @contextmanager
-def stoppable():
-    """A block of many units of work: SIGTERM waits in it until `stop_here` or the block's end.
-
-    Raises:
-        Stopped: at the block's end, if SIGTERM came.
-    """
+def held():
+    """A block that SIGTERM waits for, such as the taking of a lock; what comes after it must ask `stop_here`."""
     global _finishing
     _finishing += 1
     try:
         yield
     finally:
         _finishing -= 1
+
+
+@contextmanager
+def stoppable():
+    """A block of many units of work: SIGTERM waits in it until `stop_here` or the block's end.
+
+    Raises:
+        Stopped: at the block's end, if SIGTERM came.
+    """
+    with held():
+        yield
     stop_here()
 
 

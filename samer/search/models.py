@@ -33,7 +33,8 @@ class Models:
         Raises:
             InputError: it can't be loaded, or it is another one than the index was made with.
         """
-        key = self.name or index.manifest.base_model, index.manifest.revision
+        manifest = index.manifest
+        key = (self.name, "main") if self.name else (manifest.base_model, manifest.revision)
         encoder = self._encoders.get(key) or open_encoder(key[0], self.device, revision=key[1])
         index.check_model(encoder)
         self._encoders[key] = encoder

@@ -195,6 +195,8 @@ def make_loader(dataset: CaptionDataset, batches: StepBatches, collate: Collator
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
+        # the collator holds the retriever: a forked worker shares its memory, another kind would get a copy of it
+        multiprocessing_context="fork" if workers else None,
         prefetch_factor=ahead if workers else None,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),

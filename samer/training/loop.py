@@ -176,6 +176,11 @@ class Run:
         self.saved_step = -1  # of the newest checkpoint
         self.checkpoint = start.checkpoint
         now = {"max_steps": max_steps, "world_size": world_size(), "accumulation": start.accumulation}
+        if start.state is not None and start.state.max_steps != max_steps:
+            raise InputError(
+                f"{start.checkpoint} is of a run of {start.state.max_steps} steps, today's data make {max_steps}; "
+                "restore the captions that it was started with, or name another train.output_dir"
+            )
         if start.state is None:
             captions = self.batches.together * start.accumulation
             self.state = checkpoints.State(step=0, epoch=0.0, seed=settings.seed, captions_per_step=captions, **now)
@@ -189,9 +194,8 @@ class Run:
         Raises:
             Stopped: SIGTERM came; a checkpoint of the step that was at work is written.
         """
-        if self.state.validates and not self.state.validated():  # the validation failed after this checkpoint
-            self.validate()
-        if self.checkpoint is not None and self.ended():
+        made_up = self.state.validates and not self.state.validated()  # the validation failed after this checkpoint
+        if self.checkpoint is not None and self.ended() and not made_up:
             print0(f"{self.checkpoint} is the end of this run; nothing is left to train")
             return
         if self.checkpoint is not None:
@@ -200,6 +204,8 @@ class Run:
         self.began, self.first_step = time.monotonic(), self.state.step
         with stoppable():
             try:
+                if made_up:
+                    self.validate()
                 while not self.ended():
                     self.epoch()
             except RuntimeError as error:
@@ -266,7 +272,7 @@ class Run:
                         "with a lower train.learning_rate, or train.bf16=false"
                     )
                 loss = loss / (sum(rows) / rows[k])
-                self.accelerator.backward(loss)
+                loss.backward()  # accelerate's would scale it as its environment says
             self.loss_sum += loss.detach()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         rate = self.settings.learning_rate * cosine_share(self.state.step, self.warm, self.state.max_steps)
