@@ -988,7 +988,9 @@ def test_a_models_index_of_weights(tmp_path, weights):
     if isinstance(found, InputError):
         assert "model.safetensors.index.json" in str(found)
     else:
-        assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in (found.weights, found.processor))
+        assert re.fullmatch("[0-9a-f]{64}", found.processor)
+        # files that are not there make unknown weights, not a hash of what is left
+        assert re.fullmatch("[0-9a-f]{64}", found.weights) if not weights else found.weights == ""
 
 
 # --- adapters, whose settings are read by PEFT ------------------------------------------------------------------------
