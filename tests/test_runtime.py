@@ -332,3 +332,12 @@ def test_more_processes_than_gpus_are_refused_before_they_join(joined, monkeypat
 def test_one_process_joins_nothing_and_changes_no_error():
     defect = RuntimeError("Connection closed by peer")
     assert raised(defect) is defect
+
+
+def test_a_folder_that_can_not_be_made_is_no_other_writers(tmp_path):
+    """/proc makes no folders and says that there is no such file; nobody is to be waited for."""
+    with (
+        pytest.raises(InputError, match=r"can't be written \(No such file or directory\)"),
+        files.only_writer("/proc/x"),
+    ):
+        pass

@@ -71,9 +71,8 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
     records = make_reader(request.reader).load_split(root, split, boxes=True, limit_images=limit)
     for index in indexes.values():
         check_images(index, split, records, root)
-    first = indexes[request.methods[0][1]].manifest
-    model = request.model or first.base_model
-    revision = "main" if request.model else first.revision
+    first = indexes[request.methods[0][1]]
+    model, revision = first.model_place(request.model)
     encoder = open_encoder(model, device, features=request.features, revision=revision)
     for index in indexes.values():
         index.check_model(encoder)
@@ -85,13 +84,11 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
         figures = both_directions(scores, image_of)
         measured.append({"name": name, "vectors_per_image": vectors, "bytes_per_image": size, **figures})
     # a row of the table only that is compressed as the baseline is: what training alone does
-    controls = [row for row in others if row["cache"]["merge"] == asdict(first.merge)]
+    controls = [row for row in others if row["cache"]["merge"] == asdict(first.manifest.merge)]
     results = None
     if request.curves is not None:
         results = sweep(encoder, records, methods, request.curves, Path(root).name, request.batch_size)
-    regions = [
-        Shown(name, indexes[place].manifest.merge, indexes[place].projector()) for name, place in request.regions
-    ]
+    regions = [_shown(name, indexes[place]) for name, place in request.regions]
     gallery = make_gallery(encoder, records, methods, regions, batch_size=request.batch_size)
     captions = sum(len(record.captions) for record in records)
     return write_report(

@@ -23,7 +23,6 @@ import safetensors
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import save
 from torch import Tensor
 
 from samer.config import InputError
@@ -32,10 +31,11 @@ from samer.data.records import ImageRecord
 from samer.features.manifest import DTYPES, StoredShard, StoredSplit, StoreManifest, read_store_manifest
 from samer.retrievers.attention import ATTENTION
 from samer.retrievers.hf import Retriever
-from samer.runtime.files import atomic_path, only_writer
+from samer.retrievers.projectors import write_projector
+from samer.runtime.files import only_writer
 from samer.runtime.processes import gather_objects, print0, rank
 from samer.runtime.progress import Progress, batched
-from samer.runtime.shards import check_identity, finished_shard, in_order, shared_out, write_manifest, write_shard
+from samer.runtime.shards import finished_shard, in_order, shared_out, write_manifest, write_shard
 from samer.runtime.signals import stop_here, stoppable
 
 IMAGES_PER_SHARD = 128  # 540 MB at 1,030 x 2,048 bfloat16: what a kill can cost, and what one process holds
@@ -102,8 +102,7 @@ def write_features(
         manifest = _open_for_writing(folder, made)
         _announce(folder, records, retriever, dtype)
         if rank() == 0:
-            with atomic_path(folder / "base.safetensors") as temporary:
-                temporary.write_bytes(save(retriever.base_projector.tensors()))
+            write_projector(folder / "base.safetensors", retriever.base_projector)
         for split, rows in records.items():
             images = _write_shards(
                 folder / split, "images", list(batched(rows, IMAGES_PER_SHARD)), retriever, batch_size, made
@@ -166,7 +165,13 @@ def _open_for_writing(folder: Path, made: StoreManifest) -> StoreManifest:
                 f"{folder} holds features of format {found.format_version}, which are read but not added to; "
                 "name another folder"
             )
-        check_identity(path, made.stamp(), "features", "name another folder, or remove it to compute them anew")
+        before = found.stamp()
+        for key, now in made.stamp().items():
+            if before.get(key) != now:
+                raise InputError(
+                    f"{folder} holds features with {key}={before.get(key)!r}, now {now!r}; "
+                    "name another folder, or remove it to compute them anew"
+                )
         return found
     if folder.exists() and (not folder.is_dir() or any(map(_is_foreign, folder.iterdir()))):
         raise InputError(f"{folder} is or holds what is no feature store; name another folder")

@@ -90,6 +90,10 @@ class Index:
             )
         return projector
 
+    def model_place(self, model: str | None = None) -> tuple[str, str]:
+        """Name and revision of the model to open: as the index says, or `model`, whose revisions are its own."""
+        return (model, "main") if model else (self.manifest.base_model, self.manifest.revision)
+
     def check_model(self, encoder: Encoder) -> None:
         """Refuses an encoder of another model than the index was made with.
 

@@ -66,7 +66,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from samer.compressors import Compressor, make_compressor
@@ -93,8 +92,8 @@ from samer.index.manifest import (
     write_index_manifest,
 )
 from samer.retrievers.base import Encoder
-from samer.retrievers.projectors import read_projector
-from samer.runtime.files import atomic_path, lookup, only_writer
+from samer.retrievers.projectors import read_projector, write_projector
+from samer.runtime.files import lookup, only_writer
 from samer.runtime.processes import gather_objects, rank
 from samer.runtime.progress import Progress, batched, prefetched
 from samer.runtime.shards import finished_shard, in_order, joined, load_header, shared_out, write_shard
@@ -277,9 +276,7 @@ class _Writer:
                 return
         except InputError:
             pass
-        tensors = self.projector.tensors()
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(save(tensors))
+        write_projector(path, self.projector)
 
     def write_images(
         self, split: str, records: Sequence[ImageRecord], compressor: Compressor

@@ -83,8 +83,8 @@ def index_gallery(
     records = make_reader(reader).load_split(data_root, split, boxes=True, limit_images=index.size(split)[0])
     check_images(index, split, records, data_root)
     made = index.manifest
-    revision = "main" if model else made.revision
-    encoder = open_encoder(model or made.base_model, device, features=features, revision=revision)
+    name, revision = index.model_place(model)
+    encoder = open_encoder(name, device, features=features, revision=revision)
     index.check_model(encoder)
     return make_gallery(encoder, records, [Shown(made.merge.compressor, made.merge, index.projector(), scores)])
 

@@ -26,9 +26,7 @@ LEGACY_FORMAT = "samer_projector_v1"
 def save_projector(folder: str | Path, projector: Projector, retriever: Encoder, merge: MergeConfig) -> None:
     """Writes `projector.safetensors` and `config.json`, each atomically, the config last."""
     folder = Path(folder)
-    tensors = projector.tensors()
-    with atomic_path(folder / "projector.safetensors") as temporary:
-        temporary.write_bytes(save(tensors, metadata={"format": FORMAT}))
+    write_projector(folder / "projector.safetensors", projector, {"format": FORMAT})
     write_json(
         folder / "config.json",
         {
@@ -44,6 +42,12 @@ def save_projector(folder: str | Path, projector: Projector, retriever: Encoder,
             "merge": asdict(merge),
         },
     )
+
+
+def write_projector(file: Path, projector: Projector, metadata: dict[str, str] | None = None) -> None:
+    """Writes weight (D, H) and, where there is one, bias (D,) as a safetensors file that `read_projector` reads."""
+    with atomic_path(file) as temporary:
+        temporary.write_bytes(save(projector.tensors(), metadata=metadata))
 
 
 def load_projector(path: str | Path, retriever: Encoder, *, local_files_only: bool = False) -> Projector:

@@ -95,18 +95,21 @@ def _locked(folder: Path):
     lock = filelock.FileLock(path, blocking=False, fallback_to_soft=False)  # a soft lock outlives a killed process
     made: list[Path] = []  # folders of this run, innermost first
     before: set[Path] = set()
-    held_without_lock = False
+    there = held_without_lock = False
     try:
         with held():  # a SIGTERM between the file and the lock would leave the file
             try:
                 made = [place for place in (folder, *folder.parents) if not place.exists()]
                 folder.mkdir(parents=True, exist_ok=True)
+                there = True
                 lock.acquire()
                 before = {entry for entry in folder.iterdir() if entry.is_dir()}
                 _remove_strays(folder)
-            except (filelock.Timeout, FileNotFoundError):  # the one before has just taken the empty folder away
+            except filelock.Timeout:
                 raise InputError(f"{folder}: another process is writing to it; wait until it ends") from None
             except OSError as error:
+                if there and isinstance(error, FileNotFoundError):  # the one before has just taken the folder away
+                    raise InputError(f"{folder}: another process is writing to it; wait until it ends") from None
                 if error.errno not in _NO_LOCKS:
                     reason = error.strerror or error
                     raise InputError(f"{folder}: can't be written ({reason}); name another folder") from None

@@ -62,21 +62,6 @@ def bare_name(name: Any) -> bool:
     return right and Path(name).name == name and name not in (".", "..")
 
 
-def check_identity(path: Path, identity: dict, holds: str, remedy: str) -> dict | None:
-    """The manifest at `path`, or None if there is none.
-
-    Raises:
-        InputError: as `read_manifest`, or made of something else than `identity`; names the first key that differs.
-    """
-    if not path.is_file():
-        return None
-    manifest = read_manifest(path, identity["format"], identity["format_version"])
-    for key, value in identity.items():
-        if manifest.get(key) != value:
-            raise InputError(f"{path.parent} holds {holds} with {key}={manifest.get(key)!r}, now {value!r}; {remedy}")
-    return manifest
-
-
 def write_shard(path: Path, tensors: dict[str, Tensor], stamp: dict, facts: dict) -> dict:
     """Writes a shard and returns its manifest entry: file name, `facts` and SHA-256 of the file."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}

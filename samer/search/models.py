@@ -33,8 +33,7 @@ class Models:
         Raises:
             InputError: it can't be loaded, or it is another one than the index was made with.
         """
-        manifest = index.manifest
-        key = (self.name, "main") if self.name else (manifest.base_model, manifest.revision)
+        key = index.model_place(self.name)
         encoder = self._encoders.get(key) or open_encoder(key[0], self.device, revision=key[1])
         index.check_model(encoder)
         self._encoders[key] = encoder

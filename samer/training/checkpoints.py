@@ -155,7 +155,7 @@ def torn(output: Path) -> list[Path]:
         names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
         if names - {*GUARDED, STATE, CHECKSUMS} or not (output / "config.yaml").is_file():
             raise InputError(f"{folder} is no checkpoint of this run; name another train.output_dir, or remove it")
-    return [folder for folder in numbered(output) if folder not in whole(output)]
+    return [folder for folder in numbered(output) if not (folder / CHECKSUMS).is_file()]
 
 
 def remove(checkpoint: Path) -> None:
