@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samer.config import InputError
+from samer.config import InputError, whole_number
 from samer.tokens import ImageLayout
 
 
@@ -23,8 +23,10 @@ def visual_coords(height: int, width: int, *, prompt_tokens: int = 0) -> Tensor:
         (height * width + prompt_tokens, 2) float32, (x, y); linspace(0, 1) on each axis.
 
     Raises:
-        InputError: an empty grid or a negative count.
+        InputError: an empty grid, a negative count, or no whole numbers.
     """
+    height, width = whole_number("height", height), whole_number("width", width)
+    prompt_tokens = whole_number("prompt_tokens", prompt_tokens)
     if height < 1 or width < 1 or prompt_tokens < 0:
         raise InputError(f"a patch grid of {height} x {width} with {prompt_tokens} prompt tokens has no coordinates")
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")

@@ -396,7 +396,7 @@ def test_limit_images(copy):
         (b"a\nb [/EN#1/people c\nd\ne\nf\n", "line 2: malformed markup"),
         (b"a\nb\nc\nd\n[/EN#/people e]\n", "line 5: malformed markup"),
         (b"a\nb\nc\nd\n\xe9\n", "UTF-8"),
-        (None, "cannot read"),
+        (None, "can't be read (No such file or directory); restore it"),
     ],
 )
 def test_bad_sentence_files_are_refused(copy, content, why):

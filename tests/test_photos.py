@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import save_colpali
 from oracle import naive_labels, naive_merge
 from PIL import Image
 
@@ -22,6 +23,12 @@ PHOTOS = Path(__file__).resolve().parent / "fixtures" / "photos"
 SPLITS = {"train": ["1001", "1002", "1003", "1004"], "val": ["1005", "1006"], "test": ["1007", "1008"]}
 MERGE = MergeConfig(num_regions=16)
 FARTHEST = MergeConfig(num_regions=16, center_init="farthest")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random ColPali with 8 x 8 patches of 128 x 128 pixels: the photographs, smaller than 512, come whole."""
+    return save_colpali(tmp_path_factory.mktemp("base") / "retriever", 128, 16)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from samer.data.reader import Reader
 from samer.data.records import Caption, ImageRecord, Phrase
 from samer.features import read as features_read
 from samer.features.manifest import read_store_manifest
+from samer.index import settings as index_settings
 from samer.index.read import Index
 from samer.training import loop as training_loop
 
@@ -23,7 +24,7 @@ class Catalogue(Reader):
     def __init__(self):
         self.calls = []
 
-    def load_split(self, root, split, *, boxes, limit_images=None):
+    def load_split(self, root, split, *, boxes, limit_images=None, strict=False):
         self.calls.append((split, boxes, limit_images))
         path = Path(root) / f"{split}.json"
         if not path.is_file():
@@ -150,7 +151,9 @@ def test_find_leaves_out_what_missing_files_would_say(flickr):
     assert find() is None
 
 
-@pytest.mark.parametrize(("content", "line"), [("\n", 1), ("A dog .\n\nA cat .\n", 2), ("A dog .\n   \n", 2)])
+@pytest.mark.parametrize(
+    ("content", "line"), [("\nA dog .\n", 1), ("A dog .\n\nA cat .\n", 2), ("A dog .\n   \n.\n", 2)]
+)
 def test_find_names_a_blank_caption(flickr, content, line):
     root, record = flickr
     path = root / "annotations/Sentences" / f"{record.image_id}.txt"
@@ -221,6 +224,7 @@ def test_a_script_opens_the_revision_that_is_set(script, catalogue, base, tmp_pa
         raise InputError("seen")
 
     monkeypatch.setattr(features_read, "open_encoder", remember)
+    monkeypatch.setattr(index_settings, "open_encoder", remember)
     monkeypatch.setattr(training_loop, "open_encoder", remember)
     words = words_of(name, catalogue[1], tmp_path / "out", base)
     for more in ([], ["model.revision=v1.2", "model.name=owner/model"]):

@@ -1,31 +1,47 @@
 """Flickr30k-Entities on disk -> records: captions with phrases, boxes and image paths (METHOD section 8).
 
-Everything read here comes from outside, so every defect of a file is an `InputError` that names the file.
+Everything read here comes from outside. What can't be read or understood is an `InputError` that names the file; what
+is understood and wrong, such as a box outside its picture, is left out, counted and told (`samer.data.reader.Defects`).
 """
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
 from samer.config import InputError
-from samer.data.pictures import one_line, regular_file
-from samer.data.reader import Reader
-from samer.data.records import Box, Caption, ImageRecord, Phrase
-from samer.runtime.files import lookup
+from samer.data.pictures import PictureError, displayed_size, one_line, regular_file
+from samer.data.reader import Defects, Reader
+from samer.data.records import LONGEST_CAPTION, Box, Caption, ImageRecord, Phrase
+from samer.data.sizes import shape_of
+from samer.runtime.files import lookup, trouble
 from samer.runtime.progress import Progress
 
 SPLITS = ("train", "val", "test")
 IMAGE_FOLDERS = ("images/Images", "images", "Images", "flickr30k-images", "flickr30k_images")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 CAPTIONS_PER_IMAGE = 5
 UNRELATED = "UNRELATED_CAPTIONS"
+_INVISIBLE = "\ufeff\u200b\u2060"  # left over by editors and joined files: a byte order mark, spaces of no width
+_REMOVED = dict.fromkeys(map(ord, _INVISIBLE))
 _OPENING = re.compile(r"\[/EN#([0-9]+)((?:/[^/\[\]]+)+)")  # `[/EN#283585/people/other`
+
+
+# what is left out or doubted, as it is told at the end of a load
+BAD_BOXES = "{count} boxes of {files} images are empty, inverted or outside the picture, and left out"
+OTHER_SHAPE = "{files} pictures have another shape than what was annotated, and their boxes are left out"
+STRETCHED = (
+    "{files} pictures, or what was annotated, were stretched to a square; boxes are taken as shares of the picture"
+)
+OTHER_NAME = "{files} annotations name another picture"
+LONG_CAPTIONS = f"{{count}} captions of {{files}} images are cut to {LONGEST_CAPTION:,} characters"
+TWO_PICTURES = "{files} images are there with several suffixes, and the first of them is taken"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +58,17 @@ class FlickrLayout:
 def find_layout(root: str | Path) -> FlickrLayout:
     """Finds the folders of a Flickr30k-Entities copy under `root` (METHOD section 8).
 
+    A leading `~` is the home folder: shells leave it alone within data.root=~/flickr.
+
     Raises InputError if `root` is no folder or a required one (splits, Sentences, images) is nowhere under it.
     """
-    root = lookup(root)
+    try:
+        return _find_layout(lookup(os.path.expanduser(root)))
+    except OSError as error:
+        raise trouble(error.filename or root, error) from None
+
+
+def _find_layout(root: Path) -> FlickrLayout:
     if not root.is_dir():
         raise InputError(f"{root}: not a folder; point DATA_ROOT at the Flickr30k-Entities copy")
 
@@ -83,7 +107,7 @@ def parse_sentence(line: str, boxes: Mapping[str, tuple[Box, ...]] | None = None
     phrases: list[Phrase] = []
     length = 0  # of " ".join(words)
     opened = None  # chain id, types, index of the first word and its offset, inside a phrase
-    for word in line.split():
+    for word in line.translate(_REMOVED).split():
         begin = length + 1 if words else 0
         if word.startswith("["):
             match = _OPENING.fullmatch(word)
@@ -120,34 +144,27 @@ class _PlainTree(ET.TreeBuilder):
         raise ET.ParseError("a DOCTYPE is not accepted")
 
 
-def parse_annotation(path: str | Path) -> dict[str, tuple[Box, ...]]:
+def parse_annotation(
+    path: str | Path, picture: Path | None = None, defects: Defects | None = None
+) -> dict[str, tuple[Box, ...]]:
     """Reads one PASCAL VOC style file: chain id -> its boxes, normalised to [0, 1] (METHOD section 8).
 
     Pixels are 1-based and inclusive, so x1 = (xmin - 1) / width and x2 = xmax / width; a coordinate one pixel outside
-    is clamped. Raises InputError for a missing or malformed file and for a box outside the image.
+    is clamped. A box with xmax < xmin is left out like an empty one: which of its four numbers is wrong isn't known.
+
+    Args:
+        path: of the file.
+        picture: where it lies, to see whether it has the shape and the name of what was annotated; None: not looked at.
+        defects: gets the boxes that are empty, inverted or outside the image; None: they are refused.
+
+    Raises InputError for a missing or malformed file: how much of it is missing is not known.
     """
-    try:
-        regular_file(path)
-        tree = ET.XML(Path(path).read_bytes(), ET.XMLParser(target=_PlainTree()))
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the annotation ({error.strerror}); restore it") from error
-    except (ET.ParseError, LookupError, ValueError) as error:
-        raise InputError(f"{path}: malformed XML ({one_line(error)}); restore the file") from error
-
-    def number(parent: ET.Element, tag: str, where: str) -> float:
-        text = parent.findtext(tag, "").strip()
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not isfinite(value):
-            raise InputError(f"{path}: {where}: {tag} is {text!r}, not a number; restore the file")
-        return value
-
+    defects = Defects(strict=True) if defects is None else defects
+    tree = _read_xml(path)
     size = tree.find("size")
     if size is None:
         raise InputError(f"{path}: no size element; restore the file")
-    width, height = number(size, "width", "size"), number(size, "height", "size")
+    width, height = _number(path, size, "width", "size"), _number(path, size, "height", "size")
     if width < 1 or height < 1:
         raise InputError(f"{path}: image size is {width:g} x {height:g}; restore the file")
 
@@ -161,26 +178,85 @@ def parse_annotation(path: str | Path) -> dict[str, tuple[Box, ...]]:
         if not bounds and obj.find("scene") is None and obj.find("nobndbox") is None:
             raise InputError(f"{path}: {where} has neither bndbox nor scene or nobndbox; restore the file")
         for bound in bounds:
-            box = xmin, ymin, xmax, ymax = [number(bound, tag, where) for tag in ("xmin", "ymin", "xmax", "ymax")]
+            box = xmin, ymin, xmax, ymax = [
+                _number(path, bound, tag, where) for tag in ("xmin", "ymin", "xmax", "ymax")
+            ]
             x1, y1, x2, y2 = max(xmin, 1), max(ymin, 1), min(xmax, width), min(ymax, height)
             outside = min(xmin, ymin) < 0 or xmax > width + 1 or ymax > height + 1
             if outside or x2 < x1 or y2 < y1:
                 shown = ", ".join(f"{value:g}" for value in box)
-                raise InputError(
-                    f"{path}: {where}: box ({shown}) is {'outside' if outside else 'empty or inverted in'} "
-                    f"the image of {width:g} x {height:g} pixels; correct it"
-                )
+                why = "outside" if outside else "empty or inverted in"
+                message = f"{where}: box ({shown}) is {why} the image of {width:g} x {height:g} pixels; correct it"
+                defects.add(BAD_BOXES, path, message)
+                continue
             normalised = ((x1 - 1) / width, (y1 - 1) / height, x2 / width, y2 / height)
             for name in names:
                 chains.setdefault(name, []).append(normalised)
+    if chains and picture is not None and not _fits(path, tree, picture, (width, height), defects):
+        return {}
     return {name: tuple(boxes) for name, boxes in chains.items()}
 
 
-def load_split(root: str | Path, split: str, *, boxes: bool, limit_images: int | None = None) -> list[ImageRecord]:
+def _read_xml(path: str | Path) -> ET.Element:
+    try:
+        regular_file(path)
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise trouble(path, error) from None
+    if not content.strip():
+        raise InputError(f"{path}: malformed XML (the file is empty); restore the file")
+    try:
+        return ET.XML(content, ET.XMLParser(target=_PlainTree()))
+    except (ET.ParseError, LookupError, ValueError) as error:
+        raise InputError(f"{path}: malformed XML ({one_line(error)}); restore the file") from error
+
+
+def _number(path: str | Path, parent: ET.Element, tag: str, where: str) -> float:
+    text = parent.findtext(tag, "").strip()
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not isfinite(value):
+        raise InputError(f"{path}: {where}: {tag} is {text!r}, not a number; restore the file")
+    return value
+
+
+def _fits(path: str | Path, tree: ET.Element, picture: Path, annotated: tuple[float, float], defects: Defects) -> bool:
+    """Whether boxes can be used on a picture; what speaks against it goes to `defects`.
+
+    The size must be that of the picture as it is displayed, since that is how it is decoded: an annotation of the
+    stored pixels of a picture that EXIF turns by 90 degrees has another shape. A copy scaled or rounded by two pixels
+    has the same. A name that differs is told only: boxes belong to phrases by the numbers of chains, which no two
+    pictures share.
+    """
+    named = tree.findtext("filename", "").strip().replace("\\", "/").rpartition("/")[2]
+    if named and Path(named).stem != picture.stem and named != picture.stem:
+        message = f"it names the picture {one_line(named)}, not {picture.name}; restore the file"
+        defects.add(OTHER_NAME, path, message)
+    try:
+        size = displayed_size(picture)
+    except PictureError:  # what is wrong with it is said by whoever decodes it
+        return True
+    shape = shape_of(size, annotated)
+    if shape != "same":
+        message = (
+            f"a picture of {annotated[0]:g} x {annotated[1]:g} was annotated, and {picture.name} is displayed as "
+            f"{size[0]} x {size[1]}; restore one of them"
+        )
+        defects.add(STRETCHED if shape == "square" else OTHER_SHAPE, path, message)
+    return shape != "other"
+
+
+def load_split(
+    root: str | Path, split: str, *, boxes: bool, limit_images: int | None = None, strict: bool = False
+) -> list[ImageRecord]:
     """Reads the records of a split in the order of its file, the first `limit_images` if given (METHOD section 8).
 
-    With `boxes=False` the Annotations folder is neither opened nor required. Raises InputError for anything missing
-    or malformed, naming the file.
+    With `boxes=False` the Annotations folder is neither opened nor required. What is left out or doubted is told at the
+    end, a line per kind, or, if `strict`, refused.
+
+    Raises InputError for anything missing or malformed, naming the file.
     """
     if limit_images is not None and limit_images < 1:
         raise InputError(f"limit_images is {limit_images}; give at least 1, or leave it out for the whole split")
@@ -189,53 +265,85 @@ def load_split(root: str | Path, split: str, *, boxes: bool, limit_images: int |
         raise InputError(
             f"{root}: no Annotations folder (looked for: annotations/Annotations, Annotations); restore it"
         )
-    image_ids = _read_ids(layout.splits, split)[:limit_images]
-    image_paths = _match_images(image_ids, layout.images)
+    defects = Defects(strict=strict)
+    try:
+        names = set(os.listdir(layout.images))  # listed once: 30,000 stats are slow on a network disk
+    except OSError as error:
+        raise trouble(layout.images, error) from None
+    image_ids = _read_ids(layout.splits, split, names)[:limit_images]
+    image_paths = _match_images(image_ids, layout.images, names, defects)
     unrelated = _read_unrelated(layout.unrelated) if layout.unrelated else frozenset()
 
     records = []
     for image_id in Progress(image_ids, f"reading {split}") if len(image_ids) > 2000 else image_ids:
-        chains = parse_annotation(layout.annotations / f"{image_id}.xml") if boxes else None
-        path = layout.sentences / f"{image_id}.txt"
-        lines = _read_lines(path)
-        if len(lines) != CAPTIONS_PER_IMAGE:
-            raise InputError(f"{path}: {len(lines)} captions, expected exactly {CAPTIONS_PER_IMAGE}; restore the file")
-        captions = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                text, phrases = parse_sentence(line, chains)
-            except InputError as error:
-                raise InputError(f"{path}: line {number}: {error}") from error
-            captions.append(Caption(text, phrases, related=(image_id, number) not in unrelated))
-        records.append(ImageRecord(image_id, image_paths[image_id], tuple(captions)))
+        picture, chains = image_paths[image_id], None
+        if boxes:
+            chains = parse_annotation(layout.annotations / f"{image_id}.xml", picture, defects)
+        captions = _read_captions(layout.sentences / f"{image_id}.txt", chains, defects)
+        if len(captions) != CAPTIONS_PER_IMAGE:
+            raise InputError(
+                f"{layout.sentences / f'{image_id}.txt'}: {len(captions)} captions, expected exactly "
+                f"{CAPTIONS_PER_IMAGE}; restore the file"
+            )
+        related = [(image_id, number) not in unrelated for number in range(1, len(captions) + 1)]
+        captions = tuple(replace(caption, related=each) for caption, each in zip(captions, related))
+        records.append(ImageRecord(image_id, picture, captions))
+    defects.tell(f"{split} of {root}")
     return records
 
 
+def _read_captions(path: Path, chains: Mapping[str, tuple[Box, ...]] | None, defects: Defects) -> list[Caption]:
+    """The captions of one image, all taken as related; `chains` as in `parse_sentence`."""
+    captions = []
+    for number, line in enumerate(_read_lines(path), start=1):
+        try:
+            caption = Caption(*parse_sentence(line, chains), related=True)
+        except InputError as error:
+            raise InputError(f"{path}: line {number}: {error}") from error
+        if len(caption.text) > LONGEST_CAPTION:
+            message = f"line {number}: a caption of {len(caption.text):,} characters; {LONGEST_CAPTION:,} are the most"
+            defects.add(LONG_CAPTIONS, path, message)
+        captions.append(caption.within(LONGEST_CAPTION))
+    return captions
+
+
 def _read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 text without their ends (LF or CRLF); str.splitlines would also cut at U+2028 and the like."""
+    """Lines of a UTF-8 text without their ends (LF, CRLF, or CR where there is no LF) and without blank last lines.
+
+    str.splitlines would also cut at U+2028 and the like.
+    """
     try:
         regular_file(path)
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot read ({error.strerror}); restore the file") from error
+        raise trouble(path, error) from None
+    try:
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+            raise InputError(f"{path}: UTF-16, or no text, but not UTF-8; save it as UTF-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({one_line(error)}); save it as UTF-8") from error
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines[:-1] if not lines[-1] else lines
+    lines = [line.removesuffix("\r") for line in text.split("\n")] if "\n" in text else text.split("\r")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
 
 
-def _read_ids(folder: Path, split: str) -> list[str]:
+def _read_ids(folder: Path, split: str, names: Set[str]) -> list[str]:
+    """The ids of a split; those written with the suffix of a picture that is there (`names`) are read without."""
     splits = {path.stem for path in folder.glob("*.txt")}
     if split not in splits:
         raise InputError(f"{folder}: no split {split!r}; use one of {', '.join(sorted(splits))}")
     path = folder / f"{split}.txt"
     seen: dict[str, int] = {}
     for number, line in enumerate(_read_lines(path), start=1):
-        image_id = line.strip()
+        image_id = line.strip().strip(_INVISIBLE).strip()
         if not image_id:
             continue
         if not _bare(image_id):
             raise InputError(f"{path}: line {number}: {image_id!r} is not an image id; write one bare id per line")
+        if image_id.lower().endswith(IMAGE_SUFFIXES) and not _pictures(image_id, names):
+            image_id = image_id.rpartition(".")[0]
         if image_id in seen:
             raise InputError(f"{path}: line {number}: {image_id!r} is also on line {seen[image_id]}; remove one")
         seen[image_id] = number
@@ -249,16 +357,28 @@ def _bare(image_id: str) -> bool:
     return not (image_id.startswith(".") or ".." in image_id or any(letter in image_id for letter in "/\\\0"))
 
 
-def _match_images(image_ids: list[str], folder: Path) -> dict[str, Path]:
-    names = set(os.listdir(folder))  # listed once: 30,000 stats are slow on a network disk
+def _pictures(image_id: str, names: Set[str]) -> list[str]:
+    """The files of an image among `names`."""
+    return [image_id + suffix for suffix in IMAGE_SUFFIXES if image_id + suffix in names]
+
+
+def _match_images(image_ids: list[str], folder: Path, names: Set[str], defects: Defects) -> dict[str, Path]:
     paths: dict[str, Path] = {}
+    absent: list[str] = []
     for image_id in image_ids:
-        if found := [image_id + suffix for suffix in IMAGE_SUFFIXES if image_id + suffix in names]:
-            paths[image_id] = folder / found[0]
-    if absent := [image_id for image_id in image_ids if image_id not in paths]:
+        found = _pictures(image_id, names)
+        if not found:
+            absent.append(image_id)
+            continue
+        paths[image_id] = folder / found[0]
+        if len(found) > 1:
+            defects.add(TWO_PICTURES, paths[image_id], f"{', '.join(found[1:])} is there, too; remove one")
+    if absent:
+        like = [name for name in names if Path(name).stem.casefold() == absent[0].casefold()]
+        hint = f" (there is {one_line(min(like))})" if like else ""
         raise InputError(
-            f"{folder}: {len(absent)} of {len(image_ids)} images are absent, the first is {absent[0]}.jpg; "
-            "restore them or take the ids out of the split"
+            f"{folder}: {len(absent)} of {len(image_ids)} images are absent, the first is {one_line(absent[0])}.jpg"
+            f"{hint}; restore them or take the ids out of the split"
         )
     return paths
 
@@ -284,9 +404,9 @@ class Flickr(Reader):
     """Flickr30k-Entities (METHOD section 8)."""
 
     def load_split(
-        self, root: str | Path, split: str, *, boxes: bool, limit_images: int | None = None
+        self, root: str | Path, split: str, *, boxes: bool, limit_images: int | None = None, strict: bool = False
     ) -> list[ImageRecord]:
-        return load_split(root, split, boxes=boxes, limit_images=limit_images)
+        return load_split(root, split, boxes=boxes, limit_images=limit_images, strict=strict)
 
     def check(self, root: str | Path) -> bool:
         return find_layout(root).annotations is not None
@@ -303,13 +423,9 @@ class Flickr(Reader):
         path = next(filter(os.path.isfile, paths), None)  # False, where Path.is_file raises, for a name too long
         if path is None:
             return None
-        annotation = layout.annotations / f"{image_id}.xml" if layout.annotations else None
-        chains = parse_annotation(annotation) if annotation and annotation.is_file() else None
-        captions = []
+        chains, untold = None, Defects()  # whoever asks for one picture has no use for the lines of a load
+        if layout.annotations and os.path.isfile(annotation := layout.annotations / f"{image_id}.xml"):
+            chains = parse_annotation(annotation, path, untold)
         sentences = layout.sentences / f"{image_id}.txt"
-        for number, line in enumerate(_read_lines(sentences) if sentences.is_file() else [], start=1):
-            try:
-                captions.append(Caption(*parse_sentence(line, chains), related=True))
-            except InputError as error:
-                raise InputError(f"{sentences}: line {number}: {error}") from error
+        captions = _read_captions(sentences, chains, untold) if os.path.isfile(sentences) else []
         return ImageRecord(image_id, path, tuple(captions))

@@ -1,11 +1,55 @@
-"""What every reader of a kind of data set can do."""
+"""What every reader of a kind of data set can do, and how it tells what it could not take as it is."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
 
+from samer.config import InputError
 from samer.data.records import ImageRecord
+from samer.runtime.processes import print0
+
+_TOLD: set[str] = set()  # a comparison reads its data once per row
+
+
+class Defects:
+    """What a load left out or doubts: counted and told together at its end, or, if `strict`, refused at the first.
+
+    For what is known in full and can be done without, such as a box that is turned around. A file that can't be read
+    says nothing of how much is missing and is refused at once.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
+        self._found: dict[str, dict[str, int]] = {}  # how many by kind and file
+
+    def add(self, kind: str, path: str | Path, message: str, count: int = 1) -> None:
+        """Notes what is wrong in a file.
+
+        Args:
+            kind: what is told at the end; its `{count}` and `{files}` are replaced by numbers.
+            path: of the file.
+            message: what is wrong with this one and what to do, for the refusal.
+            count: how many of them.
+
+        Raises:
+            InputError: always, if strict.
+        """
+        if self.strict:
+            raise InputError(f"{path}: {message}")
+        files = self._found.setdefault(kind, {})
+        name = Path(path).name
+        files[name] = files.get(name, 0) + count
+
+    def tell(self, where: str) -> None:
+        """Prints a line per kind: how many, and the first three files; what this process has told, not again."""
+        for kind, files in self._found.items():
+            what = kind.format(count=f"{sum(files.values()):,}", files=f"{len(files):,}")
+            names = ", ".join([*list(files)[:3], *(["..."] if len(files) > 3 else [])])
+            line = f"note: {where}: {what} ({names}); data.strict=true refuses that"
+            if line not in _TOLD:
+                _TOLD.add(line)
+                print0(line)
 
 
 class Reader:
@@ -15,15 +59,16 @@ class Reader:
     """
 
     def load_split(
-        self, root: str | Path, split: str, *, boxes: bool, limit_images: int | None = None
+        self, root: str | Path, split: str, *, boxes: bool, limit_images: int | None = None, strict: bool = False
     ) -> list[ImageRecord]:
-        """The records of a split, in its own order.
+        """The records of a split, in its own order; captions are at most `LONGEST_CAPTION` long (`Caption.within`).
 
         Args:
             root: the data set's folder.
             split: a name, such as "test".
             boxes: whether phrases need their boxes; without, no annotation of them is opened.
             limit_images: the first so many images; None: all.
+            strict: refuse what is otherwise left out and told at the end (`Defects`).
 
         Raises:
             InputError: anything missing or malformed, named.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in [0, 1]
+LONGEST_CAPTION = 1000  # characters, as of a query; a batch is as wide as its longest caption
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,14 @@ class Caption:
     text: str
     phrases: tuple[Phrase, ...]
     related: bool
+
+    def within(self, most: int) -> Caption:
+        """The caption cut after its last whole word within so many characters, with the phrases that it still holds."""
+        if len(self.text) <= most:
+            return self
+        end = self.text.rfind(" ", 0, most + 1)
+        text = self.text[: end if end > 0 else most]  # one word that is longer has no better place
+        return Caption(text, tuple(each for each in self.phrases if each.end <= len(text)), self.related)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from samer.losses import multi_positive_t2i_loss
 from samer.metrics import retrieval_metrics
+from samer.runtime.files import check_writable, trouble
 from samer.scoring import maxsim
 from samer.world.captions import caption_text
 from samer.world.retriever import Geometry, build_colpali, page_texts, train_tokenizer
@@ -163,6 +164,7 @@ def pretrain(
     Returns:
         Text-to-image metrics of the saved model on 500 held-out pages.
     """
+    check_writable(output / "config.json")
     tokenizer = train_tokenizer(page_texts(400, seed), vocab_size=600)
     model, processor = build_colpali(tokenizer, Geometry(), seed)
     log(f"rendering {groups} pages")
@@ -198,9 +200,12 @@ def pretrain(
         if step % 500 == 0 or step == steps:
             clean, shifted = (evaluate_pages(model, processor, p) for p in (held_out, outdoor))
             log(f"step {step}: held-out pages R@1 {clean['r@1']:.1f}, outdoor R@1 {shifted['r@1']:.1f}")
-            model.half().save_pretrained(output)
+            try:
+                model.half().save_pretrained(output)
+                processor.save_pretrained(output)
+            except OSError as error:
+                raise trouble(output, error, "written") from None
             model.float()
-            processor.save_pretrained(output)
     return clean
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from samer.config import InputError
+from samer.runtime.files import exists, is_dir, is_file, listing, opened, trouble
 from samer.runtime.progress import Progress
 from samer.world.kinds import STYLES, Scene
 from samer.world.scenes import group_rng, make_group
@@ -70,7 +71,7 @@ def write_world(
         True if the world was written, False if it was already there.
 
     Raises:
-        InputError: unknown style, a count below 1, or a folder that holds something else.
+        InputError: unknown style, a count below 1, a folder that holds something else or can't be written.
     """
     root = Path(root)
     if style not in STYLES:
@@ -79,9 +80,8 @@ def write_world(
         if count < 1:
             raise InputError(f"scenes: {split} asks for {count} images; ask for at least 1")
     stamp = json.dumps({"generator": 1, "style": style, "seed": seed, "counts": counts}, indent=2) + "\n"
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        found = root / "world.json"
-        if found.is_file() and found.read_bytes() == stamp.encode():
+    if exists(root) and (not is_dir(root) or listing(root)):
+        if is_file(root / "world.json") and _content(root / "world.json") == stamp.encode():
             return False
         raise InputError(f"{root} exists and holds something else; name another folder or remove it")
     partial = root.with_name(root.name + f".partial-{os.getpid()}")
@@ -89,12 +89,22 @@ def write_world(
     try:
         _write_files(partial, counts, style, seed, workers)
         (partial / "world.json").write_text(stamp)
-        if root.exists():
+        if exists(root):
             root.rmdir()
         partial.rename(root)
+    except OSError as error:
+        raise trouble(root, error, "written") from None
     finally:  # nothing is left of an interrupted write; after the rename there is nothing to remove
         shutil.rmtree(partial, ignore_errors=True)
     return True
+
+
+def _content(file: Path) -> bytes:
+    try:
+        with opened(file) as handle:
+            return handle.read()
+    except OSError as error:
+        raise trouble(file, error) from None
 
 
 def _write_files(partial: Path, counts: dict[str, int], style: str, seed: int, workers: int | None) -> None:
