@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
+import os
 import reprlib
 import types
 import typing
@@ -32,6 +34,15 @@ def _shown(value: object) -> str:
         return _SHORT.repr(value)
     except ValueError:  # more digits than Python writes
         return "a number too long to show"
+
+
+def whole_number(key: str, value: object) -> int:
+    """`value` as an int, where it is one exactly: 64.0 and numpy's numbers are, True and "64" are not.
+
+    Raises:
+        InputError: it is none; names it by `key`.
+    """
+    return _coerce(value, int, key)
 
 
 def _require(holds: bool, key: str, rule: str, value: object) -> None:
@@ -65,6 +76,7 @@ class MergeConfig:
     compressor: str = "samer"
 
     def __post_init__(self) -> None:
+        _settle(self, "merge.")
         _require(self.num_regions >= 1, "merge.num_regions", "at least 1", self.num_regions)
         _require(self.cluster_iters >= 1, "merge.cluster_iters", "at least 1", self.cluster_iters)
         for name in ("spatial_weight", "object_penalty"):
@@ -85,6 +97,7 @@ class ObjectsConfig:
     max_phrases: int = 4
 
     def __post_init__(self) -> None:
+        _settle(self, "objects.")
         rule = "0 <= objects.min_area <= objects.max_area <= 1"
         _require(0 <= self.min_area <= self.max_area <= 1, "objects", rule, (self.min_area, self.max_area))
         _require(self.max_phrases >= 1, "objects.max_phrases", "at least 1", self.max_phrases)
@@ -98,12 +111,17 @@ class ModelConfig:
     revision: str = "main"
     local_files_only: bool = False
 
+    def __post_init__(self) -> None:
+        _settle(self, "model.")
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """A data set on disk, how it is read, and how much of it; `features` names a feature store to train from.
 
-    `reader`: a name in `samer.data.READERS`.
+    `reader`: a name in `samer.data.READERS`. `max_megapixels`: larger pictures are refused before they are decoded, as
+    a small file can claim any size. `strict`: refuse what a reader otherwise leaves out and tells, such as a box
+    outside its picture.
     """
 
     root: str = ""
@@ -113,8 +131,13 @@ class DataConfig:
     eval_split: str = "val"
     limit_train_images: int | None = None
     limit_eval_images: int | None = None
+    max_megapixels: float = 256.0
+    strict: bool = False
 
     def __post_init__(self) -> None:
+        _settle(self, "data.")
+        most = self.max_megapixels
+        _require(math.isfinite(most) and most > 0, "data.max_megapixels", "a finite number > 0", most)
         for name in ("limit_train_images", "limit_eval_images"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"data.{name}", "at least 1, or null for all", value)
@@ -154,6 +177,7 @@ class TrainConfig:
     early_stop_patience: int | None = None
 
     def __post_init__(self) -> None:
+        _settle(self, "train.")
         _require(all(k >= 1 for k in self.budgets), "merge.num_regions", "at least 1", list(self.budgets))
         patience = self.early_stop_patience
         _require(patience is None or patience >= 1, "train.early_stop_patience", "at least 1, or null", patience)
@@ -180,6 +204,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        _settle(self, "")
         budgets = self.train.budgets
         rule = "the largest of train.budgets; give the list as merge.num_regions instead"
         _require(
@@ -187,13 +212,31 @@ class Config:
         )
 
 
+def _settle(settings: Any, prefix: str) -> None:
+    """Gives every field of new settings its own type, whoever made them and of what: numpy's numbers, 64.0, a `Path`.
+
+    Raises:
+        InputError: a value that is not of its field's type; names it.
+    """
+    for name, kind in _kinds(type(settings)).items():
+        object.__setattr__(settings, name, _coerce(getattr(settings, name), kind, prefix + name))
+
+
+@functools.cache
+def _kinds(settings: type) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    return typing.get_type_hints(settings)
+
+
 def _coerce(value: Any, kind: Any, key: str) -> Any:
     """`value` as type `kind`, or InputError; numbers written as text (PyYAML reads 5e-5 so) are read as numbers."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a number of numpy's or torch's
+        value = value.item()
     if isinstance(kind, types.UnionType):
         inner = [k for k in typing.get_args(kind) if k is not type(None)]
         return None if value is None else _coerce(value, inner[0], key)
     if dataclasses.is_dataclass(kind):
-        return build_dataclass(kind, value, key)
+        return value if isinstance(value, kind) else build_dataclass(kind, value, key)
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
         if not isinstance(value, (list, tuple)):
@@ -209,6 +252,8 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind in (bool, str) and isinstance(value, kind):
         return value
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     if kind is int and number and abs(value) < 2**63 and value == int(value):  # neither NaN nor infinity is below
         return int(value)
     if (kind is float and (number or isinstance(value, str))) or (kind is str and number):
@@ -231,7 +276,7 @@ def build_dataclass(cls: type, values: Any, where: str, prefix: str = "") -> Any
         raise InputError(
             f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys; it is {_shown(values)}"
         )
-    hints = typing.get_type_hints(cls)
+    hints = _kinds(cls)
     fields = {f.name for f in dataclasses.fields(cls)}
     arguments = {}
     for name, value in values.items():
@@ -280,11 +325,15 @@ def load_yaml(path: str | Path) -> Any:
     """
     try:
         if Path(path).exists() and not Path(path).is_file():
-            raise OSError("not a regular file")
+            raise ValueError("not a regular file")
         return _parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; name a YAML config, for example one from configs/") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise InputError(
+            f"{path}: can't be read ({error.strerror or error}); allow this user to read it, or name another"
+        ) from None
+    except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())[:200]})") from None
 
 

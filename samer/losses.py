@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from samer.config import InputError
+from samer.tokens import check_tensor
 
 
 def multi_positive_t2i_loss(scores: Tensor, positive_mask: Tensor, temperature: float = 0.07) -> Tensor:
@@ -26,20 +27,20 @@ def multi_positive_t2i_loss(scores: Tensor, positive_mask: Tensor, temperature: 
         The loss, a scalar >= 0 in nats.
 
     Raises:
-        InputError: shapes differ, the batch is empty, the mask is not bool, the temperature is not a positive number,
-            a score is not finite, or a query has no positive.
+        InputError: anything but tensors on one device, shapes differ, the batch is empty, the mask is not bool, the
+            temperature is not a positive number, a score is not finite, or a query has no positive.
 
     Source: METHOD section 4 (SaMer, arXiv 2607.04605, the contrastive objective L).
     """
+    check_tensor("scores", scores)
+    check_tensor("positive_mask", positive_mask, torch.bool, like=scores)
     if scores.ndim != 2 or scores.shape != positive_mask.shape or scores.numel() == 0:
         raise InputError(
             f"scores {tuple(scores.shape)} and positive_mask {tuple(positive_mask.shape)} "
             "must share one shape (queries, images) without a 0"
         )
-    if positive_mask.dtype != torch.bool:
-        raise InputError(f"positive_mask is {positive_mask.dtype}; expected bool")
-    if not 0 < temperature < math.inf:
-        raise InputError(f"temperature is {temperature}; it must be a positive number")
+    if not isinstance(temperature, (int, float, Tensor)) or not 0 < temperature < math.inf:
+        raise InputError(f"temperature is {temperature!r:.80}; it must be a positive number")
     finite = scores.detach().isfinite().all(dim=1)  # (Q,)
     if not finite.all():
         raise InputError(f"scores: query {int((~finite).nonzero()[0])} has a score that is NaN or infinite")

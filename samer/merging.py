@@ -20,9 +20,12 @@ from torch import Tensor
 
 from samer.config import InputError, MergeConfig
 from samer.objects import instance_inconsistency
-from samer.tokens import MergedTokens
+from samer.tokens import MergedTokens, check_tensor
 
-__all__ = ["MergeConfig", "check_tokens", "keep_short", "keep_tokens", "merge_tokens"]
+LENGTH_ERROR = 0.05  # unit tokens may be off so much; in bfloat16 they are off by 0.004
+MOST_LABELS = 2**16  # instances of an image; the prior counts each in every region
+
+__all__ = ["MergeConfig", "check_tokens", "check_unit", "keep_short", "keep_tokens", "merge_tokens"]
 
 
 def merge_tokens(
@@ -49,9 +52,12 @@ def merge_tokens(
         `MergedTokens` with K = min(config.num_regions, N); `assignments` are those of the last clustering iteration.
 
     Raises:
-        InputError: shapes that do not fit, an image without a valid token, a non-finite token, a negative label.
+        InputError: anything but tensors; shapes, dtypes or devices that do not fit; an image without a valid token; a
+            token or place that is not finite; labels that are no small numbers.
     """
     check_tokens(tokens, coords, mask, instance_labels)
+    if not isinstance(config, MergeConfig):
+        raise InputError(f"config must be a MergeConfig, such as MergeConfig(num_regions=64); it is {config!r:.80}")
     if config.compressor != "samer":
         raise InputError(f"merge_tokens is samer's; for {config.compressor!r} use samer.compressors.make_compressor")
     dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
@@ -86,23 +92,61 @@ def merge_tokens(
 
 def check_tokens(tokens: Tensor, coords: Tensor, mask: Tensor | None, labels: Tensor | None = None) -> None:
     """Refuses tokens, coordinates, mask and labels that do not fit each other, as `merge_tokens` describes them."""
+    check_tensor("tokens", tokens)
+    check_tensor("coords", coords, like=tokens)
     if tokens.dim() != 3 or 0 in tokens.shape or not tokens.is_floating_point():
-        raise InputError(f"tokens must be floating (B, N, D) with at least one token; got {tuple(tokens.shape)}")
+        raise InputError(
+            f"tokens must be floating (B, N, D) with at least one token; got {tokens.dtype} {tuple(tokens.shape)}"
+        )
     if coords.shape not in ((*tokens.shape[:2], 2), (tokens.shape[1], 2)):
         raise InputError(f"coords of shape {tuple(coords.shape)} do not fit tokens of shape {tuple(tokens.shape)}")
-    for name, value in (("mask", mask), ("instance_labels", labels)):
-        if value is not None and value.shape != tokens.shape[:2]:
+    if not coords.is_floating_point():
+        raise InputError(f"coords are {coords.dtype}; expected floating (x, y) in the unit square")
+    for name, value, dtype in (("mask", mask, torch.bool), ("instance_labels", labels, torch.int64)):
+        if value is None:
+            continue
+        check_tensor(name, value, dtype, like=tokens)
+        if value.shape != tokens.shape[:2]:
             raise InputError(f"{name} of shape {tuple(value.shape)} does not fit tokens of shape {tuple(tokens.shape)}")
-    finite = (
-        tokens.detach().sum((1, 2)) if mask is None else torch.where(mask[..., None], tokens, 0).detach().sum((1, 2))
-    )
-    if not torch.isfinite(finite).all():
-        image = int((~torch.isfinite(finite)).nonzero()[0])
-        raise InputError(f"image {image} of the batch has NaN or infinite tokens; check the retriever and its dtype")
     if mask is not None and not mask.any(1).all():
         raise InputError(f"image {int((~mask.any(1)).nonzero()[0])} of the batch has no valid token")
-    if labels is not None and int((labels if mask is None else labels.masked_fill(~mask, 0)).min()) < 0:
-        raise InputError("instance_labels must be >= 0 (0 is background)")
+    # a sum is finite where all of it is, but for a huge one, which is none of unit tokens
+    finite = tokens.detach().sum(2).isfinite() & coords.sum(-1).isfinite()  # (B, N)
+    wrong = ~finite if mask is None else ~finite & mask
+    if wrong.any():
+        image, token = wrong.nonzero()[0].tolist()
+        what = "tokens" if coords.expand(*tokens.shape[:2], 2)[image, token].isfinite().all() else "coords"
+        raise InputError(f"image {image} of the batch has NaN or infinite {what}; check the retriever and its dtype")
+    if labels is not None:
+        held = labels if mask is None else labels.masked_fill(~mask, 0)
+        if int(held.min()) < 0 or int(held.max()) >= MOST_LABELS:
+            raise InputError(f"instance_labels must be >= 0 (0 is background) and below {MOST_LABELS:,}")
+
+
+def check_unit(tokens: Tensor, coords: Tensor, mask: Tensor | None) -> None:
+    """Refuses tokens that are not of unit length, or not in the unit square; padding may hold anything.
+
+    `merge_tokens` itself is defined for others; of an image from a retriever they are a mistake.
+
+    Args:
+        tokens: (B, N, D), checked by `check_tokens`.
+        coords: (B, N, 2) or (N, 2).
+        mask: (B, N) bool, or None.
+    """
+    lengths = torch.linalg.vector_norm(tokens.detach(), dim=-1, dtype=torch.promote_types(tokens.dtype, torch.float32))
+    off = (lengths - 1).abs() > LENGTH_ERROR  # (B, N)
+    astray = ((coords - 0.5).abs() > 0.501).any(-1)  # half precision rounds; (B, N) or (N,)
+    wrong = off | astray if mask is None else (off | astray) & mask
+    if not wrong.any():
+        return
+    image, token = wrong.nonzero()[0].tolist()
+    if off[image, token]:
+        raise InputError(
+            f"image {image} of the batch has a token of length {float(lengths[image, token]):.3g}; give unit vectors "
+            "(torch.nn.functional.normalize(tokens, dim=-1))"
+        )
+    place = coords.expand(*tokens.shape[:2], 2)[image, token].tolist()
+    raise InputError(f"image {image} of the batch has a token at {place}; give coords in the unit square")
 
 
 def _bounds(sums: Tensor, spatial_weight: float) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,14 @@
 Q queries, I candidates, P positives of a query, J positives looked at, b queries of a block; G groups, R resamples.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from samer.config import InputError
+from samer.config import InputError, whole_number
+from samer.tokens import check_tensor
 
 _RECALL_CUTOFFS = (1, 5, 10)
 _MRR_CUTOFF = 10
@@ -26,14 +29,16 @@ def retrieval_metrics(scores: Tensor | np.ndarray, positives: Tensor | np.ndarra
     high. A query's rank is that of its best positive. nDCG has binary gains and an ideal of min(P, k) hits.
 
     Args:
-        scores: (Q, I), higher is better; below float32 they are compared in float32, float64 as they are.
+        scores: (Q, I), higher is better; below float32 they are compared in float32, float64 as they are. Anything that
+            numpy makes an array of numbers of is taken.
         positives: (Q, I) bool, True where the candidate answers the query. For the other direction transpose both.
 
     Returns:
         `r@1 r@5 r@10`, `mrr@10`, `ndcg@5 ndcg@10` in percent, and `median_rank` (1 is best).
 
     Raises:
-        InputError: shapes differ or are empty, positives are not bool, a score is not finite, a query has no positive.
+        InputError: no numbers, shapes differ or are empty, positives are not bool, a score is not finite, a query
+            has no positive.
 
     Source: METHOD section 5 (the figures reported, ties, scores that are not finite).
     """
@@ -56,6 +61,7 @@ def query_metrics(scores: Tensor | np.ndarray, positives: Tensor | np.ndarray) -
 
     Source: METHOD section 5.
     """
+    scores, positives = _matrix("scores", scores), _matrix("positives", positives)
     if scores.ndim != 2 or scores.shape != positives.shape or 0 in scores.shape:
         raise InputError(
             f"scores {tuple(scores.shape)} and positives {tuple(positives.shape)} "
@@ -114,8 +120,14 @@ def bootstrap_intervals(
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), percentile intervals, section 13.3.
     """
-    if resamples < 1 or not 0 < level < 1:
-        raise InputError(f"resamples is {resamples} and level {level}; expected at least 1, and a share in (0, 1)")
+    resamples, seed = whole_number("resamples", resamples), whole_number("seed", seed)
+    if resamples < 1 or seed < 0 or not isinstance(level, (int, float)) or not 0 < level < 1:
+        raise InputError(
+            f"resamples is {resamples}, seed {seed} and level {level!r:.80}; expected at least 1, at least 0, and a "
+            "share in (0, 1)"
+        )
+    if not isinstance(per_query, Mapping):
+        raise InputError(f"per_query must be a dict of metrics; it is {per_query!r:.80}")
     if not per_query:
         raise InputError("per_query holds no metric")
     names = list(per_query)
@@ -123,7 +135,10 @@ def bootstrap_intervals(
     query_count = shapes[names[0]][0] if len(shapes[names[0]]) == 1 else 0
     if query_count == 0 or any(shape != (query_count,) for shape in shapes.values()):
         raise InputError(f"per_query values have shapes {shapes}; expected one length above 0")
-    values = np.stack([np.asarray(per_query[name], dtype=np.float64) for name in names], axis=1)  # (Q, metrics)
+    try:
+        values = np.stack([np.asarray(per_query[name], dtype=np.float64) for name in names], axis=1)  # (Q, metrics)
+    except (TypeError, ValueError):
+        raise InputError(f"per_query holds what is no number, in one of {', '.join(names)}") from None
     if not np.isfinite(values).all():
         bad_row, bad_metric = np.argwhere(~np.isfinite(values))[0]
         raise InputError(f"per_query[{names[bad_metric]!r}]: query {bad_row} is {values[bad_row, bad_metric]}")
@@ -154,6 +169,21 @@ def bootstrap_intervals(
             )
     low, high = np.quantile(statistics, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return {name: (float(low[column]), float(high[column])) for column, name in enumerate(names)}
+
+
+def _matrix(name: str, values: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    """A tensor as it is, anything else as an array of a kind that torch has."""
+    if isinstance(values, Tensor):
+        check_tensor(name, values)
+        return values
+    try:
+        array = np.asarray(values)
+    except ValueError:  # rows of unequal length
+        raise InputError(f"{name} are no table of numbers: {values!r:.80}") from None
+    if array.dtype.kind not in "fiub":
+        raise InputError(f"{name} are no table of numbers, but of {array.dtype}")
+    wide = array.dtype.itemsize > 8  # of C's long double
+    return array.astype(np.float64 if wide else array.dtype.newbyteorder("="), copy=False)
 
 
 def _summary(name: str, values: np.ndarray) -> float:

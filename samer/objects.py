@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samer.config import InputError
-from samer.tokens import MergedTokens
+from samer.config import InputError, whole_number
+from samer.tokens import MergedTokens, check_tensor
 
 EPS = 1e-6
 
@@ -34,19 +35,28 @@ def instance_labels(
 
     Args:
         coords: (N, 2) or (B, N, 2), (x, y) in the unit square.
-        boxes: (n, 4) for one caption, or a sequence of B of them: x1, y1, x2, y2 as shares of the image.
+        boxes: (n, 4) for one caption, or a sequence of B of them: x1, y1, x2, y2 as shares of the image. Tensors,
+            numpy arrays or numbers.
         phrases: which phrase each box belongs to: (n,) ints, or a sequence of B of them; None: each box is its own.
+        min_area, max_area: as shares of the image.
+        max_phrases: at least 1.
 
     Returns:
         (N,) long for one caption, (B, N) for a sequence.
 
     Raises:
-        InputError: boxes not of shape (n, 4), outside the image or turned around; counts that differ.
+        InputError: boxes not of shape (n, 4), outside the image or turned around; counts that differ; coordinates that
+            are no tensor of (x, y); a limit that is no number.
     """
-    if isinstance(boxes, Tensor):
-        single = boxes.dim() < 3
-    else:  # a row of numbers is a box; an empty row is a caption without boxes
-        single = all(not isinstance(b, Tensor) and len(b) and not isinstance(b[0], (Sequence, Tensor)) for b in boxes)
+    check_tensor("coords", coords)
+    if coords.dim() not in (2, 3) or coords.shape[-1] != 2 or not coords.is_floating_point():
+        raise InputError(f"coords must be floating (N, 2) or (B, N, 2); they are {coords.dtype} {tuple(coords.shape)}")
+    for name, value in (("min_area", min_area), ("max_area", max_area)):
+        if not isinstance(value, (int, float)):
+            raise InputError(f"{name} must be a number, a share of the image; it is {value!r:.80}")
+    if whole_number("max_phrases", max_phrases) < 1:
+        raise InputError(f"max_phrases must be at least 1; it is {max_phrases}")
+    single = _is_single(boxes)
     rows = [boxes] if single else list(boxes)
     owners = [None] * len(rows) if phrases is None else ([phrases] if single else list(phrases))
     if len(owners) != len(rows):
@@ -78,17 +88,44 @@ def instance_labels(
     return labels[0] if single else labels
 
 
+def _is_single(boxes: Tensor | Sequence) -> bool:
+    """Whether boxes are those of one caption: a row of numbers is a box, an empty row is a caption without boxes.
+
+    Raises:
+        InputError: neither rows of numbers nor rows of boxes.
+    """
+    if isinstance(boxes, (Tensor, np.ndarray)):
+        return boxes.ndim < 3
+    if not isinstance(boxes, Sequence) or isinstance(boxes, str):
+        raise InputError(f"boxes must be (n, 4) numbers or a sequence of such; they are {boxes!r:.80}")
+    rows = (Sequence, Tensor, np.ndarray)
+    for row, box in enumerate(boxes):
+        if not isinstance(box, rows) or isinstance(box, str):
+            raise InputError(f"row {row} of boxes must be a box or a caption's boxes; it is {box!r:.80}")
+    return all(not isinstance(box, Tensor) and len(box) and not isinstance(box[0], rows) for box in boxes)
+
+
+def _numbers(name: str, row: int, value: Tensor | Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    try:
+        found = torch.as_tensor(value)
+        if dtype == torch.long and found.is_floating_point() and found.numel():
+            raise ValueError(found.dtype)  # 0.5 and 0.7 would be one phrase
+        return found.to(device, dtype)
+    except (TypeError, ValueError, RuntimeError):  # text, None, rows of unequal length
+        raise InputError(f"{name} of caption {row} are no table of numbers: {value!r:.80}") from None
+
+
 def _padded_boxes(
     rows: Sequence[Tensor | Sequence], owners: Sequence[Sequence | None], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (B, n, 4), the phrase of each (B, n), and which are no padding (B, n); n may be 0."""
-    tensors = [torch.as_tensor(row, dtype=torch.float32, device=device) for row in rows]
+    tensors = [_numbers("boxes", number, row, torch.float32, device) for number, row in enumerate(rows)]
     tensors = [row.reshape(len(row), -1) if len(row) else row.new_zeros(0, 4) for row in tensors]
     ids = []
     for row, (box, owner) in enumerate(zip(tensors, owners)):
         if len(box) and box.shape[1] != 4:
             raise InputError(f"boxes of caption {row} have shape {tuple(box.shape)}; expected (n, 4)")
-        owner = torch.arange(len(box)) if owner is None else torch.as_tensor(owner, dtype=torch.long)
+        owner = torch.arange(len(box)) if owner is None else _numbers("phrases", row, owner, torch.long, device)
         if len(owner) != len(box):
             raise InputError(f"caption {row} has {len(box)} boxes but {len(owner)} phrase numbers")
         ids.append(owner.to(device))

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from samer.config import InputError
-from samer.tokens import QueryTokens
+from samer.config import InputError, whole_number
+from samer.tokens import QueryTokens, check_tensor
 
 # One block's token products. On a CPU they should stay in cache between the matrix product and the maximum
 # (4 MB of float32: measured within 1.2x of the bare product); on a GPU the block must amortise kernel launches.
@@ -64,9 +64,7 @@ def maxsim(
         )
     if block_elements is None:
         block_elements = _CPU_BLOCK_ELEMENTS if images.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
-    if block_elements < 1:
-        raise InputError(f"block_elements is {block_elements}; it must be at least 1")
-
+    _check_block(block_elements)
     tokens_per_image = images.shape[1]
     query_mask = _drop_full_mask("queries", query_mask)
     image_mask = _drop_full_mask("images", image_mask)
@@ -192,12 +190,20 @@ def _score_block(
     return (total / query_mask.sum(dim=1)).t()
 
 
+def _check_block(block_elements: int) -> None:
+    """Refuse a bound of a block that is no whole number, or below 1."""
+    if whole_number("block_elements", block_elements) < 1:
+        raise InputError(f"block_elements is {block_elements}; it must be at least 1")
+
+
 def _check_tokens(name: str, tokens: Tensor, mask: Tensor | None) -> None:
     """Refuse tokens that are not a non-empty 3-D batch, and a mask that is not a bool of its first two dimensions."""
+    check_tensor(name, tokens)
     if tokens.ndim != 3 or tokens.numel() == 0:
         raise InputError(f"{name} have shape {tuple(tokens.shape)}; expected three dimensions, none of them 0")
     if mask is None:
         return
+    check_tensor(f"the mask of {name}", mask)
     if mask.shape != tokens.shape[:2]:
         raise InputError(f"the mask of {name} has shape {tuple(mask.shape)}, the tokens {tuple(tokens.shape)}")
     if mask.dtype != torch.bool or mask.device != tokens.device:
@@ -354,10 +360,15 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     Raises:
         InputError: shapes or dtypes that do not fit, non-finite queries.
     """
+    if not isinstance(queries, QueryTokens) or not isinstance(images, StoredImages):
+        raise InputError(
+            f"QueryTokens are scored against StoredImages, not {type(queries).__name__} against {type(images).__name__}"
+        )
     tokens = images.tokens
-    if block_elements is not None and block_elements < 1:
-        raise InputError(f"block_elements is {block_elements}; it must be at least 1")
+    if block_elements is not None:
+        _check_block(block_elements)
     _check_tokens("images", tokens, images.mask)
+    check_tensor("queries", queries.tokens)
     if tokens.is_floating_point():
         return maxsim(queries.tokens, tokens, queries.mask, images.mask, block_elements=block_elements)
     width = queries.tokens.shape[-1]
@@ -464,8 +475,11 @@ def search(
     Raises:
         InputError: as `score_stored`; `top` below 1.
     """
+    top = whole_number("top", top)
     if top < 1:
         raise InputError(f"top is {top}; it must be at least 1")
+    if not isinstance(queries, QueryTokens):
+        raise InputError(f"queries must be QueryTokens; they are of type {type(queries).__name__}")
     best: list[list[tuple[float, str]]] = [[] for _ in range(len(queries.tokens))]
     for ids, images in shards:
         scores = score_stored(queries, images, block_elements=block_elements)

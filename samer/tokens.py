@@ -11,6 +11,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from samer.config import InputError
+
+
+def check_tensor(name: str, value: object, dtype: torch.dtype | None = None, like: Tensor | None = None) -> None:
+    """Refuses what is no dense tensor of real numbers, of another dtype, or on another device than `like`.
+
+    Raises:
+        InputError: names it and says what it is.
+    """
+    if not isinstance(value, Tensor):
+        kind = type(value)
+        found = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        remedy = "give its tokens" if hasattr(value, "tokens") else "torch.as_tensor makes one of numbers"
+        raise InputError(f"{name} must be a torch tensor; it is of type {found} ({remedy})")
+    if value.is_complex() or value.layout != torch.strided:
+        raise InputError(f"{name} must be a dense tensor of real numbers; it is {value.dtype}, {value.layout}")
+    if dtype is not None and value.dtype != dtype:
+        raise InputError(f"{name} is {value.dtype}; expected {str(dtype).removeprefix('torch.')}")
+    if like is not None and value.device != like.device:
+        raise InputError(f"{name} must be on {like.device}; it is on {value.device}")
+
 
 @dataclass(frozen=True)
 class ImageLayout:

@@ -14,6 +14,7 @@ from samer.config import InputError, MergeConfig
 from samer.features.read import FeatureStore, open_encoder
 from samer.features.write import write_features
 from samer.index.read import Index
+from samer.index.settings import adapter_config
 from samer.index.write import build_index
 from samer.retrievers import identity
 from samer.retrievers.base import Encoder, Projector
@@ -21,7 +22,6 @@ from samer.retrievers.colpali import ColPali
 from samer.retrievers.hf import Retriever, identify
 from samer.retrievers.identity import ModelIdentity, content_hash, fingerprint
 from samer.retrievers.projectors import load_projector, save_projector
-from samer.runtime.commands import adapter_config
 from samer.search.models import Models
 
 MERGE = MergeConfig(num_regions=16)

@@ -55,7 +55,7 @@ COLOURS = {
 class Lines(Reader):
     """`<split>.jsonl`: a line per image, {"id", "file", "captions": [{"text", "phrases": [[start, end, boxes]]}]}."""
 
-    def load_split(self, root, split, *, boxes, limit_images=None):
+    def load_split(self, root, split, *, boxes, limit_images=None, strict=False):
         root = Path(root)
         try:
             lines = (root / f"{split}.jsonl").read_text().splitlines()[:limit_images]

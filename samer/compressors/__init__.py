@@ -34,6 +34,10 @@ def make_compressor(settings: MergeConfig) -> Compressor:
     Raises:
         InputError: a name that is not in the registry.
     """
+    if not isinstance(settings, MergeConfig):
+        raise InputError(
+            f"a compressor is made of a MergeConfig, such as MergeConfig(compressor='hpool'); {settings!r:.80}"
+        )
     kind = COMPRESSORS.get(settings.compressor)
     if kind is None:
         known = ", ".join(sorted(COMPRESSORS))

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samer.config import InputError, MergeConfig
-from samer.merging import check_tokens, keep_short, keep_tokens
-from samer.tokens import MergedTokens, VisualTokens
+from samer.merging import check_tokens, check_unit, keep_short, keep_tokens
+from samer.tokens import MergedTokens, VisualTokens, check_tensor
 
 
 class Compressor:
@@ -69,10 +69,13 @@ class Compressor:
             `MergedTokens` with `places(N)` vectors, min(K, N) but for "none"; `mask` says which are filled.
 
         Raises:
-            InputError: shapes that do not fit, an image without a valid token, non-finite tokens, a signal that is
-                not there, or `fit` not called.
+            InputError: as `merge_tokens`, tokens that are not of unit length or outside the unit square, a signal that
+                is not there, or `fit` not called.
         """
+        if not isinstance(visual, VisualTokens):
+            raise InputError(f"a compressor takes VisualTokens, tokens with their coords; not {type(visual).__name__}")
         check_tokens(visual.tokens, visual.coords, visual.mask, instance_labels)
+        check_unit(visual.tokens, visual.coords, visual.mask)
         self._check_sides(visual)
         missing = [name for name in self.needs if name not in visual.attention]
         if missing:
@@ -100,8 +103,12 @@ class Compressor:
         batch, count = visual.tokens.shape[:2]
         sides = {"patches": visual.patches, **{f"attention {name!r}": row for name, row in visual.attention.items()}}
         expected = dict.fromkeys(sides, (batch, count)) | {"seeds": (batch,)}
+        kinds = {"patches": torch.bool, "seeds": torch.int64}
         for name, value in {**sides, "seeds": visual.seeds}.items():
-            if value is not None and tuple(value.shape) != expected[name]:
+            if value is None:
+                continue
+            check_tensor(name, value, kinds.get(name))
+            if tuple(value.shape) != expected[name]:
                 raise InputError(f"{name} of shape {tuple(value.shape)} for tokens {tuple(visual.tokens.shape)}")
 
     def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from samer.config import InputError
 from samer.coords import grid_layout
 from samer.data.records import ImageRecord
+from samer.data.stamps import Stamps
 from samer.retrievers.identity import ModelIdentity
 from samer.tokens import ImageLayout, QueryTokens, VisualTokens
 
@@ -87,9 +89,11 @@ class Encoder:
         projection: the one in use.
         projection_layer: dotted name of that layer in the model, as adapters name it.
         grid: rows and columns, where every image has the same; else None.
+        picture_size: width and height that pictures are scaled to, where it is one for all; else None.
     """
 
     projection_layer = "embedding_proj_layer"
+    picture_size: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -192,6 +196,20 @@ class Encoder:
         Raises:
             InputError: names the first; an encoder that reads pictures finds out when it reads them.
         """
+
+    def contents(self, records: Sequence[ImageRecord], stamps: Stamps) -> list[str | None]:
+        """The content hash of each image that this encoder would encode now, None where it can't be known.
+
+        Args:
+            records: of the images.
+            stamps: what is remembered of their files; takes up what had to be read.
+        """
+        found: list[str | None] = []
+        for record in records:
+            found.append(None)
+            with suppress(InputError):  # who decodes the file says what is wrong with it
+                found[-1] = stamps.content(record.image_id, record.image_path)
+        return found
 
     def image_layout(self, inputs: dict[str, Tensor]) -> ImageLayout:
         """Where each token of a batch of images stands; image positions are found by token id.

@@ -95,6 +95,18 @@ class Family:
         """How many characters the processor writes before a query's text."""
         return len(self.processor.query_prefix)
 
+    @property
+    def picture_size(self) -> tuple[int, int] | None:
+        """Width and height that the processor scales every picture to; None: that depends on the picture.
+
+        Pictures are read no larger than that asks for (data.decoding).
+        """
+        pictures = getattr(self.processor, "image_processor", None)
+        size = getattr(pictures, "size", None) or {}
+        if not getattr(pictures, "do_resize", False) or not size.get("width") or not size.get("height"):
+            return None
+        return size["width"], size["height"]
+
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """All that the processor returns for RGB images, but labels, which retrieval has no use for."""
         inputs = self.processor(images=list(images))

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -22,8 +23,9 @@ from samer.data.records import ImageRecord
 from samer.retrievers import Family, find_family
 from samer.retrievers.attention import check_signals, column_sums, signal_layers
 from samer.retrievers.base import Encoder, image_seeds, projector_of
-from samer.retrievers.identity import ModelIdentity, fingerprint, model_folder, processor_hash
-from samer.runtime.files import read_json
+from samer.retrievers.identity import ModelIdentity, check_files, fingerprint, model_folder, processor_hash
+from samer.runtime.files import FileTrouble, is_dir, is_file, read_json
+from samer.runtime.hub import NAME_A_MODEL, is_hub_id, model_name, refused_file
 from samer.tokens import ImageLayout
 
 
@@ -93,7 +95,7 @@ class Retriever(Encoder):
         """Loads a retriever in transformers format, e.g. `vidore/colpali-v1.3-hf`, or a folder.
 
         Args:
-            name: on the hub, or a folder.
+            name: on the hub, or a folder, whose real path becomes the retriever's name.
             dtype: to compute hidden states in.
             device: to compute on.
             local_files_only: don't ask the hub.
@@ -104,7 +106,11 @@ class Retriever(Encoder):
         """
         if not sys.stderr.isatty():
             disable_progress_bar()  # its bar would fill a log file
+        name = model_name(name)
         where = {"local_files_only": local_files_only, "revision": revision}
+        folder, offline = model_folder(name, revision), local_files_only or HF_HUB_OFFLINE
+        if folder:
+            check_files(folder, whole=offline or is_dir(name))
         try:
             family = find_family(PretrainedConfig.get_config_dict(name, **where)[0])
             model, report = family.model_class().from_pretrained(
@@ -119,11 +125,14 @@ class Retriever(Encoder):
             )
             processor = family.load_processor(name, **where)
         except Exception as error:  # many types, bare ones from tokenizers
+            if found := refused_file(error):
+                raise found from None
             reason = " ".join(str(error).split())[:240]
-            raise InputError(
-                f"model {name!r} can't be loaded ({reason}); name a ColPali in transformers format, such as "
-                "vidore/colpali-v1.3-hf, or a folder that holds one"
-            ) from None
+            if not folder and offline and is_hub_id(name):
+                reason = f"not in {HF_HUB_CACHE}; HF_HUB_OFFLINE or model.local_files_only forbids to ask the hub"
+            if not folder:
+                reason = f"no such folder here, and not to be had from the hub: {reason}"
+            raise InputError(f"model {name!r} can't be loaded ({reason}); {NAME_A_MODEL}") from None
         lost = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
         if lost:
             raise InputError(
@@ -139,9 +148,14 @@ class Retriever(Encoder):
         known = identify(self.name, self.revision) or ModelIdentity()
         return ModelIdentity(self.family.architecture, known.weights, known.processor, self.base_projector.hash)
 
+    @property
+    def picture_size(self) -> tuple[int, int] | None:
+        """Width and height that pictures are scaled to, for `load_image`; None: that depends on the picture."""
+        return self.family.picture_size
+
     def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
         """Loads and prepares a batch of images, everything the model needs."""
-        inputs = self.image_inputs([load_image(record.image_path) for record in records])
+        inputs = self.image_inputs([load_image(record.image_path, self.picture_size) for record in records])
         return {**inputs, "seeds": image_seeds(records)}
 
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -217,10 +231,12 @@ def identify(name: str, revision: str = "main") -> ModelIdentity | None:
         InputError: its files are damaged, or it is of no known family.
     """
     folder = model_folder(name, revision)
-    if folder is None or not (folder / "config.json").is_file():
+    if folder is None or not is_file(folder / "config.json"):
         return None
     try:
         family = find_family(read_json(folder / "config.json"))
+    except FileTrouble:
+        raise
     except InputError as error:
         raise InputError(f"model {name!r}: {error}") from None
     found = fingerprint(folder)

@@ -8,15 +8,26 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from samer.config import InputError, MergeConfig
 from samer.retrievers.base import Encoder, Projector, projector_of
 from samer.retrievers.identity import ModelIdentity
-from samer.runtime.files import atomic_path, read_json, write_json
+from samer.runtime.files import (
+    DiskError,
+    atomic_path,
+    exists,
+    is_dir,
+    is_file,
+    opened,
+    read_json,
+    trouble,
+    write_json,
+)
 from samer.runtime.hub import is_hub_id, projector_place
+from samer.runtime.shards import mapped
 
 FORMAT = "samer_projector"
 FORMAT_VERSION = 1
@@ -63,13 +74,13 @@ def load_projector(path: str | Path, retriever: Encoder, *, local_files_only: bo
         InputError: nothing readable there, or a projector of another base or size.
     """
     path = projector_place(path, local_files_only=local_files_only)
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.name in ("projector.safetensors", "adapter_model.safetensors") and is_file(path):
         path = path.parent
-    if (path / "projector.safetensors").is_file():
+    if is_file(path / "projector.safetensors"):
         projector = _load_safetensors(path, retriever)
-    elif (path / "adapter_config.json").is_file():
+    elif is_file(path / "adapter_config.json"):
         projector = _load_adapter(path, retriever)
-    elif path.suffix == ".pt" or (path / "projector.pt").is_file():
+    elif path.suffix == ".pt" or is_file(path / "projector.pt"):
         projector = _load_legacy(path if path.suffix == ".pt" else path / "projector.pt", retriever)
     else:
         raise InputError(f"{path}: no projector.safetensors, projector.pt or adapter_config.json here")
@@ -97,10 +108,16 @@ def read_projector(file: Path) -> Projector:
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(file, framework="pt") as handle:
+        with mapped(file) as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: not a readable safetensors file ({str(error)[:120]}); it may be damaged") from None
+    except FileNotFoundError:
+        raise DiskError(
+            f"{file}: not a readable safetensors file (there is no such file); restore it, or make it anew"
+        ) from None
+    except OSError as error:
+        raise trouble(file, error) from None
+    except (SafetensorError, ValueError) as error:
+        raise DiskError(f"{file}: not a readable safetensors file ({str(error)[:120]}); it may be damaged") from None
 
 
 def _as_projector(tensors: dict, file: Path) -> Projector:
@@ -152,9 +169,12 @@ def _identity_in(config: dict, file: Path) -> ModelIdentity:
 
 def _load_legacy(file: Path, retriever: Encoder) -> Projector:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with opened(file) as handle:
+            content = torch.load(handle, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
+    except OSError as error:
+        raise trouble(file, error) from None
     except Exception as error:  # torch raises many types for foreign or hostile bytes
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{file}: not a {LEGACY_FORMAT} file that loads without running code ({reason})") from None
@@ -177,21 +197,21 @@ def _other_model(recorded: str, name: str) -> bool:
     folder has no name; it is another model only if its config.json says which it came from (`_name_or_path`), and that
     is another. Its weights are not looked at: a legacy file has no hash of them.
     """
-    if Path(name).is_dir():
+    if is_dir(name):
         came_from = read_json(Path(name) / "config.json").get("_name_or_path") if _has_config(name) else None
         name = came_from if isinstance(came_from, str) else ""
     names = [each.lower().rpartition("/")[2].removesuffix("-hf") for each in (recorded, name)]
-    known = all(is_hub_id(each) and not Path(each).exists() for each in (recorded, name))
+    known = all(is_hub_id(each) and not exists(each) for each in (recorded, name))
     return known and names[0] != names[1]
 
 
 def _has_config(folder: str) -> bool:
-    return (Path(folder) / "config.json").is_file()
+    return is_file(Path(folder) / "config.json")
 
 
 def _load_adapter(folder: Path, retriever: Encoder) -> Projector:
     file, layer = folder / "adapter_model.safetensors", retriever.projection_layer
-    if not file.is_file():
+    if not is_file(file):
         raise InputError(f"{folder}: a PEFT adapter without adapter_model.safetensors; save it with safetensors")
     tensors = _read_tensors(file)
     foreign = [name for name in tensors if f"{layer}." not in name]

@@ -1,20 +1,38 @@
-"""What every command shares: options, devices, signals and the exit status."""
+"""What every command shares: options, devices, signals and the exit status.
+
+Importing it imports neither torch nor anything else that takes long: commands read their arguments first, and Ctrl-C is
+heard by then.
+"""
 
 from __future__ import annotations
 
-import argparse
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from samer.runtime.signals import Stopped, interrupted, listening, tell_interrupted
+from samer.runtime.streams import printable, spoiled, take_streams
 
-from samer.config import Config, InputError, load_config
-from samer.runtime.files import read_json
-from samer.runtime.hub import projector_place
-from samer.runtime.processes import world_size
-from samer.runtime.signals import Stopped, listening
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)  # what torch's allocators say
+
+
+def wait_quietly() -> None:
+    """Has torch's threads sleep while they have nothing to do, if torch is not imported yet and the user set nothing.
+
+    By default they wait busily, so that a query beside another process that computes waits for threads which only
+    wait themselves. A short look before they sleep, which GNU's OpenMP counts, makes a query alone as fast as that: see
+    `python scripts/bench.py latency`. Intel's and LLVM's read OMP_WAIT_POLICY, older ones KMP_BLOCKTIME only.
+    """
+    if not WAITING.keys() & os.environ.keys():
+        os.environ.update(WAITING)
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -23,6 +41,10 @@ def pick_device(name: str | None = None) -> torch.device:
     Raises:
         InputError: a name that torch does not know or that is not there.
     """
+    import torch
+
+    from samer.config import InputError
+
     if name in (None, "", "auto"):
         return (
             torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -51,37 +73,13 @@ def compute_device(options: argparse.Namespace) -> torch.device:
     """
     if options.threads is not None:
         if options.threads < 1:
+            from samer.config import InputError
+
             raise InputError(f"--threads is {options.threads}; it must be at least 1")
+        import torch
+
         torch.set_num_threads(options.threads)
     return pick_device(options.device)
-
-
-def adapter_config(adapter_path: str, config_path: str | None, overrides: Sequence[str]) -> Config:
-    """Settings of a trained projector: from the config file if given, else from its config.json; overrides win.
-
-    Args:
-        adapter_path: a projector's folder or file, or the hub id of one (owner/name); empty: none.
-        config_path: a YAML file, or None.
-        overrides: `section.key=value`.
-
-    Raises:
-        InputError: no projector there, or one that says nothing of its model and merge.
-    """
-    config = load_config(config_path, overrides)
-    if not adapter_path:
-        return config
-    folder = projector_place(adapter_path, local_files_only=config.model.local_files_only)
-    if folder.name == "projector.safetensors":  # what it was trained for stands beside it
-        folder = folder.parent
-    if config_path or not (folder / "projector.safetensors").is_file():
-        return config
-    trained = read_json(folder / "config.json")
-    name, merge = trained.get("base_model"), trained.get("merge")
-    if not (isinstance(name, str) and isinstance(merge, dict)):
-        raise InputError(f"{adapter_path}/config.json: no base_model or no merge settings; give --config")
-    about = {"model.name": name, "model.revision": trained.get("revision", "main")}
-    about |= {f"merge.{key}": value for key, value in merge.items()}
-    return load_config(None, [*(f"{key}={value}" for key, value in about.items()), *overrides])
 
 
 def split_words(parser: argparse.ArgumentParser, splits: Sequence[str], overrides: Sequence[str]):
@@ -97,28 +95,101 @@ def split_words(parser: argparse.ArgumentParser, splits: Sequence[str], override
 
 
 def run(main: Callable[[], Any], *, shared: bool = False) -> None:
-    """Runs an entry point: bad input prints one line and exits with 2, SIGINT exits with 130, SIGTERM with 143.
+    """Runs an entry point and ends the process as it should: at most one line on standard error says why.
+
+    Exit status: 0; 2 for bad input, for what the file system refused, for too little memory, and where standard output
+    could not be written; 130 after SIGINT (Ctrl-C); 143 after SIGTERM; 141 where the reader of standard output went
+    away before the end (`| head -1`), as a shell shows for other programs, but not before the work is done: only what
+    is printed is lost. Anything else is a defect and keeps its traceback.
 
     Args:
         main: the entry point.
         shared: whether it shares its work between the processes of a job; otherwise several processes are bad input.
     """
+    take_streams()
     try:
         with listening():
-            if world_size() > 1 and not shared:
-                raise InputError(
-                    f"this command runs in one process, and WORLD_SIZE is {world_size()}; start it without torchrun "
-                    "(unset WORLD_SIZE): only train, features and cache share their work between processes"
-                )
+            if not shared:
+                _check_alone()
+            _check_words(sys.argv[1:])
             main()
     except Stopped:
         print("stopped; run the same command again to go on", file=sys.stderr, flush=True)
         raise
-    except InputError as error:
-        # a data loader's worker hands its whole traceback over as the message, the error's own words at its end
-        words = str(error).rpartition(f"{InputError.__module__}.{InputError.__qualname__}: ")[2]
-        print("error:", " ".join(words.split()), file=sys.stderr, flush=True)
-        sys.exit(2)
+    except SystemExit as end:
+        if not end.code:  # --help
+            _end_of_output()
+        raise
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
-        sys.exit(130)
+        _end_interrupted()
+    except Exception as error:
+        if interrupted():  # whatever became of it on its way
+            _end_interrupted()
+        words = _reason(error)
+        if words is None:
+            raise
+        print("error:", printable(" ".join(words.split())), file=sys.stderr, flush=True)
+        sys.exit(2)
+    _end_of_output()
+
+
+def _check_alone() -> None:
+    """Refuses to be one of several processes, each of which would do the whole work."""
+    from samer.config import InputError
+    from samer.runtime.processes import world_size
+
+    if world_size() > 1:
+        raise InputError(
+            f"this command runs in one process, and WORLD_SIZE is {world_size()}; start it without torchrun "
+            "(unset WORLD_SIZE): only train, features and cache share their work between processes"
+        )
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Refuses arguments that are no text: JSON holds no such path, and safetensors opens none."""
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            from samer.config import InputError
+
+            raise InputError(f"{printable(word)}: not UTF-8, as paths and queries must be; rename it: mv, or convmv")
+
+
+def _end_interrupted() -> None:
+    spoiled()  # what was printed before goes out first
+    tell_interrupted()
+    sys.exit(130)
+
+
+def _end_of_output() -> None:
+    """Ends the process by a status of its own if standard output has lost something."""
+    lost = spoiled()
+    if isinstance(lost, BrokenPipeError):
+        sys.exit(141)
+    if lost is not None:
+        from samer.runtime.files import trouble
+
+        print("error:", trouble("standard output", lost, "written"), file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _reason(error: Exception) -> str | None:
+    """What to say of an error that a person can do something about; None: a defect."""
+    from samer.config import InputError
+
+    if isinstance(error, InputError):
+        # a data loader's worker hands its whole traceback over as the message, the error's own words at its end
+        return str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2]
+    if isinstance(error, OSError):
+        if error.errno is None:  # of a library, or of a worker, whose traceback comes first
+            return f"{(str(error).strip().splitlines() or ['a file or device can not be used'])[-1]}; look at it"
+        from samer.runtime.files import trouble
+
+        return str(trouble(error.filename or "a file or device", error, "used"))
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        around = error.object[max(0, error.start - 80) : error.end + 40]
+        return f"{around}: holds a name that is not UTF-8, which can't be written; rename it"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        last = (str(error).strip().splitlines() or [""])[-1]
+        more = f" ({last[:160]})" if last else ""
+        return f"out of memory{more}; make the batches smaller, or end what else runs on this machine or GPU"
+    return None

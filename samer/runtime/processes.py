@@ -1,19 +1,16 @@
 """Ranks of a job of several processes, and what they say to each other.
 
-Shape letters: B rows of this process, W processes."""
+Importing it imports no torch: commands read their arguments first."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from samer.config import InputError
 from samer.runtime.signals import asked, stop_here
@@ -27,14 +24,22 @@ _PEER_LEFT = re.compile(
 )
 
 
+def _joined() -> Any:
+    """torch.distributed if this process has joined others by it, else None; it is not imported for that."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_initialized() else None
+
+
 def rank() -> int:
     """This process's number among the launched ones; 0 without torchrun."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    dist = _joined()
+    return dist.get_rank() if dist else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
     """How many processes were launched; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    dist = _joined()
+    return dist.get_world_size() if dist else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def print0(*words: object) -> None:
@@ -49,7 +54,7 @@ def check_joined(place: object) -> None:
     Raises:
         InputError: they have not.
     """
-    if world_size() > 1 and not dist.is_initialized():
+    if world_size() > 1 and not _joined():
         raise InputError(
             f"{place}: WORLD_SIZE is {world_size()}, but these processes have not joined each other; start one "
             "process (unset WORLD_SIZE), or join them with samer.runtime.processes.process_group"
@@ -64,6 +69,9 @@ def process_group():
         InputError: more processes than GPUs, processes that can't reach each other, or one of them has ended. Other
             errors come out as they are.
     """
+    import torch
+    import torch.distributed as dist
+
     started, clean = world_size() > 1 and not dist.is_initialized(), False
     try:
         if started:
@@ -97,6 +105,9 @@ def process_group():
 
 
 def _join() -> None:
+    import torch
+    import torch.distributed as dist
+
     if torch.cuda.is_available():
         count, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size()), torch.cuda.device_count()
         if count > gpus:
@@ -114,37 +125,10 @@ def _cause(error: RuntimeError) -> str:
     return " ".join(" ".join([line for line in lines if line.strip()][:4]).split())[:500]
 
 
-class _Gather(torch.autograd.Function):
-    """Rows of all processes; in the backward pass each process sums what all of them have for its own rows."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, tensor)
-        ctx.count = len(tensor)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        start = dist.get_rank() * ctx.count
-        return gradient[start : start + ctx.count]
-
-
-def gather_with_grad(tensor: Tensor) -> Tensor:
-    """Rows of all processes in rank order, (W * B, ...); gradient flows back to the process each row came from.
-
-    Every process must hold the same shape. Without processes the tensor itself.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return tensor
-    return _Gather.apply(tensor.contiguous())
-
-
 def gather_objects(value: Any) -> list[Any]:
     """`value` of every process in rank order; small Python values only."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    dist = _joined()
+    if not dist or dist.get_world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
@@ -156,7 +140,8 @@ def from_first(make: Callable[[], Any]) -> Any:
 
     For small values whose tensors are on the CPU. Without processes simply `make()`.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    dist = _joined()
+    if not dist or dist.get_world_size() == 1:
         return make()
     held = [make() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(held, src=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,17 +14,17 @@ from samer.runtime.processes import rank
 
 
 class Progress(tqdm):
-    """A progress bar on a terminal; in a log one plain line at the start, every half minute and at the end.
+    """A progress bar on a terminal; in a log, or on one that moves no cursor, plain lines: first, half-minutely, last.
 
     Takes what tqdm takes. Only the first process shows it.
     """
 
     def __init__(self, *words: Any, **settings: Any) -> None:
-        self.plain = not sys.stderr.isatty()
+        self.plain = sys.stderr is None or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
         if self.plain:
             line = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} since the start, about {remaining} to go"
             settings |= {"mininterval": 30, "maxinterval": 30, "miniters": 1, "bar_format": line}
-        super().__init__(*words, **settings, disable=rank() != 0)
+        super().__init__(*words, **settings, disable=rank() != 0 or sys.stderr is None)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Shows the current state, as tqdm asks for it."""

@@ -6,10 +6,14 @@ a checksum of its tensors. It is written atomically, so it is there whole or not
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from samer.config import InputError
-from samer.runtime.files import atomic_path, file_hash, read_json, write_json
+from samer.runtime.files import DiskError, atomic_path, file_hash, opened, read_json, trouble, write_json
 from samer.runtime.processes import gather_objects, rank, world_size
+
+_NUMBER = re.compile(r"\((?:os error )?(\d+)\)\s*$")  # ends what torch and safetensors say of a system call
 
 
 def write_manifest(path: Path, manifest: dict) -> None:
@@ -38,12 +44,12 @@ def read_manifest(path: Path, kind: str, version: int, *older: int) -> dict:
     found = manifest.get("format"), manifest.get("format_version")
     if found[0] != kind or type(found[1]) is not int or found[1] not in (version, *older):
         versions = " and ".join(map(str, sorted((version, *older))))
-        raise InputError(
+        raise DiskError(
             f"{path}: format {found[0]!r} version {found[1]!r}; this SaMer reads {kind} {versions}: make it anew"
         )
     checksum = manifest.pop("checksum", None)
     if checksum != _manifest_checksum(manifest):
-        raise InputError(f"{path}: contents differ from their own checksum; it is damaged, make it anew")
+        raise DiskError(f"{path}: contents differ from their own checksum; it is damaged, make it anew")
     return manifest
 
 
@@ -74,25 +80,64 @@ def write_shard(path: Path, tensors: dict[str, Tensor], stamp: dict, facts: dict
     return {"file": path.name, **facts, "sha256": hashlib.sha256(content).hexdigest()}
 
 
+@contextmanager
+def mapped(path: Path) -> Iterator[Any]:
+    """A safetensors file open for its tensors, which stay mapped when it is closed.
+
+    safetensors itself says of whatever it can't open that there is no such file, and waits for a pipe.
+
+    Raises:
+        OSError: the file system refuses it, by its number. SafetensorError, ValueError: it is damaged.
+    """
+    try:
+        with opened(path):
+            pass
+        with safe_open(path, framework="pt") as handle:  # it checks that the file is as long as its header says
+            yield handle
+    except FileNotFoundError as error:
+        if error.errno is None:  # of safetensors, of a file that has just been open
+            os.stat(path)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path)) from None
+        raise
+    except (OSError, RuntimeError) as error:  # the latter of torch: it can't map the file, or see bytes as that type
+        said = _NUMBER.search(str(error))
+        if isinstance(error, OSError) and (error.errno is not None or not said):
+            raise
+        if said:
+            raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from None
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
 def load_shard(path: Path) -> tuple[dict[str, Tensor], dict]:
     """A shard's tensors, mapped from the file, and its header (empty if the file is no shard).
 
     Raises:
-        OSError, SafetensorError, ValueError: not readable; the caller says what to do about it.
+        OSError, SafetensorError, ValueError: as `mapped`; the caller tells them by `unreadable`.
     """
-    try:
-        with safe_open(path, framework="pt") as handle:  # it checks that the file is as long as its header says
-            # safetensors 0.8.0 loses 45 bytes at every get_tensor; an index that is reopened a million times notices
-            tensors = {name: handle.get_tensor(name) for name in handle.offset_keys()}
-            return tensors, _header(handle)
-    except RuntimeError as error:  # of torch, which can't map the file or see such bytes as that type
-        raise OSError(str(error).splitlines()[0]) from None
+    with mapped(path) as handle:
+        # safetensors 0.8.0 loses 45 bytes at every get_tensor; an index that is reopened a million times notices
+        return {name: handle.get_tensor(name) for name in handle.offset_keys()}, _header(handle)
 
 
 def load_header(path: Path) -> dict:
     """A shard's header alone; raises as `load_shard`."""
-    with safe_open(path, framework="pt") as handle:
+    with mapped(path) as handle:
         return _header(handle)
+
+
+def unreadable(path: Path, error: Exception, remedy: str) -> InputError:
+    """What to say of a file that can't be read, or that holds what it should not.
+
+    Args:
+        path: of the file.
+        error: OSError: the file system refuses it, and nothing need be made again for that; others: it is damaged.
+        remedy: what makes a file anew that is missing or damaged.
+    """
+    if isinstance(error, FileNotFoundError):
+        return DiskError(f"{path}: not readable (there is no such file); restore it, or {remedy}")
+    if isinstance(error, OSError):
+        return trouble(path, error)
+    return DiskError(f"{path}: not readable ({' '.join(str(error).split())[:120]}); remove it and {remedy}")
 
 
 def _header(handle: Any) -> dict:
@@ -106,14 +151,19 @@ def finished_shard(path: Path, stamp: dict, same: Callable[[dict, dict], bool] =
     """The manifest entry of a complete, undamaged shard with this stamp, else None: then it is made anew.
 
     `same(found, stamp)` says whether the stamp found is as good; it may raise ValueError, KeyError or TypeError.
+
+    Raises:
+        InputError: something is there that can't be read now: hours of work may be in it.
     """
     try:
         tensors, header = load_shard(path)
         if not same(header["stamp"], stamp) or header["checksum"] != tensors_checksum(tensors):
             return None
         return {"file": path.name, **header["entry"], "sha256": file_hash(path)}
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError, TypeError):
         return None
+    except OSError as error:
+        raise trouble(path, error) from None
 
 
 def verify_shard(path: Path, sha256: str) -> int:
@@ -126,9 +176,9 @@ def verify_shard(path: Path, sha256: str) -> int:
         found = file_hash(path)
         size = path.stat().st_size
     except OSError as error:
-        raise InputError(f"{path}: not readable ({error.strerror}); remove it and run what made it again") from None
+        raise unreadable(path, error, "run what made it again") from None
     if found != sha256:
-        raise InputError(f"{path}: contents differ from their checksum; remove it and run what made it again")
+        raise DiskError(f"{path}: contents differ from their checksum; remove it and run what made it again")
     return size
 
 
