@@ -13,16 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samer.compressors import Compressor, make_compressor
-from samer.config import MergeConfig
+from samer.config import InputError, MergeConfig
 from samer.data.records import ImageRecord
 from samer.metrics import bootstrap_intervals, query_metrics, retrieval_metrics
 from samer.retrievers.base import Encoder
 from samer.runtime.processes import from_first, gather_objects, rank, world_size
 from samer.runtime.progress import batched, prefetched
 from samer.scoring import maxsim
-from samer.tokens import MergedTokens, QueryTokens, VisualTokens
+from samer.tokens import MergedTokens, QueryTokens, VisualTokens, check_tensor
 
 FIT_IMAGES = 256  # what a compressor with a codebook is fitted on, evenly spaced over the corpus
+
+
+def fit_records(records: Sequence[ImageRecord]) -> list[ImageRecord]:
+    """What a compressor with a codebook learns from: `FIT_IMAGES` of a corpus, evenly spaced."""
+    steps = np.linspace(0, len(records) - 1, min(FIT_IMAGES, len(records))).round().astype(int)
+    return [records[k] for k in steps]
 
 
 @torch.no_grad()
@@ -37,8 +43,7 @@ def fitted_compressor(
     compressor = make_compressor(merge)
 
     def learned() -> dict[str, Tensor]:
-        steps = np.linspace(0, len(records) - 1, min(FIT_IMAGES, len(records))).round().astype(int)
-        batches = batched([records[k] for k in steps], batch_size)
+        batches = batched(fit_records(records), batch_size)
         compressor.fit(retriever.encode_images(retriever.record_inputs(batch), compressor.needs) for batch in batches)
         return compressor.state()
 
@@ -76,6 +81,20 @@ def join_queries(batches: Sequence[QueryTokens]) -> QueryTokens:
     return QueryTokens(tokens, torch.cat([F.pad(batch.mask, (0, missing)) for batch, missing in zip(batches, short)]))
 
 
+def check_described(records: Sequence[ImageRecord]) -> None:
+    """Refuses images without captions where both directions are measured, before any work.
+
+    Raises:
+        InputError: names the first.
+    """
+    bare = [record.image_id for record in records if not record.captions]
+    if bare:
+        raise InputError(
+            f"{len(bare):,} of {len(records):,} images have no caption, the first is {bare[0]}; image to text needs "
+            "one of each: take them out of the split"
+        )
+
+
 @torch.no_grad()
 def score_records(
     retriever: Encoder, records: Sequence[ImageRecord], compressor: Compressor, *, batch_size: int
@@ -85,6 +104,8 @@ def score_records(
     The images are shared out over the processes; every process returns the same scores.
     """
     texts = [caption.text for record in records for caption in record.captions]
+    if not texts:
+        raise InputError(f"none of {len(records):,} images has a caption, so there is nothing to evaluate")
     queries = join_queries(list(encode_texts(retriever, texts, batch_size)))
     own_batches = batched(records[rank() :: world_size()], batch_size)
     own = [
@@ -113,12 +134,22 @@ def both_directions(scores: Tensor, image_of: Tensor, *, resamples: int = 1000, 
 
     Args:
         scores: (Q, I) float32.
-        image_of: (Q,) long, the image that each query describes.
+        image_of: (Q,) whole numbers, the image that each query describes.
 
     Returns:
         `{"text_to_image": {metric: {"value": v, "interval": [low, high]}}, "image_to_text": {...}}`; captions of one
         image are resampled together.
     """
+    scores = torch.from_numpy(scores) if isinstance(scores, np.ndarray) else scores
+    check_tensor("scores", scores)
+    if scores.dim() != 2 or 0 in scores.shape:
+        raise InputError(f"scores must be (queries, images) without a 0; they are {tuple(scores.shape)}")
+    image_of = torch.as_tensor(image_of)
+    if image_of.shape != scores.shape[:1] or image_of.is_floating_point() or image_of.dtype == torch.bool:
+        raise InputError(
+            f"image_of must be {len(scores)} whole numbers, a query's image each; it is {image_of.dtype} "
+            f"{tuple(image_of.shape)}"
+        )
     positives = image_of[:, None] == torch.arange(scores.shape[1])
     described = positives.any(0)
     directions = {

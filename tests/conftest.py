@@ -65,14 +65,13 @@ def world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """A random ColPali with 8 x 8 patches and 6 prompt tokens, saved in transformers format (float16)."""
+def save_colpali(folder, image_size, patch_size):
+    """Writes a random ColPali with 6 prompt tokens in transformers format (float16)."""
     from samer.world.retriever import Geometry, build_colpali, page_texts, train_tokenizer
 
     geometry = Geometry(
-        image_size=64,
-        patch_size=8,
+        image_size=image_size,
+        patch_size=patch_size,
         vision_width=32,
         vision_layers=1,
         vision_mlp=32,
@@ -83,10 +82,15 @@ def base(tmp_path_factory):
         embedding_dim=16,
     )
     model, processor = build_colpali(train_tokenizer(page_texts(20, 0), 500), geometry, seed=1)
-    folder = tmp_path_factory.mktemp("base") / "retriever"
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A random ColPali with 8 x 8 patches of 64 x 64 pixels."""
+    return save_colpali(tmp_path_factory.mktemp("base") / "retriever", 64, 8)
 
 
 @pytest.fixture

@@ -870,10 +870,10 @@ def test_the_launcher_passes_its_variables_on(command, tmp_path, given):
     rest = ("--sections", "cost", "merge.num_regions=4")
     done = command("bash", launcher, *rest, env={**empty, **(own if given else {}), **path})
     assert (done.returncode, done.stderr) == (0, "")
-    ran = "scripts/compare.py --data-root {} --out {} --config {}{} --seeds {} --sections cost merge.num_regions=4"
+    ran = "scripts/compare.py --seeds {4} --data-root={0} --out={1}{3} --config={2} --sections cost merge.num_regions=4"
     if given:
-        assert done.stdout.splitlines() == [ran.format("/d", "/o", "/c.yaml", " --features /f", "3 4")]
+        assert done.stdout.splitlines() == [ran.format("/d", "/o", "/c.yaml", " --features=/f", "3 4")]
     else:
         world, line = done.stdout.splitlines()
-        assert world.startswith("scripts/scenes.py --out outputs/compare/world ")
+        assert world.startswith("scripts/scenes.py --out=outputs/compare/world ")
         assert line == ran.format("outputs/compare/world", "outputs/compare", "configs/demo.yaml", "", "0 1 2")

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 
 from samer import evaluation
 from samer.config import MergeConfig, ObjectsConfig, load_config
@@ -275,7 +276,9 @@ def ended(job, folder, seconds=2 * MINUTE):
 
 
 def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Bytes of every file below a folder but of what is remembered of times."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "stamps.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -429,6 +432,51 @@ def test_only_the_first_process_speaks(done, count):
     assert sum(line.startswith("training 528 parameters") for line in lines) == len(RUNS) + (count == 2)
     assert sum(line.startswith("done: 10 steps") for line in lines) == 1
     assert [(done[count] / f"out-{rank}.txt").read_text() for rank in range(1, count)] == [""] * (count - 1)
+
+
+# --- pictures that are replaced between two runs -------------------------------------------------------------------
+
+
+def turned(path):
+    """Another picture under the same name."""
+    with Image.open(path) as old:
+        picture = old.rotate(180)
+    picture.save(path, quality=95)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cache", "features"])
+def test_replaced_pictures_are_found_by_the_process_that_has_their_shard(start, setting, base, world, tmp_path, name):
+    data = shutil.copytree(world, tmp_path / "world")
+    folder, _ = setting("replaced")
+
+    def job(count, name, place=folder):
+        codes, said = ended(start(count, place, one_script, str(base), str(data), place, name), place)
+        return codes, said, [(place / f"out-{rank}.txt").read_text() for rank in range(count)]
+
+    assert job(2, name)[0] == [0, 0]
+    records = flickr.load_split(data, "val", boxes=False)
+    for number in (1, 3, 4):  # of the first shard one, of the second, which is another process's, two
+        turned(records[number].image_path)
+    if name == "features":  # whichever process looks at a picture, all refuse together
+        codes, said, _ = job(2, "cache-stored")
+        assert codes == [2, 2]
+        told = [
+            re.search(r"3 of 14 pictures were replaced .* run bash/features\.sh again for val", each) for each in said
+        ]
+        assert all(told), said
+    settled = 2.1 + max(path.stat().st_ctime for path in data.rglob("*.jpg"))
+    time.sleep(max(0, settled - time.time()))  # younger files are not remembered
+    codes, said, (first, second) = job(2, name)
+    assert codes == [0, 0], said
+    assert "val: 3 pictures changed since" in first
+    assert ": 2 shards made anew" in first
+    assert second == ""
+    alone, _ = setting("alone")
+    assert job(1, name, alone)[0] == [0]
+    assert files_of(folder / name) == files_of(alone / name)
+    stamps = (folder / name / "val" / "stamps.json").read_text()
+    assert sorted(json.loads(stamps)["files"]) == sorted(record.image_id for record in records)  # of both processes
 
 
 # --- a process that dies, fails or is told to stop ------------------------------------------------------------------

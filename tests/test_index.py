@@ -28,14 +28,16 @@ from torch.nn.functional import normalize
 from samer.compressors import make_compressor
 from samer.config import InputError, MergeConfig
 from samer.coords import grid_layout
-from samer.data.pictures import load_image
+from samer.data.pictures import Found, load_image
 from samer.data.records import ImageRecord
 from samer.index import manifest as index_manifest
 from samer.index import pictures as index_pictures
 from samer.index import read as index_read
+from samer.index import sync as index_sync
 from samer.index import write as index_write
-from samer.index.pictures import add_images, delete_images
+from samer.index.pictures import delete_images
 from samer.index.read import Index
+from samer.index.sync import Changes, update_images
 from samer.index.write import build_index
 from samer.retrievers.base import Encoder, Projector, image_seeds
 from samer.runtime import files as runtime_files
@@ -98,8 +100,9 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(index_write, "QUERIES_PER_SHARD", 15)
 
 
-def add(folder, root, names=NAMES, dtype="int8", encoder=None, merge=MERGE, **rest):
-    return add_images(folder, root, names, encoder or Drawn(), merge, batch_size=3, dtype=dtype, **rest)
+def add(folder, root, names=NAMES, dtype="int8", encoder=None, merge=MERGE, assignments=False, **rest):
+    how = {"batch_size": 3, "dtype": dtype, "assignments": assignments, **rest}
+    return update_images(folder, Found(Path(root), list(names), []), encoder or Drawn(), merge, **how)
 
 
 def compressed(root, names):
@@ -109,7 +112,9 @@ def compressed(root, names):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file's bytes, but for what is remembered of times."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "stamps.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def held(cache, split="images"):
@@ -309,8 +314,9 @@ def test_assignments_are_those_of_the_merge(pictures, tmp_path, small_shards, co
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_growing_in_several_calls_gives_the_same_bytes(pictures, tmp_path, small_shards, dtype):
-    summary, skipped = add(tmp_path / "one", pictures, dtype=dtype)
-    assert (summary.split, summary.images, summary.queries, summary.regions, skipped) == ("images", 12, 0, 6, [])
+    summary, changes = add(tmp_path / "one", pictures, dtype=dtype)
+    assert (summary.split, summary.images, summary.queries, summary.regions) == ("images", 12, 0, 6)
+    assert changes == Changes(new=12)
     for end in (4, 4, 8, 12, 12):  # what is held is left out
         add(tmp_path / "many", pictures, NAMES[:end], dtype=dtype)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
@@ -323,8 +329,9 @@ def test_growing_in_several_calls_gives_the_same_bytes(pictures, tmp_path, small
 
 def test_pictures_held_are_not_read_again(pictures, tmp_path, monkeypatch):
     add(tmp_path / "c", pictures, NAMES[:5])
-    before, read = contents(tmp_path / "c"), []
-    monkeypatch.setattr(index_pictures, "load_image", lambda path: read.append(path.name) or load_image(path))
+    before, read, original = contents(tmp_path / "c"), [], index_sync.read_picture
+    note = lambda path, needs=None: read.append(path.name) or original(path, needs)
+    monkeypatch.setattr(index_sync, "read_picture", note)
     add(tmp_path / "c", pictures, [*NAMES[:7], NAMES[6]])  # named twice, taken once
     assert read == NAMES[5:7]
     assert list(held(Index(tmp_path / "c"))) == NAMES[:7]
@@ -348,12 +355,16 @@ BAD = ["text.png", "empty.jpg", "half.jpg", "missing.png"]
 @pytest.mark.parametrize("dtype", ["int8", "binary"])
 def test_unreadable_pictures_are_listed_and_skipped(bad_files, tmp_path, small_shards, dtype):
     names = [*BAD, NAMES[0], *NAMES[1:3]]  # the first shard has no good picture
-    summary, skipped = add(tmp_path / "c", bad_files, names, dtype)
+    summary, changes = add(tmp_path / "c", bad_files, names, dtype)
     assert summary.images == 3
     assert list(held(Index(tmp_path / "c"))) == NAMES[:3]
-    assert [str(bad_files / name) in line for name, line in zip(BAD, skipped)] == [True] * 4
+    assert [each.path for each in changes.skipped] == sorted(BAD)
+    assert [str(bad_files / name) in each.detail for name, each in zip(sorted(BAD), changes.skipped)] == [True] * 4
     before = contents(tmp_path / "c")
-    assert add(tmp_path / "c", bad_files, BAD, dtype)[1] == skipped  # an index that has pictures stays as it is
+    assert add(tmp_path / "c", bad_files, names, dtype)[1] == Changes(unchanged=3, skipped=changes.skipped)
+    assert contents(tmp_path / "c") == before  # an index that has pictures stays as it is
+    with pytest.raises(InputError, match=r"not one readable picture among 4 files; .*keeps the 3 that it has"):
+        add(tmp_path / "c", bad_files, BAD, dtype)
     assert contents(tmp_path / "c") == before
 
 
@@ -403,7 +414,7 @@ def test_an_interrupted_run_keeps_its_shards_and_goes_on(pictures, tmp_path, sma
     for call in range(1, 13):
         folder = tmp_path / str(call)
         with pytest.MonkeyPatch.context() as patch:
-            stop_at(patch, index_pictures, "load_image", call)
+            stop_at(patch, index_sync, "read_picture", call)
             with pytest.raises(KeyboardInterrupt):
                 add(folder, pictures, dtype=dtype)
         kept = (call - 1) // 4 * 4
@@ -770,10 +781,10 @@ def test_a_name_that_is_not_utf8_is_skipped(pictures, tmp_path):
     (tmp_path / "p").mkdir()
     for name in ("good.png", odd):
         (tmp_path / "p" / name).write_bytes((pictures / NAMES[0]).read_bytes())
-    summary, skipped = add(tmp_path / "c", tmp_path / "p", ["good.png", odd])
+    summary, changes = add(tmp_path / "c", tmp_path / "p", ["good.png", odd])
     assert summary.images == 1
-    assert len(skipped) == 1
-    assert "not UTF-8" in skipped[0]
+    assert [each.path for each in changes.skipped] == [odd]
+    assert "not UTF-8" in changes.skipped[0].reason
 
 
 def test_a_split_with_deletions_is_not_built_over(world, tmp_path):

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from samer.config import InputError, MergeConfig
+from samer.data.pictures import Found
 from samer.index.manifest import write_index_manifest
-from samer.index.pictures import add_images, compact_images, delete_images
+from samer.index.pictures import compact_images, delete_images
 from samer.index.read import Index
+from samer.index.sync import Changes, update_images
 from samer.index.verify import verify
 from samer.index.write import build_index
 from samer.retrievers.hf import Retriever
@@ -45,6 +47,10 @@ def copy(tmp_path, monkeypatch):
     return lambda name: shutil.copytree(OLD / name, tmp_path / name)
 
 
+def album(*names):
+    return Found(Path(ALBUM).resolve(), list(names), [])
+
+
 def same_answers(found, expected):
     assert [[name for name, _ in row] for row in found] == [[name for name, _ in row] for row in expected]
     for row, other in zip(found, expected):
@@ -58,7 +64,7 @@ def test_it_opens_verifies_and_answers_as_it_did(built_in, asked, name, split):
     same_answers(index.search(asked, split, 10), EXPECTED[name])
     assert verify(OLD / name).damages == []
     assert index.manifest.model == ModelIdentity("", "", "", built_in.base_projector.hash)
-    assert index.file_stamps(split) == dict.fromkeys(index.numbers(split))
+    assert index.contents(split) == dict.fromkeys(index.numbers(split))
     for number in index.numbers(split).values():
         assert index.vectors(split, number).grid is None
 
@@ -90,10 +96,9 @@ def test_its_vectors_and_regions_are_what_its_file_holds():
 def test_it_grows_shrinks_and_is_compacted(built_in, asked, copy):
     folder = copy("pictures")
     before = Index(folder).search(asked, "images", 10)
-    summary, skipped = add_images(
-        folder, ALBUM, ["a.jpg", "c.jpg", "f.jpg"], built_in, MERGE, dtype="int8", assignments=True
-    )
-    assert (summary.images, skipped) == (6, [])
+    summary, changes = update_images(folder, album("a.jpg", "c.jpg", "f.jpg"), built_in, MERGE)
+    assert summary.images == 6
+    assert changes == Changes(new=2, gone=3, unchanged=1, unknown=1, dead=1 / 7)  # who knows what a.jpg held
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["format_version"] == 4
     shards = manifest["splits"]["images"]["images"]
@@ -113,9 +118,9 @@ def test_it_grows_shrinks_and_is_compacted(built_in, asked, copy):
     ((shard,),) = [split.images for split in Index(folder).manifest.splits.values()]
     assert (shard.version, shard.scale) == (4, None)
     assert load_file(folder / "images" / shard.file)["scales"].shape == (5,)
-    stamps = Index(folder).file_stamps("images")
-    assert {name for name, stamp in stamps.items() if stamp} == {"c.jpg", "f.jpg"}
-    add_images(folder, ALBUM, ["b.jpg"], built_in, MERGE, dtype="int8", assignments=True)
+    known = Index(folder).contents("images")
+    assert {name for name, content in known.items() if content} == {"c.jpg", "f.jpg"}
+    update_images(folder, album("b.jpg"), built_in, MERGE)
     assert set(Index(folder).numbers("images")) == old | {"c.jpg", "f.jpg"}
 
 
@@ -131,7 +136,7 @@ def stored(folder):
 def test_one_that_keeps_all_tokens_is_compacted_with_their_numbers(built_in, copy):
     folder = copy("none")
     kept = MergeConfig(num_regions=8, compressor="none")
-    add_images(folder, ALBUM, ["b.jpg"], built_in, kept, dtype="bfloat16")
+    update_images(folder, album("b.jpg"), built_in, kept, dtype="bfloat16", assignments=False)
     rows = stored(folder)
     compact_images(folder, "images")
     assert stored(folder) == rows
@@ -145,10 +150,10 @@ def test_other_weights_are_refused_once_they_are_known(built_in, copy):
     encoder = object.__new__(named)
     encoder.__dict__ |= vars(built_in)
     encoder.told = replace(built_in.identity, weights="a" * 64)
-    add_images(folder, ALBUM, ["f.jpg"], encoder, MERGE, dtype="int8", assignments=True)
+    update_images(folder, album("f.jpg"), encoder, MERGE)
     encoder.told = replace(encoder.told, weights="b" * 64)
     with pytest.raises(InputError, match=r"model\.weights='aaa.*, now 'bbb"):
-        add_images(folder, ALBUM, ["c.jpg"], encoder, MERGE, dtype="int8", assignments=True)
+        update_images(folder, album("c.jpg"), encoder, MERGE)
 
 
 def test_a_data_set_that_is_built_again_keeps_its_shards(built_in, copy, tmp_path):

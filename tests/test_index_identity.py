@@ -3,8 +3,8 @@
 The encoder draws hidden states from a picture's pixels; its images have grids of their own and prompt tokens in front.
 """
 
+import hashlib
 import json
-import os
 import zlib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -18,10 +18,12 @@ from torch.nn.functional import normalize
 from samer.compressors import COMPRESSORS, make_compressor, settings_used
 from samer.config import InputError, MergeConfig
 from samer.coords import grid_layout
+from samer.data.pictures import Found
 from samer.index import pictures as index_pictures
 from samer.index.manifest import manifest_from_json, read_index_manifest, to_json, write_index_manifest
-from samer.index.pictures import add_images, compact_images, delete_images
+from samer.index.pictures import compact_images, delete_images
 from samer.index.read import Index
+from samer.index.sync import update_images
 from samer.retrievers.base import Encoder, Projector
 from samer.retrievers.identity import ModelIdentity
 from samer.runtime.shards import load_shard, write_manifest, write_shard
@@ -81,8 +83,9 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(index_pictures, "PICTURES_PER_SHARD", 2)
 
 
-def add(folder, root, names=NAMES, encoder=None, merge=MERGE, **rest):
-    return add_images(folder, root, names, encoder or Tall(), merge, batch_size=2, **rest)
+def add(folder, root, names=NAMES, encoder=None, merge=MERGE, assignments=False, **rest):
+    found = Found(root, list(names), [])
+    return update_images(folder, found, encoder or Tall(), merge, batch_size=2, assignments=assignments, **rest)
 
 
 def ask(count=4):
@@ -223,27 +226,37 @@ def rewrite(folder, change):
 # --- stamps of files ------------------------------------------------------------------------------------------------
 
 
-def test_the_stamps_of_files_are_kept(root, tmp_path, small_shards):
-    for k, name in enumerate(NAMES):
-        os.utime(root / name, ns=(10**9 * k, 10**18 + k))
+def hash_of(file):
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+
+
+def test_the_contents_of_files_are_kept(root, tmp_path, small_shards):
     add(tmp_path / "c", root, NAMES[:3])
-    expected = {name: ((root / name).stat().st_size, 10**18 + k) for k, name in enumerate(NAMES)}
-    assert Index(tmp_path / "c").file_stamps("images") == {name: expected[name] for name in NAMES[:3]}
-    paint(root, NAMES[0], (2, 2))  # edited: nothing decides by it yet
-    add(tmp_path / "c", root)
+    before = {name: hash_of(root / name) for name in NAMES}
+    assert Index(tmp_path / "c").contents("images") == {name: before[name] for name in NAMES[:3]}
+    paint(root, NAMES[0], (2, 2))
+    changes = add(tmp_path / "c", root)[1]
+    assert (changes.changed, changes.new, changes.unchanged) == (1, 2, 2)
     delete_images(tmp_path / "c", "images", [NAMES[1]])
-    del expected[NAMES[1]]
-    assert Index(tmp_path / "c").file_stamps("images") == expected
+    expected = {name: hash_of(root / name) for name in NAMES if name != NAMES[1]}
+    assert expected[NAMES[0]] != before[NAMES[0]]
+    assert Index(tmp_path / "c").contents("images") == expected
     compact_images(tmp_path / "c", "images")
-    assert Index(tmp_path / "c").file_stamps("images") == expected
+    assert Index(tmp_path / "c").contents("images") == expected
 
 
-@pytest.mark.parametrize("files", [[[1, 2]], "many", [[1]] * 5, [["1", 2]] * 5, [[1, True]] * 5, [{}] * 5])
-def test_stamps_that_can_not_be_are_refused(root, tmp_path, files):
+BAD_STAMPS = [[[1, 2]], "many", [[1]] * 5, [["1", 2]] * 5, [[1, True]] * 5, [{}] * 5]
+BAD_CONTENTS = [["0" * 32], "0" * 32, ["0" * 31] * 5, ["0" * 33] * 5, ["F" * 32] * 5, [[0]] * 5, [0] * 5, {}, None]
+
+
+@pytest.mark.parametrize(
+    "told", [*({"files": value} for value in BAD_STAMPS), *({"contents": value} for value in BAD_CONTENTS)]
+)
+def test_stamps_that_can_not_be_are_refused(root, tmp_path, told):
     add(tmp_path / "c", root)
-    rewrite(tmp_path / "c", lambda tensors, stamp: stamp.update(files=files))
+    rewrite(tmp_path / "c", lambda tensors, stamp: stamp.update(told))
     with pytest.raises(InputError, match=r"images-00000\.safetensors: not readable"):
-        Index(tmp_path / "c").file_stamps("images")
+        Index(tmp_path / "c").contents("images")
 
 
 # --- the model ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -48,7 +49,7 @@ def album(world, base, script, tmp_path_factory):
     save_projector(folder / "adapter", retriever.current_projector(), retriever, MERGE)
     words = ["--images", folder / "root", "--cache-dir", folder / "c", "--adapter-path", folder / "adapter"]
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        summary = script("index").main([*map(str, words), "--batch-size", "4"])
+        summary = script("index").main([*map(str, words), "--batch-size", "4", "--skipped", str(folder / "skipped")])
     return folder, retriever, summary, said.getvalue().splitlines()
 
 
@@ -67,8 +68,14 @@ def test_index_finds_pictures_below_a_folder(album):
     assert cache.manifest.projector == retriever.current_projector().hash
     assert said[0] == f"15 pictures under {folder / 'root'}; writing the index to {folder / 'c'}"
     assert said[1].startswith("images: 14 images x at most 6 vectors (106 bytes per image), 0 queries -> ")
-    assert len(said) == 3
-    assert said[2].startswith(f"skipped: {folder / 'root' / 'broken.JPG'}: not a readable image")
+    assert said[2] == "14 new, 0 changed, 0 gone, 0 unchanged, 0 moved, 1 skipped"
+    assert len(said) == 4
+    assert said[3].startswith("skipped, not a picture: 1: broken.JPG; ")
+    assert f"{folder / 'root' / 'broken.JPG'}: not a readable image" in said[3]
+    assert any("skipped" in line for line in said[2:])
+    listed = (folder / "skipped").read_text().splitlines()
+    assert len(listed) == 1
+    assert listed[0].startswith("broken.JPG\t")
 
 
 def test_search_prints_the_best(album, script, capsys):
@@ -96,15 +103,22 @@ def test_search_prints_json_lines(album, script, capsys):
         assert all(Path(row["path"]).is_file() for row in line["results"])
 
 
-def test_search_asks_until_an_empty_line(album, script, capsys, monkeypatch):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_search_asks_a_terminal_until_an_empty_line(album, script, capsys, monkeypatch):
     folder, retriever, *_ = album
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"a dog\nan <image> of it\n{QUERY}\n\nnever read\n"))
-    results = script("search").main(["--cache-dir", str(folder / "c"), "--top", "2"])
+    monkeypatch.setattr(sys, "stdin", Terminal(f"a dog\nan <image> of it\n{QUERY}\n\nnever read\n"))
+    assert script("search").main(["--cache-dir", str(folder / "c"), "--top", "2", "--json"]) == 2
+    said = capsys.readouterr()
+    results = [json.loads(line) for line in said.out.splitlines()]
     assert [result["query"] for result in results] == ["a dog", QUERY]
     assert [row["id"] for row in results[1]["results"]] == [name for name, _ in answers(folder / "c", retriever, top=2)]
-    assert "error: query 'an <image> of it' holds <image>" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a dog"))  # its end ends it too
-    assert len(script("search").main(["--cache-dir", str(folder / "c")])) == 1
+    assert "error: query 'an <image> of it' holds <image>" in said.err
+    monkeypatch.setattr(sys, "stdin", Terminal("a dog"))  # its end ends it too
+    assert script("search").main(["--cache-dir", str(folder / "c")]) == 1
 
 
 def test_index_takes_pictures_out_and_back_in(album, base, script, tmp_path, capsys):
@@ -125,9 +139,8 @@ def test_index_takes_pictures_out_and_back_in(album, base, script, tmp_path, cap
         ("index", ["--cache-dir", "{c}", "--images", "{root}", "--delete", "a"], SystemExit),
         ("index", ["--cache-dir", "{c}", "--delete", "nobody.jpg"], "no image 'nobody.jpg'"),
         ("index", ["--cache-dir", "{c}", "--images", "{root}/no"], "no/*: no such folder"),
-        ("index", ["--cache-dir", "{c}", "--images", "{c}"], "no pictures in it .looked for .bmp, "),
+        ("index", ["--cache-dir", "{c}", "--images", "{c}"], "no pictures in it .looked for .avif, .bmp, "),
         ("index", ["--cache-dir", "{c}", "--images", "{root}", "--adapter-path", "no"], "no: no such projector"),
-        ("index", ["--cache-dir", "{c}", "--images", "{root}", "model.name={base}"], "projector="),
         ("index", ["--cache-dir", "{c}", "--images", "{root}/val", "--adapter-path", "{a}"], "holds the pictures of"),
         ("search", ["x", "--cache-dir", "{c}", "--top", "0"], SystemExit),
         ("search", ["x", "--cache-dir", "{c}", "--threads", "0"], "--threads is 0; it must be at least 1"),
@@ -161,3 +174,87 @@ def test_search_needs_a_split_where_there_are_several(world, base, script, tmp_p
     write_index_manifest(tmp_path / "c" / "manifest.json", other)
     with pytest.raises(InputError, match=r"is not the model that .*c was made with"):
         script("search").main([QUERY, "--cache-dir", str(tmp_path / "c"), "--split", "val"])
+
+
+# --- an index that follows its folder -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def followed(album, script, tmp_path, capsys):
+    """Eight pictures in a folder of their own, indexed; and the words that name the index."""
+    for path in sorted((album[0] / "root").rglob("*.jpg"))[:8]:
+        (tmp_path / "root" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "root" / path.parent.name)
+    words = ["--cache-dir", str(tmp_path / "c")]
+    adapter = ["--adapter-path", str(album[0] / "adapter")]
+    script("index").main([*words, "--images", str(tmp_path / "root"), *adapter])
+    capsys.readouterr()
+    return tmp_path / "root", words
+
+
+def test_every_run_ends_with_counts(followed, script, tmp_path, capsys):
+    root, words = followed
+    names = sorted(str(path.relative_to(root)) for path in root.rglob("*.jpg"))
+    shutil.copy(root / names[0], root / "copy.jpg")
+    shutil.copy(root / names[2], root / names[1])
+    (root / names[3]).unlink()
+    (root / "no.jpg").write_text("none")
+    summary = script("index").main([*words, "--images", str(root), "--skipped", str(tmp_path / "list")])
+    said = capsys.readouterr().out.splitlines()
+    assert "1 new, 1 changed, 1 gone, 6 unchanged, 0 moved, 1 skipped" in said
+    assert any("1 gone; --sync takes them out" in line for line in said)
+    assert any(line.startswith("skipped, ") and "no.jpg" in line for line in said)
+    (line,) = (tmp_path / "list").read_text().splitlines()
+    assert line.startswith("no.jpg\t")
+    assert summary.images == 9
+    summary = script("index").main([*words, "--sync"])  # of the folder that it knows
+    assert "0 new, 0 changed, 1 gone, 8 unchanged, 0 moved, 1 skipped" in capsys.readouterr().out.splitlines()
+    assert sorted(held(tmp_path / "c")) == sorted({*names, "copy.jpg"} - {names[3]})
+    assert summary.images == 8
+
+
+def test_a_folder_that_was_moved_is_named_once(followed, script, tmp_path, capsys):
+    root, words = followed
+    before = sorted(held(tmp_path / "c"))
+    new = root.rename(tmp_path / "elsewhere")
+    script("index").main([*words, "--images", str(new)])
+    assert f"the pictures were under {root} when they were indexed" in capsys.readouterr().out
+    assert sorted(held(tmp_path / "c")) == before
+    assert Index(tmp_path / "c").manifest.splits["images"].root == str(new)
+    script("index").main([*words, "--sync"])
+    (result,) = script("search").main([QUERY, *words])
+    assert {row["state"] for row in result["results"]} == {None}
+    assert all(Path(row["path"]).is_file() for row in result["results"])
+
+
+def test_a_run_that_can_take_nothing_fails_and_says_why(followed, base, command, tmp_path):
+    root, words = followed
+    before = contents(tmp_path / "c")
+    for path in root.rglob("*.jpg"):
+        path.write_text("none")
+    fresh = ["--cache-dir", tmp_path / "new", f"model.name={base}"]
+    for place in (words, fresh):
+        line = [sys.executable, "scripts/index.py", *place, "--images", root, "--skipped", tmp_path / "list"]
+        done = command(*line)
+        assert (done.returncode, done.stdout.count("\n")) == (2, 2 - (place is words))
+        last = done.stderr.splitlines()[-1]
+        assert re.search(f"error: {root}: not one readable picture among 8 files; first: .*not a readable image", last)
+        assert len((tmp_path / "list").read_text().splitlines()) == 8
+        (tmp_path / "list").unlink()
+    assert not (tmp_path / "new").exists()
+    after = contents(tmp_path / "c")
+    after.pop("images/stamps.json", None)  # what is remembered of times
+    before.pop("images/stamps.json", None)
+    assert after == before
+
+
+def test_an_empty_folder_empties_no_index(followed, script, tmp_path):
+    """A drive that is not mounted leaves an empty folder behind."""
+    root, words = followed
+    before = contents(tmp_path / "c")
+    shutil.rmtree(root)
+    root.mkdir()
+    (root / "README").write_text("not mounted")
+    with pytest.raises(InputError, match="no pictures in it"):
+        script("index").main([*words, "--sync"])
+    assert contents(tmp_path / "c") == before

@@ -22,17 +22,19 @@ from safetensors.torch import load_file
 
 from samer.config import InputError, MergeConfig
 from samer.data import READERS, make_reader
+from samer.data.pictures import Found
 from samer.data.reader import Reader
 from samer.data.records import Caption, ImageRecord, Phrase
 from samer.grounding import box_coverage
 from samer.index import pictures as index_pictures
-from samer.index.pictures import add_images, delete_images
+from samer.index import settings as index_settings
+from samer.index.pictures import delete_images
 from samer.index.read import Index
+from samer.index.sync import update_images
 from samer.index.write import build_index
 from samer.retrievers.base import Projector
 from samer.retrievers.hf import Retriever
 from samer.scoring import pack_signs
-from samer.search import models as search_models
 from samer.search.models import Models
 from samer.search.open_index import SearchIndex
 from samer.search.server import loopback_names
@@ -282,9 +284,9 @@ def test_words_and_their_tokens():
 
 def test_a_model_is_loaded_once_and_reads_a_text_once(caches, world, monkeypatch):
     loaded, read = [], []
-    load, states = search_models.open_encoder, Retriever.hidden_states
+    load, states = index_settings.open_encoder, Retriever.hidden_states
     monkeypatch.setattr(
-        search_models, "open_encoder", lambda *words, **rest: loaded.append(words) or load(*words, **rest)
+        index_settings, "open_encoder", lambda *words, **rest: loaded.append(words) or load(*words, **rest)
     )
     monkeypatch.setattr(Retriever, "hidden_states", lambda self, inputs: read.append(1) or states(self, inputs))
     models = Models("cpu")
@@ -324,7 +326,7 @@ def test_an_image_is_found_by_its_number(world, base, tmp_path, monkeypatch, dty
     root = world / "images" / "Images"
     names = sorted(path.name for path in root.iterdir())[:8]
     merge = MergeConfig(num_regions=6)
-    add_images(tmp_path / "c", root, names, Retriever.load(str(base)), merge, dtype=dtype, assignments=True)
+    update_images(tmp_path / "c", Found(root, names, []), Retriever.load(str(base)), merge, dtype=dtype)
     delete_images(tmp_path / "c", "images", [names[1], names[3]])
     cache = Index(tmp_path / "c")
     assert cache.numbers("images") == {name: k for k, name in enumerate(names) if k not in (1, 3)}
@@ -493,7 +495,7 @@ def album(world, base, tmp_path):
     shutil.copy(root / "turned.jpg", root / "secret.jpg")
     outside = ["../secret.png", str(tmp_path / "secret.png"), "sub/../../secret.png", str(root / "secret.jpg")]
     ids = ["turned.jpg", *outside, *(f"sub/{name}" for name in names[:3])]
-    add = lambda paths: add_images(tmp_path / "c", root, paths, retriever, merge, assignments=True)
+    add = lambda paths: update_images(tmp_path / "c", Found(root, paths, []), retriever, merge)
     add(ids)
     return tmp_path, names, add
 
@@ -544,7 +546,7 @@ def replace_data(index, world):
 class Shelf(Reader):
     """A data set of another kind: one JSON file per split, pictures anywhere below the root."""
 
-    def load_split(self, root, split, *, boxes, limit_images=None):
+    def load_split(self, root, split, *, boxes, limit_images=None, strict=False):
         root = Path(root)
         rows = json.loads((root / f"{split}.json").read_text())[:limit_images]
         records = []
@@ -599,6 +601,10 @@ def test_an_index_that_changes_is_opened_again(album):
         assert {row["id"] for row in grown["results"]} - {row["id"] for row in before["results"]} == {f"sub/{names[3]}"}
         numbers = {row["id"]: row["number"] for row in before["results"]}
         assert numbers.items() <= {row["id"]: row["number"] for row in grown["results"]}.items()
+        assert {row["state"] for row in grown["results"]} == {None}
+        (folder / "root" / "sub" / names[3]).unlink()
+        states = {row["id"]: row["state"] for row in asked(client, top=20)["results"]}
+        assert states == {**dict.fromkeys(states), f"sub/{names[3]}": "gone"}
         delete_images(folder / "c", "images", ["turned.jpg"])
         assert "turned.jpg" not in {row["id"] for row in asked(client, top=20)["results"]}
         assert client.get("/image/0/0").status_code == 404

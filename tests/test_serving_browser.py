@@ -92,6 +92,27 @@ def test_typing_searches_and_the_address_keeps_it(chromium, server):
         assert page.input_value("#query") == "a red car"
 
 
+def test_pictures_that_are_gone_or_changed_bear_a_mark(chromium, server):
+    def on_disk(route):
+        response = route.fetch()
+        answer = response.json()
+        for result, state in zip(answer["results"], ["changed", None, "gone"]):
+            result["state"] = state
+        route.fulfill(response=response, json=answer)
+
+    with opened(chromium, server) as page:
+        page.route("**/api/search*", on_disk)
+        page.fill("#query", "a red car")
+        settled(page)
+        assert [card.locator(".state").all_inner_texts() for card in page.locator(RESULT).all()[:3]] == [
+            ["changed"],
+            [],
+            ["gone"],
+        ]
+        assert page.locator(".state").count() == 2
+        assert "--sync" in page.locator(".state").nth(1).get_attribute("title")
+
+
 def test_a_word_shows_what_it_matched(chromium, server):
     with opened(chromium, f"{server}/?q=a+red+car&index=0", reduced_motion="reduce") as page:
         settled(page)
@@ -202,7 +223,7 @@ def test_the_slider_moves_between_indexes(chromium, server):
         assert page.locator(f"{WORD}.active").inner_text() == "red"  # the word stays, to compare
         until(page, "document.querySelector('#results canvas').classList.contains('shown')")
         page.locator("#slider").fill("2")
-        until(page, "document.querySelector('#hint').textContent.includes('--assignments')")
+        until(page, "document.querySelector('#hint').textContent.includes('--no-assignments')")
         assert drawn(page) == [0] * 8
 
 

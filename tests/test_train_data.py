@@ -102,7 +102,7 @@ def test_a_chain_named_twice_counts_once():
 def test_an_image_is_prepared_once_however_many_captions_it_has(collator, records, monkeypatch):
     opened = []
     load = pictures.load_image
-    monkeypatch.setattr(hf, "load_image", lambda path: opened.append(path) or load(path))
+    monkeypatch.setattr(hf, "load_image", lambda path, needs=None: opened.append(path) or load(path, needs))
     pick = [(3, 0), (1, 2), (3, 4), (0, 1), (1, 0), (3, 1)]
     rows = [Row(image, records[image], records[image].captions[caption]) for image, caption in pick]
     batch = collator(rows)
@@ -110,7 +110,8 @@ def test_an_image_is_prepared_once_however_many_captions_it_has(collator, record
     assert batch["image_inputs"]["pixel_values"].shape == (3, 3, 64, 64)
     assert batch["image_numbers"].tolist() == [image for image, _ in pick]
     for row, (image, caption) in enumerate(pick):
-        alone = collator.retriever.image_inputs([load(records[image].image_path)])["pixel_values"][0]
+        picture = load(records[image].image_path, collator.retriever.picture_size)
+        alone = collator.retriever.image_inputs([picture])["pixel_values"][0]
         assert torch.equal(batch["image_inputs"]["pixel_values"][batch["image_of"][row]], alone)
         ids = collator.retriever.query_inputs([records[image].captions[caption].text])["input_ids"][0]
         valid = batch["query_inputs"]["attention_mask"][row].bool()

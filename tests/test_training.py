@@ -479,7 +479,9 @@ def test_a_damaged_history_is_named(settings, tmp_path, text):
     path = tmp_path / "run" / "history.json"
     before = path.read_bytes()
     path.write_text(text)
-    with pytest.raises(InputError, match=f"{path}: not readable .*remove it to end this run again"):
+    with pytest.raises(
+        InputError, match=f"{path}: not readable .*remove it and run the same command again to end this run"
+    ):
         train(settings(tmp_path / "run", **changes))
     path.unlink()
     train(settings(tmp_path / "run", **changes))

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from samer.config import InputError, MergeConfig
+from samer.data.pictures import Found
 from samer.features.write import write_features
-from samer.index.pictures import add_images
+from samer.index.sync import update_images
 from samer.index.verify import verify
 from samer.index.write import build_index
 from samer.retrievers.base import Projector
@@ -26,7 +27,8 @@ def outputs(base, world, tmp_path_factory):
     merge = MergeConfig(num_regions=4)
     build_index(folder / "caches/cache", world, ["val", "test"], retriever, merge, dtype="binary")
     pictures = world / "images" / "Images"
-    add_images(folder / "caches/index", pictures, sorted(p.name for p in pictures.iterdir())[:5], retriever, merge)
+    found = Found(pictures, sorted(p.name for p in pictures.iterdir())[:5], [])
+    update_images(folder / "caches/index", found, retriever, merge, assignments=False)
     layer = retriever.base_projector
     save_projector(folder / "run", Projector(layer.weight + 0.01, layer.bias), retriever, merge)
     write_shard(folder / "measured.safetensors", {"a/b": torch.rand(5)}, {"version": 1}, {"rows": 1})
@@ -51,6 +53,16 @@ def test_all_of_it_is_read(outputs):
     assert len(files) == 2 + 2 + 2 + 6 + 3 + 1 + 1
     assert found.files == len(files)
     assert found.bytes == sum(file.stat().st_size for file in files if file.name != "manifest.json")
+
+
+def test_what_is_remembered_of_times_is_no_damage(outputs, tmp_path):
+    """Nothing vouches for it and nothing needs it: it may be spoilt, or gone."""
+    folder = shutil.copytree(outputs, tmp_path / "copy")
+    places = [folder / "features/val", folder / "caches/cache/val", folder / "caches/cache/test"]
+    for content in (b"", b"\xff[", b'{"format": "samer_cache", "files": {}}'):
+        for place in places:
+            (place / "stamps.json").write_bytes(content)
+        assert verify(folder) == verify(outputs)
 
 
 @pytest.mark.parametrize("place", [-1, 0.5, 12])
@@ -99,7 +111,7 @@ def test_what_has_no_checksum_is_refused(outputs, tmp_path):
         (tmp_path / "none", "no such file or folder"),
         (outputs / "other", "nothing here has a checksum"),
         (outputs / "results.json", "nothing here has a checksum"),
-        ("a" * 300, "can't be looked up"),
+        ("a" * 300, r"can't be read \(File name too long\); give it a shorter name"),
     ):
         with pytest.raises(InputError, match=words):
             verify(path)
@@ -116,5 +128,5 @@ def test_the_script_tells_and_exits_by_what_it_finds(outputs, tmp_path, script, 
         script("verify").main([str(folder)])
     assert stopped.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("1 damaged or missing:")
+    assert lines[0].endswith("1 damaged, missing or unreadable:")
     assert lines[1].startswith(f"  {folder / 'measured.safetensors'}: ")

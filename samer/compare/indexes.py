@@ -13,9 +13,10 @@ from samer.compare.run import sweep
 from samer.config import InputError
 from samer.data import make_reader
 from samer.evaluation import both_directions
-from samer.features.read import open_encoder
 from samer.index.read import Index
-from samer.report.gallery import Shown, check_images, make_gallery
+from samer.index.settings import encoder_of
+from samer.report.evaluate import check_place
+from samer.report.gallery import Shown, check_images, make_gallery, noting_replaced
 from samer.report.page import headline, metrics_table, write_report
 from samer.runtime.files import read_json
 
@@ -67,13 +68,15 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
     if unknown:
         raise InputError(f"--sweep {sorted(unknown)[0]!r}: name a method of --method")
     indexes = {place: Index(place) for _, place in [*request.methods, *request.regions]}
+    check_place(out, list(indexes), [place for _, place in request.rows])
+    for _, place in request.methods:
+        indexes[place].check_captions(split)
     limit = max(index.size(split)[0] for index in indexes.values())
     records = make_reader(request.reader).load_split(root, split, boxes=True, limit_images=limit)
     for index in indexes.values():
         check_images(index, split, records, root)
     first = indexes[request.methods[0][1]]
-    model, revision = first.model_place(request.model)
-    encoder = open_encoder(model, device, features=request.features, revision=revision)
+    encoder = encoder_of(first, device, model=request.model, features=request.features)
     for index in indexes.values():
         index.check_model(encoder)
     methods, measured = [], []
@@ -90,13 +93,14 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
         results = sweep(encoder, records, methods, request.curves, Path(root).name, request.batch_size)
     regions = [_shown(name, indexes[place]) for name, place in request.regions]
     gallery = make_gallery(encoder, records, methods, regions, batch_size=request.batch_size)
+    gallery = noting_replaced(gallery, encoder, split, list(indexes.values()))
     captions = sum(len(record.captions) for record in records)
     return write_report(
         out,
         title=request.title or f"SaMer on {split} of {Path(root).name}",
         about=[
             ("data", f"{split} of {root}: {len(records):,} images, {captions:,} captions"),
-            ("retriever", model),
+            ("retriever", encoder.name),
             *request.methods,
             *request.rows,
         ],

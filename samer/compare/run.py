@@ -27,9 +27,11 @@ from safetensors import SafetensorError
 from samer.compare.measure import cost, measure
 from samer.compare.plan import Row, budgets, check_request, plan, slug
 from samer.compare.summarise import named_objects, summarise
-from samer.config import Config, InputError, MergeConfig
+from samer.config import Config, MergeConfig
 from samer.data import make_reader
 from samer.data.records import ImageRecord
+from samer.data.stamps import Stamps
+from samer.evaluation import check_described
 from samer.features.read import FeatureStore
 from samer.grounding import size_thirds
 from samer.report.gallery import Shown
@@ -37,7 +39,7 @@ from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import load_projector
 from samer.runtime.files import write_json
 from samer.runtime.processes import print0
-from samer.runtime.shards import finished_shard, load_shard, write_shard
+from samer.runtime.shards import finished_shard, load_shard, unreadable, write_shard
 from samer.runtime.signals import stop_here, stoppable
 from samer.training.loop import train
 
@@ -69,6 +71,7 @@ def sweep(
     Returns:
         As `compare`, with rows in the sections untouched, adapted and budgets only.
     """
+    check_described(records)
     tokens_per_image = encoder.record_inputs(records[:1])["attention_mask"].shape[1]
     rows, jobs = [], {}
     for method in shown:
@@ -120,8 +123,10 @@ def compare(
     folder = Path(folder)
     check_request(sections, seeds)
     records = make_reader(config.data.reader).load_split(
-        config.data.root, split, boxes=True, limit_images=config.data.limit_eval_images
+        config.data.root, split, boxes=True, limit_images=config.data.limit_eval_images, strict=config.data.strict
     )
+    check_described(records)
+    store.check_records(records)
     size_thirds(named_objects(records)[0])  # data without a box is refused before anything is trained
     tokens_per_image = store.record_inputs(records[:1])["attention_mask"].shape[1]
     rows = [row for row in plan(config.merge, tokens_per_image) if row.section in sections]
@@ -190,7 +195,7 @@ def _measured(
 ) -> Measured:
     """Values of all rows of the projector in use, from `path` if they are there, else measured and written."""
     boxes = json.dumps([[p.boxes for c in r.captions for p in c.phrases] for r in records])
-    stamp = {
+    older = {
         "version": VERSION,
         "projector": store.current_projector().hash,
         "source": store.origin,
@@ -200,14 +205,16 @@ def _measured(
         "boxes": hashlib.sha256(boxes.encode()).hexdigest(),
         "batch_size": batch_size,
     }
-    if finished_shard(path, stamp) is None:
+    contents = hashlib.sha256(repr(store.contents(records, Stamps())).encode()).hexdigest()
+    stamp = {**older, "contents": contents}
+    if finished_shard(path, stamp, lambda found, _: found in (stamp, older)) is None:  # earlier versions had no hash
         values = measure(store, records, merges, batch_size)
         tensors = {f"{key}/{name}": value for key, row in values.items() for name, value in row.items()}
         write_shard(path, tensors, stamp, {"rows": len(merges)})
     try:
         tensors, _ = load_shard(path)
     except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"{path}: not readable ({str(error)[:120]}); remove it and run again") from None
+        raise unreadable(path, error, "run again") from None
     found: Measured = {key: {} for key in merges}
     for name, tensor in tensors.items():
         key, _, value = name.rpartition("/")

@@ -58,7 +58,7 @@ def write_comparison(
     results = compare(config, out, store, seeds=seeds, sections=sections, split=split)
     files = [out / "results.json", *write_tables(results, out), out / "report.html"]
     records = make_reader(config.data.reader).load_split(
-        config.data.root, split, boxes=True, limit_images=config.data.limit_eval_images
+        config.data.root, split, boxes=True, limit_images=config.data.limit_eval_images, strict=config.data.strict
     )
     methods, regions = shown_methods(config.merge, out, store, sections, seeds[0])
     gallery = make_gallery(store, records, methods, regions, batch_size=config.train.eval_batch_size)

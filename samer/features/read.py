@@ -4,7 +4,9 @@ Shape letters: B images, N tokens, M query tokens, H hidden."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -12,17 +14,23 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from samer.config import InputError
+from samer.data.contents import check_contents, named
 from samer.data.records import ImageRecord
+from samer.data.stamps import FILE, Stamps
 from samer.features.manifest import DTYPES, StoreManifest, read_store_manifest
 from samer.retrievers.attention import ATTENTION, check_signals
 from samer.retrievers.base import NO_OFFSET, Encoder, image_seeds
 from samer.retrievers.hf import Retriever, identify
 from samer.retrievers.identity import ModelIdentity, fingerprint, model_folder
 from samer.retrievers.projectors import load_projector, read_projector
-from samer.runtime.files import lookup
-from samer.runtime.processes import print0
-from samer.runtime.shards import load_shard
+from samer.runtime.files import is_dir, is_file, lookup
+from samer.runtime.hub import model_name
+from samer.runtime.processes import gather_objects, print0, rank, world_size
+from samer.runtime.progress import Progress
+from samer.runtime.shards import load_shard, unreadable
 from samer.tokens import ImageLayout
+
+MANY = 2000  # pictures to look at, from which on it shows how far it is
 
 
 def open_encoder(
@@ -78,6 +86,8 @@ class FeatureStore(Encoder):
         self, folder: str | Path, model: str, device: torch.device | str = "cpu", *, revision: str = "main"
     ) -> None:
         self._open(lookup(folder), model, device, revision)
+        if model != self.manifest.base_model or is_dir(model):
+            self.name = model = model_name(model)  # the store's own may be gone by now
         now = _identity_now(model, revision, self.manifest.format_version)
         if now is None:
             made = self.manifest.base_model
@@ -100,7 +110,7 @@ class FeatureStore(Encoder):
     def _open(self, folder: Path, model: str, device: torch.device | str, revision: str) -> None:
         self.folder = folder
         path = folder / "manifest.json"
-        if not path.is_file():
+        if not is_file(path):
             raise InputError(f"{folder}: no manifest.json; finish the features with bash/features.sh (it goes on)")
         self.manifest = read_store_manifest(path)
         path = folder / "base.safetensors"
@@ -137,7 +147,11 @@ class FeatureStore(Encoder):
         return self.manifest.identity
 
     def check_records(self, records: Sequence[ImageRecord]) -> None:
-        """Refuses records whose image or captions are not stored."""
+        """Refuses records whose image or captions are not stored, or whose picture was replaced since.
+
+        A picture that is not there, is empty or can't be read is no matter: nothing reads it. Several processes share
+        the work, so all of them must call this.
+        """
         wanted = {
             "images": [record.image_id for record in records],
             "captions": [caption.text for record in records for caption in record.captions],
@@ -151,6 +165,50 @@ class FeatureStore(Encoder):
                     f"{len(set(names)):,}; it holds the splits {', '.join(self.manifest.splits)}: run "
                     "bash/features.sh for the one you need"
                 )
+        places = self._places["images"]
+        shards = {record.image_id: self._shards[places[record.image_id][0]] for record in records}
+        replaced, unknown = self._replaced(records)
+        if replaced:
+            splits = ", ".join(dict.fromkeys(shards[name].path.parent.name for name in replaced))
+            raise InputError(
+                f"{self.folder}: {len(replaced):,} of {len(shards):,} pictures were replaced since their features were "
+                f"computed ({named(replaced)}); run bash/features.sh again for {splits}: it computes those shards anew"
+            )
+        if unknown:
+            print0(
+                f"note: {self.folder} is taken at its word for {unknown:,} pictures, as earlier versions kept no "
+                "content hashes; compute the features in another folder to have later changes seen"
+            )
+
+    def _replaced(self, records: Sequence[ImageRecord]) -> tuple[list[str], int]:
+        """Ids of images whose file now holds something else than the features are of, and of how many it's unknown."""
+        unique = list({record.image_id: record for record in records}.values())
+        stamps = {split: Stamps(self.folder / split / FILE) for split in self.manifest.splits}
+        own: dict[str, list[str]] = {split: [] for split in stamps}  # looked at by this process
+        replaced, share = [], unique[rank() :: world_size()]
+        for record in Progress(share, "comparing pictures", unit="images") if len(share) > MANY else share:
+            shard, row = self._places["images"][record.image_id]
+            split, held = self._shards[shard].path.parent.name, self._shards[shard].contents[row]
+            with suppress(InputError, OSError, ValueError):
+                if held is not None and os.stat(record.image_path).st_size:
+                    own[split].append(record.image_id)
+                    if stamps[split].content(record.image_id, record.image_path) != held:
+                        replaced.append(record.image_id)
+        known = {split: {name: stamps[split].rows().get(name) for name in names} for split, names in own.items()}
+        parts = gather_objects((replaced, known))
+        for split in stamps if rank() == 0 else ():
+            for _, rows in parts:
+                stamps[split].merge({name: row for name, row in rows[split].items() if row})
+            with suppress(InputError):  # it only saves reading them again
+                stamps[split].write()
+        found = {name for names, _ in parts for name in names}
+        unknown = self.contents(unique, Stamps()).count(None)
+        return [record.image_id for record in unique if record.image_id in found], unknown
+
+    def contents(self, records: Sequence[ImageRecord], stamps: Stamps) -> list[str | None]:
+        """The content hash of each picture that the features are of, None where the store does not say."""
+        places = [self._places["images"].get(record.image_id) for record in records]
+        return [place and self._shards[place[0]].contents[place[1]] for place in places]
 
     def _rows(self, kind: str, names: Sequence[str]) -> dict[str, Tensor]:
         missing = [name for name in names if name not in self._places[kind]]
@@ -203,10 +261,10 @@ class FeatureStore(Encoder):
 
 
 class _Shard:
-    """A shard's tensors, mapped from its file, and the names of its rows."""
+    """A shard's tensors, mapped from its file, and the names and, of images, the content hashes of its rows."""
 
-    def __init__(self, path: Path, tensors: dict[str, Tensor], names: list[str]) -> None:
-        self.path, self.tensors, self.names = path, tensors, names
+    def __init__(self, path: Path, tensors: dict[str, Tensor], names: list[str], contents: list[str | None]) -> None:
+        self.path, self.tensors, self.names, self.contents = path, tensors, names, contents
         self.starts = {"tokens": _starts(tensors["lengths"])}
         if "grid" in tensors:
             self.starts["patches"] = _starts(tensors["grid"].long().prod(1))
@@ -249,7 +307,7 @@ def _map(path: Path, kind: str, count: int, manifest: StoreManifest) -> _Shard:
     try:
         tensors, header = load_shard(path)
         stamp, made = header["stamp"], manifest.stamp()
-        other = [key for key in stamp if key != "names" and stamp[key] != made.get(key)]
+        other = [key for key in stamp if key not in ("names", "contents") and stamp[key] != made.get(key)]
         if other:
             raise ValueError(f"made with another {other[0]}")
         names, lengths, total = stamp["names"], tensors["lengths"], len(tensors["hidden"])
@@ -274,6 +332,8 @@ def _map(path: Path, kind: str, count: int, manifest: StoreManifest) -> _Shard:
         found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items() if name != "lengths"}
         if not right or found != wanted:
             raise ValueError("its tensors or names are not what the manifest says")
-        return _Shard(path, tensors, names)
+        contents = stamp.get("contents", [None] * count)
+        check_contents(contents, count)
+        return _Shard(path, tensors, names, contents)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not readable ({str(error)[:120]}); remove it and run features again") from None
+        raise unreadable(path, error, "run features again") from None

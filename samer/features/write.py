@@ -6,6 +6,10 @@
                                            patches (sum N,), grid (n, 2), source (sum P,), int8: scales (sum N,)
     DIR/<split>/texts-00000.safetensors    hidden (sum M, H), offsets (sum M, 2), lengths (t,) of distinct
                                            captions; int8: scales (sum M,)
+    DIR/<split>/stamps.json                may be there: what saves hashing a picture again, as `samer.index.write` says
+
+The header of a shard holds the stamp of the manifest, `names` of its images or its captions, and of images `contents`:
+per image null or the hash of its file when it was read, as in an index. Earlier shards have no `contents`.
 
 Shards are mapped, never loaded whole: the page cache is the cache. Shape letters: B images, N tokens, P patches,
 M query tokens, H hidden.
@@ -17,6 +21,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -27,13 +32,14 @@ from torch import Tensor
 
 from samer.config import InputError
 from samer.data import make_reader
+from samer.data.contents import Contents
 from samer.data.records import ImageRecord
 from samer.features.manifest import DTYPES, StoredShard, StoredSplit, StoreManifest, read_store_manifest
 from samer.retrievers.attention import ATTENTION
 from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import write_projector
-from samer.runtime.files import only_writer
-from samer.runtime.processes import gather_objects, print0, rank
+from samer.runtime.files import about, exists, is_dir, is_file, listing, only_writer
+from samer.runtime.processes import print0, rank
 from samer.runtime.progress import Progress, batched
 from samer.runtime.shards import finished_shard, in_order, shared_out, write_manifest, write_shard
 from samer.runtime.signals import stop_here, stoppable
@@ -63,10 +69,12 @@ def write_features(
     dtype: str = "bfloat16",
     limit_images: int | None = None,
     reader: str = "flickr",
+    strict: bool = False,
 ) -> dict[str, StoredSplit]:
     """Computes the hidden states of splits once and keeps them; complete shards of an earlier try are kept.
 
-    Bytes depend on the data, the model and the batch size, not on the number of processes or on interruptions.
+    A shard of which a picture was replaced since, or a caption changed, is computed anew. Bytes depend on the data, the
+    model and the batch size, not on the number of processes or on interruptions.
 
     Args:
         folder: the store; made if missing.
@@ -77,6 +85,7 @@ def write_features(
         dtype: float32, bfloat16, float16, or int8 with a scale per token.
         limit_images: the first so many images of each split.
         reader: of the data set, a name in `samer.data.READERS`.
+        strict: refuse what a reader otherwise leaves out of the data and tells.
 
     Returns:
         The manifest's entry of each split.
@@ -94,7 +103,7 @@ def write_features(
         raise InputError(f"splits {' '.join(splits)}: a split is named twice")
     made = _made_now(retriever, dtype)
     records = {
-        split: make_reader(reader).load_split(data_root, split, boxes=False, limit_images=limit_images)
+        split: make_reader(reader).load_split(data_root, split, boxes=False, limit_images=limit_images, strict=strict)
         for split in splits
     }
     _open_for_writing(folder, made)  # before anything is made in a foreign folder
@@ -104,16 +113,18 @@ def write_features(
         if rank() == 0:
             write_projector(folder / "base.safetensors", retriever.base_projector)
         for split, rows in records.items():
+            contents = Contents(folder / split, retriever.contents)
             images = _write_shards(
-                folder / split, "images", list(batched(rows, IMAGES_PER_SHARD)), retriever, batch_size, made
+                folder / split, list(batched(rows, IMAGES_PER_SHARD)), retriever, batch_size, made, contents
             )
+            contents.tell("their features were computed")
             captions = _write_shards(
-                folder / split, "texts", list(batched(_texts(rows), TEXTS_PER_SHARD)), retriever, batch_size, made
+                folder / split, list(batched(_texts(rows), TEXTS_PER_SHARD)), retriever, batch_size, made
             )
             manifest = replace(manifest, splits={**manifest.splits, split: StoredSplit(images, captions)})
             if rank() == 0:
                 write_manifest(folder / "manifest.json", _as_written(manifest))
-            gather_objects(None)
+            contents.remember()  # no process goes on before the manifest is written
     return {split: manifest.splits[split] for split in splits}
 
 
@@ -158,7 +169,7 @@ def _open_for_writing(folder: Path, made: StoreManifest) -> StoreManifest:
         InputError: a store of another making, or something else is there.
     """
     path = folder / "manifest.json"
-    if path.is_file():
+    if is_file(path):
         found = read_store_manifest(path)
         if found.format_version != made.format_version:
             raise InputError(
@@ -173,14 +184,14 @@ def _open_for_writing(folder: Path, made: StoreManifest) -> StoreManifest:
                     "name another folder, or remove it to compute them anew"
                 )
         return found
-    if folder.exists() and (not folder.is_dir() or any(map(_is_foreign, folder.iterdir()))):
+    if exists(folder) and (not is_dir(folder) or any(map(_is_foreign, listing(folder)))):
         raise InputError(f"{folder} is or holds what is no feature store; name another folder")
     return made
 
 
 def _is_foreign(entry: Path) -> bool:
     """Whether a file or folder belongs to no feature store."""
-    return not (entry.is_dir() or entry.name == "base.safetensors" or entry.name.startswith("."))
+    return not (is_dir(entry) or entry.name == "base.safetensors" or entry.name.startswith("."))
 
 
 def _announce(folder: Path, records: dict[str, list[ImageRecord]], retriever: Retriever, dtype: str) -> None:
@@ -195,11 +206,12 @@ def _announce(folder: Path, records: dict[str, list[ImageRecord]], retriever: Re
         for batch in batched(sorted(texts), 1024):
             lengths += int(retriever.query_inputs(batch)["attention_mask"].sum())
         wanted = len(rows) * (per_image * (width + beside) + 4 * patches) + lengths * (width + 8)
-        found = sum(file.stat().st_size for file in (folder / split).glob("*.safetensors"))
+        held = [about(path) for path in listing(folder / split) if path.suffix == ".safetensors"]
+        found = sum(each.st_size for each in held if each)
         need, have, captions = need + wanted, have + found, captions + len(texts)
         missing += max(0, wanted - found)  # what another split has is no progress of this one
     place = folder
-    while not place.exists():
+    while not exists(place):
         place = place.parent
     free = shutil.disk_usage(place).free
     images = sum(len(rows) for rows in records.values())
@@ -231,22 +243,41 @@ def _sizes_of(records: Sequence[ImageRecord], retriever: Retriever) -> tuple[int
 
 
 def _write_shards(
-    folder: Path, kind: str, jobs: list, retriever: Retriever, batch_size: int, made: StoreManifest
+    folder: Path,
+    jobs: list,
+    retriever: Retriever,
+    batch_size: int,
+    made: StoreManifest,
+    contents: Contents | None = None,
 ) -> tuple[StoredShard, ...]:
-    """Writes this process's share of the shards and returns the manifest entries of all of them."""
-    own = []
+    """Writes this process's share of the shards and returns the manifest entries of all of them.
+
+    Jobs are of images, with their `contents`, or without of captions.
+    """
+    own, kind = [], "images" if contents else "texts"
     for number, items in Progress(shared_out(jobs), f"{folder.name} {kind}", unit="shards"):
         stop_here()
         path = folder / f"{kind}-{number:05d}.safetensors"
         names = [item if kind == "texts" else item.image_id for item in items]
         mark = {**made.stamp(), "names": names}
-        entry = finished_shard(path, mark)
+        entry = finished_shard(path, mark, partial(_as_now, contents, items))
         if entry is None:
-            encode = _encode_texts if kind == "texts" else _encode_images
-            tensors = _stored([encode(batch, retriever) for batch in batched(items, batch_size)], made.dtype)
-            entry = write_shard(path, tensors, mark, {"count": len(names)})
+            batches = []
+            for batch in batched(items, batch_size):
+                if contents:  # hashed before it is decoded: if it is replaced in between, the next run sees it
+                    mark["contents"] = [*mark.get("contents", []), *contents.of(batch)]
+                batches.append((_encode_images if contents else _encode_texts)(batch, retriever))
+            entry = write_shard(path, _stored(batches, made.dtype), mark, {"count": len(names)})
         own.append((number, StoredShard(**entry)))
     return tuple(entry for _, entry in in_order(own))
+
+
+def _as_now(contents: Contents | None, records: Sequence[ImageRecord], found: dict, mark: dict) -> bool:
+    """Whether a shard's stamp says what one made now would, and its pictures are still the same."""
+    if contents is None:
+        return found == mark
+    rest = {key: value for key, value in found.items() if key != "contents"}
+    return rest == mark and contents.same(found.get("contents"), records)
 
 
 def _encode_images(records: Sequence[ImageRecord], retriever: Retriever) -> dict[str, Tensor]:

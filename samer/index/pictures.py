@@ -1,141 +1,33 @@
-"""An index of a folder of pictures that changes: adding, deleting, compacting.
-
-Shape letters: K regions, N tokens, D embedding."""
+"""An index of a folder of pictures that changes: deleting and compacting; `samer.index.sync` brings it up to date."""
 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from samer.compressors import make_compressor
-from samer.config import InputError, MergeConfig
-from samer.data.pictures import load_image
-from samer.data.records import ImageRecord
+from samer.config import InputError
 from samer.index.manifest import (
     NO_REGION,
     SHARD_NAME,
-    IndexSummary,
     Shard,
     Split,
     stamp_of,
-    summarise,
     write_index_manifest,
 )
 from samer.index.read import Index
-from samer.index.write import check_settings, write_image_shard, writing
-from samer.retrievers.base import Encoder, image_seeds
+from samer.index.write import write_image_shard
 from samer.runtime.files import only_writer
-from samer.runtime.progress import Progress, batched, prefetched
-from samer.runtime.shards import joined, load_header
+from samer.runtime.progress import batched
+from samer.runtime.shards import joined
 from samer.runtime.signals import stop_here, stoppable
 
 PICTURES_PER_SHARD = 256  # of a folder: what a kill can cost
 FOLDER_SPLIT = "images"  # where pictures without captions go
-
-
-def add_images(
-    folder: str | Path,
-    root: str | Path,
-    paths: Sequence[str],
-    retriever: Encoder,
-    merge: MergeConfig,
-    *,
-    batch_size: int = 32,
-    dtype: str = "int8",
-    assignments: bool = False,
-) -> tuple[IndexSummary, list[str]]:
-    """Adds pictures without captions to an index, which is made if it is missing.
-
-    A picture's id is its path under `root`; ids that the index holds are left out, deleted ones are not: a picture that
-    is still in the folder comes back. After each shard the index on disk holds what is written so far, so an
-    interrupted run loses at most `PICTURES_PER_SHARD` pictures' work.
-
-    Args:
-        folder: the index.
-        root: the pictures' folder.
-        paths: of pictures, relative to `root`.
-        retriever: with the projector to use; it has `image_inputs`, of pictures at hand.
-        merge, batch_size, dtype, assignments: as in `build_index`; the compressor must need no corpus.
-
-    Returns:
-        What the index holds now, and one line per picture that could not be read; those are skipped.
-
-    Raises:
-        InputError: as `build_index`; no readable picture at all.
-    """
-    check_settings(retriever, merge, batch_size, dtype, assignments)
-    compressor = make_compressor(merge)
-    if compressor.needs_corpus:
-        raise InputError(f"{merge.compressor} learns from a whole corpus; an index that grows needs another compressor")
-    skipped: list[str] = []
-    with writing(Path(folder), retriever, merge, batch_size, dtype, assignments) as writer:
-        split = writer.manifest.splits.get(FOLDER_SPLIT, Split((), (), str(root)))
-        if split.root != str(root):
-            raise InputError(f"{folder} holds the pictures of {split.root}; name another index for {root}")
-        held = set(_ids(Path(folder) / FOLDER_SPLIT, split))
-        fresh = [ImageRecord(path, Path(root) / path, ()) for path in dict.fromkeys(paths) if path not in held]
-        with Progress(total=len(fresh), desc="images", unit="images") as progress:
-            for chunk in batched(fresh, PICTURES_PER_SHARD):
-                stop_here()
-                records, parts, files = [], [], []
-                batches = batched(chunk, batch_size)
-                for batch, (good, inputs, stamps, bad) in prefetched(lambda rows: _prepared(rows, retriever), batches):
-                    skipped += bad
-                    if good:
-                        with torch.no_grad():
-                            visual = retriever.encode_images(inputs, compressor.needs)
-                            parts.append(writer.kept(visual, compressor(visual)))
-                        records += good
-                        files += stamps
-                    progress.update(len(batch))
-                if not records:
-                    continue
-                number = 1 + max((shard.number for shard in split.images), default=-1)
-                shard = writer.write_shard(FOLDER_SPLIT, number, records, parts, files)
-                split = replace(split, images=(*split.images, shard))
-                writer.commit(FOLDER_SPLIT, split)
-        if not split.images:
-            why = f"; first: {skipped[0]}" if skipped else ""
-            raise InputError(f"{root}: not one readable picture among {len(paths)} files{why}")
-    return summarise(FOLDER_SPLIT, split), skipped
-
-
-def _prepared(
-    batch: Sequence[ImageRecord], retriever: Encoder
-) -> tuple[list[ImageRecord], dict[str, Tensor], list[list[int] | None], list[str]]:
-    """Readable pictures of a batch, what the model needs of them, their files' stamps, and a line per other one.
-
-    Stamps are taken before the files are read, so that a later change differs from them.
-    """
-    good, images, stamps, bad = [], [], [], []
-    for record in batch:
-        try:
-            record.image_id.encode()
-            stamp = _file_stamp(record.image_path)
-            images.append(load_image(record.image_path))
-            good.append(record)
-            stamps.append(stamp)
-        except UnicodeEncodeError:
-            bad.append(f"{record.image_id!a}: its name is not UTF-8; rename it")
-        except InputError as error:
-            bad.append(str(error))
-    return good, {**retriever.image_inputs(images), "seeds": image_seeds(good)} if good else {}, stamps, bad
-
-
-def _file_stamp(path: Path) -> list[int] | None:
-    """[bytes, time of change in ns] of a file; None if it is not there."""
-    try:
-        stat = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return [stat.st_size, stat.st_mtime_ns]
 
 
 def delete_images(folder: str | Path, split: str, ids: Sequence[str]) -> int:
@@ -210,7 +102,7 @@ def compact_images(folder: str | Path, split: str) -> int:
         try:
             for chunk in batched(rows, PICTURES_PER_SHARD):
                 stop_here()
-                shards.append(_rewritten(index, split, chunk, place / f"images-{number + len(shards):05d}.safetensors"))
+                shards.append(copy_rows(index, split, chunk, place / f"images-{number + len(shards):05d}.safetensors"))
             _replace_split(index, split, replace(held, images=tuple(shards), deleted={}))
         finally:  # the old ones, or the new ones if it came to nothing, and those of a compaction that was killed
             images = Index(folder).manifest.splits[split].images
@@ -225,11 +117,20 @@ def _image_files(place: Path) -> set[Path]:
     return {file for file in place.glob("images-*") if SHARD_NAME.fullmatch(file.name)}
 
 
-def _rewritten(index: Index, split: str, rows: Sequence[tuple[Shard, int]], path: Path) -> Shard:
-    """Writes rows of several shards, each checked, as one shard, and returns its manifest entry."""
+def copy_rows(
+    index: Index, split: str, rows: Sequence[tuple[Shard, int]], path: Path, names: Sequence[str] = ()
+) -> Shard:
+    """Writes rows of several shards, each checked, as one shard, and returns its manifest entry.
+
+    Args:
+        index: open.
+        split: of it.
+        rows: shards and rows in them; a row may come twice, if it gets two names.
+        path: of the new shard.
+        names: ids for the rows instead of their own.
+    """
     found: dict[bool, dict[str, list[Tensor]]] = {False: {}, True: {}}
-    ids: list[str] = []
-    files: list[list[int] | None] = []
+    told: dict[str, list] = {"ids": [], "contents": [], "files": []}
     for _, group in itertools.groupby(rows, lambda pair: pair[0].file):
         pairs = list(group)
         shard, picked = pairs[0][0], [row for _, row in pairs]
@@ -237,9 +138,9 @@ def _rewritten(index: Index, split: str, rows: Sequence[tuple[Shard, int]], path
             tensors, stamp = index._read(split, shard, exact)
             for name, tensor in tensors.items():
                 found[exact].setdefault(name, []).append(tensor[picked])
-        ids += [stamp["ids"][row] for row in picked]
-        own = stamp.get("files") or [None] * shard.count
-        files += [own[row] for row in picked]
+        for key, values in told.items():
+            own = stamp.get(key) or [None] * shard.count
+            values += [own[row] for row in picked]
     fill = {"assignments": NO_REGION if index.manifest.assignments else -1}
     tensors, half = (
         {
@@ -248,18 +149,6 @@ def _rewritten(index: Index, split: str, rows: Sequence[tuple[Shard, int]], path
         }
         for exact in (False, True)
     )
-    return write_image_shard(path, tensors, half, {**stamp_of(index.manifest), "ids": ids, "texts": [], "files": files})
-
-
-def _ids(folder: Path, split: Split) -> list[str]:
-    """Ids of the images that a split holds, deleted ones left out."""
-    found = []
-    for shard in split.images:
-        gone = set(split.deleted.get(shard.file, ()))
-        path = folder / shard.file
-        try:
-            header = load_header(path)
-            found += [name for row, name in enumerate(header["stamp"]["ids"]) if row not in gone]
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{path}: not readable ({str(error)[:120]}); build the index anew") from None
-    return found
+    known = {key: values for key, values in told.items() if any(value is not None for value in values)}
+    stamp = {**stamp_of(index.manifest), **known, "texts": []}
+    return write_image_shard(path, tensors, half, {**stamp, "ids": list(names)} if names else stamp)

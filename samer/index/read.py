@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from samer.config import InputError
+from samer.data.contents import check_contents
 from samer.index.manifest import (
     FLOATS,
     NO_REGION,
@@ -27,9 +28,9 @@ from samer.index.manifest import (
 )
 from samer.retrievers.base import Encoder, Projector
 from samer.retrievers.projectors import read_projector
-from samer.runtime.files import lookup
+from samer.runtime.files import DiskError, is_file, lookup
 from samer.runtime.progress import batched
-from samer.runtime.shards import joined, load_shard, verify_shard
+from samer.runtime.shards import joined, load_shard, unreadable, verify_shard
 from samer.scoring import StoredImages, maxsim, score_stored, search
 from samer.tokens import QueryTokens
 
@@ -65,10 +66,10 @@ class Index:
         """
         self.folder = lookup(folder)
         path = self.folder / "manifest.json"
-        if not path.is_file():
-            raise InputError(
-                f"{self.folder}: no manifest.json; this is no finished index. Build it with bash/cache.sh "
-                "(run it again if it was interrupted: it goes on)"
+        if not is_file(path):
+            raise DiskError(
+                f"{self.folder}: no manifest.json; this is no finished index. Build it with scripts/index.py --images "
+                "FOLDER (your pictures) or bash/cache.sh (a data set); run it again if it was interrupted: it goes on"
             )
         self.manifest = read_index_manifest(path)
         self._mapped: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
@@ -85,7 +86,7 @@ class Index:
         path = self.folder / "projector.safetensors"
         projector = read_projector(path)
         if projector.hash != self.manifest.projector:
-            raise InputError(
+            raise DiskError(
                 f"{path}: not the projector that this index was made with; remove the index and build it anew"
             )
         return projector
@@ -132,10 +133,8 @@ class Index:
                 self._mapped[split, file] = tensors, header
             except (OSError, SafetensorError, KeyError, ValueError) as error:
                 if self.manifest != read_index_manifest(self.folder / "manifest.json"):
-                    raise InputError(f"{self.folder}: rewritten since it was opened; open it again") from None
-                raise InputError(
-                    f"{path}: not readable ({str(error)[:120]}); remove it and build the index again"
-                ) from None
+                    raise DiskError(f"{self.folder}: rewritten since it was opened; open it again") from None
+                raise unreadable(path, error, "build the index again") from None
         return self._mapped[split, file]
 
     def _check_header(self, shard: Shard | QueryShard, header: dict) -> None:
@@ -150,12 +149,15 @@ class Index:
             raise ValueError("made in another format, or with another scale")
         if not isinstance(own, dict) or own.get("count", shard.count) != shard.count:
             raise ValueError("made with another count")
-        names, files = stamp["ids" if images else "texts"], stamp.get("files", [])
+        names = stamp["ids" if images else "texts"]
         right = isinstance(names, list) and len(names) == shard.count and all(isinstance(n, str) for n in names)
         right = right and (not images or len(set(names)) == shard.count)
+        files = stamp.get("files", [])
         right = right and isinstance(files, list) and len(files) in (0, shard.count) and all(map(_is_stamp, files))
         if not right:
             raise ValueError("its names are not what the manifest says")
+        if "contents" in stamp:
+            check_contents(stamp["contents"], shard.count)
 
     def _check_queries(self, split: str, shard: QueryShard, tensors: dict[str, Tensor]) -> None:
         """Raises ValueError or KeyError for tensors that are not what the manifest says."""
@@ -290,16 +292,17 @@ class Index:
             ids = [name for name, live in zip(stamp["ids"], here.tolist()) if live]
             yield ids, tensors["assignments"][here], tensors["grids"][here]
 
-    def file_stamps(self, split: str) -> dict[str, tuple[int, int] | None]:
-        """Per image of a folder (bytes, time of change in ns) of its file when it was read; None where nobody noted it.
+    def contents(self, split: str) -> dict[str, str | tuple[int, int] | None]:
+        """Per image what is known of its file when it was read, by id; deleted images are left out.
 
-        Deleted images are left out; the images of a data set have no stamps.
+        Its content hash; of folders that earlier versions indexed (bytes, time of change in ns); None where nobody
+        noted it.
         """
-        found: dict[str, tuple[int, int] | None] = {}
+        found: dict[str, str | tuple[int, int] | None] = {}
         for shard, stamp, here in self._named(split):
-            files = stamp.get("files") or [None] * shard.count
-            rows = zip(stamp["ids"], files, here.tolist())
-            found |= {name: file and tuple(file) for name, file, live in rows if live}
+            none = [None] * shard.count
+            rows = zip(stamp["ids"], stamp.get("contents") or none, stamp.get("files") or none, here.tolist())
+            found |= {name: content or (file and tuple(file)) for name, content, file, live in rows if live}
         return found
 
     def numbers(self, split: str) -> dict[str, int]:
@@ -359,6 +362,21 @@ class Index:
                 texts = stamp["texts"][rows.start : rows.stop]
                 yield QueryTokens(padded, mask), tensors["image"][rows.start : rows.stop], texts
 
+    def check_captions(self, split: str) -> None:
+        """Refuses a split that can't be evaluated: one without captions, or whose captions may describe nothing.
+
+        Raises:
+            InputError: says why.
+        """
+        held = self._split(split)
+        if any(held.deleted.values()):
+            raise InputError(f"{self.folder}: images of {split} were deleted; its captions can't be evaluated any more")
+        if not held.queries:
+            raise InputError(
+                f"{self.folder}: {split} holds no captions, so there is nothing to evaluate; "
+                "scripts/cache.py makes an index of a data set with captions"
+            )
+
     def size(self, split: str) -> tuple[int, int, int, float]:
         """(images, queries, regions, bytes per image) of a split."""
         summary = summarise(split, self._split(split))
@@ -370,11 +388,10 @@ class Index:
         With 1-bit tokens each query's best candidates are scored exactly and rank above the others.
 
         Raises:
-            InputError: a damaged shard, or a split with deletions, whose queries may describe nothing.
+            InputError: a damaged shard, or as `check_captions`.
         """
         held = self._split(split)
-        if any(held.deleted.values()):
-            raise InputError(f"{self.folder}: images of {split} were deleted; its captions can't be evaluated any more")
+        self.check_captions(split)
         blocks = [(QueryTokens(q.tokens.to(device), q.mask.to(device)), image) for q, image, _ in self.queries(split)]
         columns = []
         for shard, (_, images) in zip(held.images, self.stored(split, device)):
@@ -432,5 +449,5 @@ def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, tuple[torch.dty
 
 
 def _is_stamp(value: object) -> bool:
-    """Whether a header may note an image's file so."""
+    """Whether a header of an earlier version may note an image's file so."""
     return value is None or (isinstance(value, list) and len(value) == 2 and all(type(part) is int for part in value))

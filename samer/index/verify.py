@@ -6,6 +6,7 @@ are read, or by this, all at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,14 @@ from samer.config import InputError
 from samer.features import manifest as store_manifest
 from samer.index import manifest as index_manifest
 from samer.retrievers.projectors import read_projector
-from samer.runtime.files import lookup, read_json
+from samer.runtime.files import about, exists, is_dir, is_file, read_json, trouble
 from samer.runtime.progress import Progress
 from samer.runtime.shards import (
     bare_name,
     load_header,
     load_shard,
     tensors_checksum,
+    unreadable,
     verify_shard,
 )
 from samer.training.checkpoints import CHECKSUMS
@@ -32,7 +34,10 @@ STORES = (index_manifest.FORMAT, store_manifest.FORMAT)
 
 @dataclass(frozen=True)
 class Verified:
-    """What came of verifying a path: how many files and bytes were read, and a line per damaged or missing file."""
+    """What came of verifying a path: how many files and bytes were read, and a line per damaged or missing file.
+
+    What can't be read has a line, too, which says so.
+    """
 
     files: int
     bytes: int
@@ -52,14 +57,14 @@ def verify(path: str | Path) -> Verified:
     Raises:
         InputError: no such path, or nothing there has a checksum.
     """
-    path = lookup(path)
-    if not path.exists():
+    path = Path(path)
+    if not exists(path):
         raise InputError(f"{path}: no such file or folder")
-    shards = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.suffix == ".safetensors" else []
-    found = dict.fromkeys(shards)  # in order
+    files, damages = _files_under(path)
+    found = dict.fromkeys(file for file in files if file.suffix == ".safetensors")  # in order
     checks: dict[Path, tuple[str, str]] = {}  # file -> how it is vouched for, checksum
-    damages, vouchers = [], 0
-    for manifest in sorted(path.rglob("manifest.json")):
+    vouchers = 0
+    for manifest in (file for file in files if file.name == "manifest.json" and path != file):
         try:
             content = read_json(manifest)
             kind = str(content.get("format"))
@@ -73,7 +78,7 @@ def verify(path: str | Path) -> Verified:
                 found.setdefault(file)
         except InputError as error:
             damages.append(str(error))
-    for sums in path.rglob(CHECKSUMS):
+    for sums in (file for file in files if file.name == CHECKSUMS and path != file):
         try:
             for name, checksum in read_json(sums).items():
                 if not bare_name(name):
@@ -97,6 +102,15 @@ def verify(path: str | Path) -> Verified:
     return Verified(read + vouchers, total, damages)
 
 
+def _files_under(path: Path) -> tuple[list[Path], list[str]]:
+    """Every file under a path in order, or the one that it is, and a line per folder that can't be listed."""
+    if not is_dir(path):
+        return [path], []
+    refused: list[str] = []
+    walk = os.walk(path, onerror=lambda error: refused.append(str(trouble(error.filename, error))))
+    return sorted(Path(place) / name for place, _, names in walk for name in names), refused
+
+
 def _listed(path: Path, kind: str) -> Iterator[tuple[Path, str, str]]:
     """Every file that a store's manifest vouches for: path, "bytes" or "projector", checksum."""
     folder = path.parent
@@ -117,10 +131,10 @@ def _own_voucher(file: Path) -> tuple[str, str]:
     try:
         header = load_header(file)
     except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"{file}: not readable ({str(error)[:120]})") from None
+        raise unreadable(file, error, "run what made it again") from None
     if header:
         return "header", str(header.get("checksum"))
-    if file.name == "projector.safetensors" and (file.parent / "config.json").is_file():
+    if file.name == "projector.safetensors" and is_file(file.parent / "config.json"):
         return "projector", str(read_json(file.parent / "config.json").get("projector"))
     return "nothing", ""
 
@@ -132,7 +146,11 @@ def _check(file: Path, how: str, checksum: str) -> int:
     if how == "projector":
         found = read_projector(file).hash
     else:
-        found = tensors_checksum(load_shard(file)[0])
+        try:
+            found = tensors_checksum(load_shard(file)[0])
+        except (OSError, SafetensorError, ValueError) as error:
+            raise unreadable(file, error, "run what made it again") from None
     if found != checksum:
         raise InputError(f"{file}: contents differ from their checksum")
-    return file.stat().st_size
+    size = about(file)
+    return size.st_size if size else 0

@@ -22,9 +22,11 @@ A shard is a safetensors file with one metadata key, "samer", whose value is JSO
     checksum    SHA-256 over the bytes of its tensors in the order of their names
     entry       its `count`, and for images `regions` (K) and `bytes` (of tokens, scales and mask)
     stamp       what it was made from: the manifest's keys `model` to `assignments`; `ids` of the n images, unique in
-                the file, or of the image of each query; `texts` of the queries; `corpus`, a hash of the ids that a
-                compressor with a codebook was fitted on; for a folder of pictures `files`, per image null or
-                [bytes, time of change in ns] of its file when it was read
+                the file, or of the image of each query; `texts` of the queries; `contents`, per image null or the hash
+                of its file when it was read, BLAKE2b of 16 bytes in hexadecimal; `corpus`, a hash of the ids that a
+                compressor with a codebook was fitted on, and `corpus_contents`, one of their files. Earlier shards
+                have no `contents`; those of a folder of pictures then have `files`, per image null or [bytes, time of
+                change in ns] of its file when it was read
 
 The manifest is JSON:
     format, format_version          "samer_cache", 4
@@ -44,6 +46,10 @@ The manifest is JSON:
 Of format 3, which is still read and may be added to, a shard's `version` is 3 and its `scale` that of all its int8
 images. Its shards have no grids, and `assignments` are those of all N tokens; rows of them that are compacted keep
 that, and have the grid (0, 0).
+
+DIR/<split>/stamps.json may lie beside the shards: a JSON object of `files`, by id [bytes, time of change, time of its
+inode's change (both in ns), hash] of a file when it was read, and `checksum`, as of the manifest. It is vouched for by
+nothing and only saves reading a file whose size and times are still those; without it all are read once more.
 
 Appending writes new shards, deleting notes rows in the manifest, compacting writes what is left into new shards, and
 the manifest is replaced in one step, so a reader sees the index before or after, never a mixture (a split of a data set
@@ -71,8 +77,9 @@ from torch import Tensor
 from samer.compressors import Compressor, make_compressor
 from samer.config import InputError, MergeConfig
 from samer.data import make_reader
+from samer.data.contents import Contents
 from samer.data.records import ImageRecord
-from samer.evaluation import compress_images, fitted_compressor
+from samer.evaluation import fit_records, fitted_compressor
 from samer.index.manifest import (
     DTYPES,
     FLOATS,
@@ -93,8 +100,8 @@ from samer.index.manifest import (
 )
 from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import read_projector, write_projector
-from samer.runtime.files import lookup, only_writer
-from samer.runtime.processes import gather_objects, rank
+from samer.runtime.files import FileTrouble, exists, is_dir, is_file, listing, lookup, only_writer
+from samer.runtime.processes import from_first, gather_objects, rank
 from samer.runtime.progress import Progress, batched, prefetched
 from samer.runtime.shards import finished_shard, in_order, joined, load_header, shared_out, write_shard
 from samer.runtime.signals import stop_here, stoppable
@@ -117,8 +124,11 @@ def build_index(
     limit_images: int | None = None,
     reader: str = "flickr",
     assignments: bool = False,
+    strict: bool = False,
 ) -> list[IndexSummary]:
     """Encodes and compresses splits without boxes and writes them; finished shards of an earlier try are kept.
+
+    A shard of which a picture was replaced since, or a caption changed, is made anew.
 
     Args:
         folder: the index; made if missing.
@@ -133,6 +143,7 @@ def build_index(
         limit_images: the first so many images of each split.
         reader: of the data set, a name in `samer.data.READERS`.
         assignments: keep the region of every patch, a byte each.
+        strict: refuse what a reader otherwise leaves out of the data and tells.
 
     Raises:
         InputError: bad data, or a folder that holds an index of another projector, model or setting, or is written to
@@ -141,21 +152,23 @@ def build_index(
     folder = Path(folder)
     check_settings(retriever, merge, batch_size, dtype, assignments)
     records = {
-        split: make_reader(reader).load_split(data_root, split, boxes=False, limit_images=limit_images)
+        split: make_reader(reader).load_split(data_root, split, boxes=False, limit_images=limit_images, strict=strict)
         for split in splits
     }
+    retriever.check_records([record for rows in records.values() for record in rows])
     with writing(folder, retriever, merge, batch_size, dtype, assignments) as writer:
         summaries = []
         for name, rows in records.items():
             held = writer.manifest.splits.get(name)
             if held and any(held.deleted.values()):
                 raise InputError(f"{folder}: images of {name} were deleted; build it in another folder")
+            writer.begin(name, rows)
             compressor = fitted_compressor(retriever, rows, merge, batch_size)
-            writer.corpus = [record.image_id for record in rows] if compressor.needs_corpus else []
             shards, reused = writer.write_images(name, rows, compressor)
             queries, kept = writer.write_queries(name, rows)
             split = Split(shards, queries)
             writer.commit(name, split)
+            writer.contents.remember()
             summaries.append(summarise(name, split, reused + kept))
     return summaries
 
@@ -214,11 +227,11 @@ def writing(folder: Path, retriever: Encoder, merge: MergeConfig, batch_size: in
 
 def _check_folder(folder: Path) -> None:
     """Refuses a folder that holds something else than an index, or one that was never finished."""
-    known = lambda entry: entry.is_dir() or entry.name == "projector.safetensors" or entry.name.startswith(".")
+    known = lambda entry: is_dir(entry) or entry.name == "projector.safetensors" or entry.name.startswith(".")
     folder = lookup(folder)
-    if (folder / "manifest.json").is_file() or not folder.exists():
+    if is_file(folder / "manifest.json") or not exists(folder):
         return
-    if not folder.is_dir() or not all(map(known, folder.iterdir())):  # a killed write leaves .*.samer-tmp
+    if not is_dir(folder) or not all(map(known, listing(folder))):  # a killed write leaves .*.samer-tmp
         raise InputError(f"{folder} is, or holds, files that are no SaMer index; name another folder")
 
 
@@ -229,7 +242,9 @@ class _Writer:
         self, folder: Path, retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool
     ) -> None:
         self.folder, self.retriever, self.batch_size = folder, retriever, batch_size
+        self.contents = Contents(folder, retriever.contents)  # of a split that was begun
         self.corpus: list[str] = []  # ids that a compressor with a codebook was fitted on
+        self.learned = ""  # a hash of the files that it was fitted on; "": not known
         self.projector = retriever.current_projector()
         making = Making(
             model=retriever.identity,
@@ -241,7 +256,7 @@ class _Writer:
             assignments=assignments,
         )
         self.making, path = making, folder / "manifest.json"
-        if not path.is_file():
+        if not is_file(path):
             own = {each.name: getattr(making, each.name) for each in fields(making)}
             source = {"base_model": retriever.name, "revision": retriever.revision}
             self.manifest = IndexManifest(**own, **source, transformers=version("transformers"))
@@ -253,13 +268,25 @@ class _Writer:
             remedy = "name another index folder, or remove it to build anew"
             raise InputError(f"{folder} holds an index with {shown}; {remedy}")
         known = {key: value or getattr(making.model, key) for key, value in asdict(held.model).items()}
-        self.manifest = replace(held, model=replace(held.model, **known))  # format 3 knew less of its model
+        place = {"base_model": retriever.name, "revision": retriever.revision}  # where it was found last
+        self.manifest = replace(held, model=replace(held.model, **known), **place)  # format 3 knew less of its model
+        if (held.base_model, held.revision) != (retriever.name, retriever.revision) and rank() == 0:
+            write_index_manifest(path, self.manifest)  # now, as there may be nothing to add
 
-    def _stamp(self, ids: Sequence[str], **more: list | str) -> dict:
+    def _stamp(self, ids: Sequence[str], **more: Sequence | str) -> dict:
         """What a shard was made from; a shard with another stamp is made anew."""
         if self.corpus:
             more["corpus"] = hashlib.sha256(repr(self.corpus).encode()).hexdigest()
         return {**stamp_of(self.making), "ids": list(ids), "texts": [], **more}
+
+    def begin(self, name: str, records: Sequence[ImageRecord]) -> None:
+        """Looks at what a data set's split is made of, before any of its pictures is read to be encoded."""
+        self.contents = Contents(self.folder / name, self.retriever.contents)
+        self.corpus, self.learned = [], ""
+        if make_compressor(self.making.merge).needs_corpus:
+            self.corpus = [record.image_id for record in records]
+            found = from_first(lambda: self.contents.of(fit_records(records)))
+            self.learned = "" if None in found else hashlib.sha256(repr(found).encode()).hexdigest()
 
     def commit(self, name: str, split: Split) -> None:
         """Makes a split, or its new state, visible to readers."""
@@ -274,6 +301,8 @@ class _Writer:
         try:
             if read_projector(path).hash == self.projector.hash:
                 return
+        except FileTrouble:
+            raise
         except InputError:
             pass
         write_projector(path, self.projector)
@@ -283,29 +312,53 @@ class _Writer:
     ) -> tuple[tuple[Shard, ...], int]:
         """Writes the shards of a data set's images that are not there; the entries of all, and how many were there."""
         shards = dict(shared_out(list(batched(records, IMAGES_PER_SHARD))))
-        own = {number: self.finished(split, number, shard) for number, shard in shards.items()}
+        many = len(records) > 2 * IMAGES_PER_SHARD
+        own = {}
+        for number, shard in Progress(shards.items(), f"comparing {split}", unit="shards") if many else shards.items():
+            stop_here()
+            own[number] = self.finished(split, number, shard)
+        self.contents.tell("they were indexed")
         reused = {number for number, entry in own.items() if entry is not None}
         jobs = {number: list(batched(shards[number], self.batch_size)) for number in shards if number not in reused}
         # one row of batches over all shards: reading ahead does not start anew with each
         batches = [batch for rows in jobs.values() for batch in rows]
-        results = compress_images(self.retriever, batches, compressor)
+        results = self._compressed(batches, compressor)
 
-        def encoded() -> Iterator[tuple[int, list[_Part]]]:
+        def encoded() -> Iterator[tuple[int, list[_Part], list[str | None]]]:
             with Progress(desc=f"{split} images", total=len(batches), unit="batches") as bar:
                 for number, ours in jobs.items():
                     stop_here()
-                    parts = []
-                    for _, visual, merged in itertools.islice(results, len(ours)):
-                        parts.append(self.kept(visual, merged))
+                    parts, contents = [], []
+                    for part, hashes in itertools.islice(results, len(ours)):
+                        parts.append(part)
+                        contents += hashes
                         bar.update()
-                    yield number, parts
+                    yield number, parts, contents
 
         # a shard is written in a thread while the next is encoded
-        for (number, _), entry in prefetched(
-            lambda job: self.write_shard(split, job[0], shards[job[0]], job[1]), encoded()
-        ):
+        def write(job: tuple[int, list[_Part], list[str | None]]) -> Shard:
+            number, parts, contents = job
+            return self.write_shard(split, number, shards[number], parts, contents=contents)
+
+        for (number, *_), entry in prefetched(write, encoded()):
             own[number] = entry
         return _collect([(number, entry, number in reused) for number, entry in own.items()])
+
+    @torch.no_grad()
+    def _compressed(
+        self, batches: Sequence[Sequence[ImageRecord]], compressor: Compressor
+    ) -> Iterator[tuple[_Part, list[str | None]]]:
+        """What shards keep of batches, and what is in the files; the next batch is read meanwhile.
+
+        A file is hashed before it is decoded: if it is replaced in between, the next run sees it.
+        """
+
+        def read(batch: Sequence[ImageRecord]) -> tuple[list[str | None], dict[str, Tensor]]:
+            return self.contents.of(batch), self.retriever.record_inputs(batch)
+
+        for _, (contents, inputs) in prefetched(read, batches):
+            visual = self.retriever.encode_images(inputs, compressor.needs)
+            yield self.kept(visual, compressor(visual)), contents
 
     def kept(self, visual: VisualTokens, merged: MergedTokens) -> _Part:
         """What a shard needs of a batch."""
@@ -319,7 +372,7 @@ class _Writer:
         """The manifest entry of a shard that is there, whole, made of these records."""
         stamp = self._stamp([record.image_id for record in records])
         path = self.folder / split / f"images-{number:05d}.safetensors"
-        entry = finished_shard(path, stamp, _same_stamp)
+        entry = finished_shard(path, stamp, lambda found, wanted: self._as_now(found, wanted, records))
         if entry is None:
             return None
         found = load_header(path)["stamp"]
@@ -327,8 +380,17 @@ class _Writer:
             entry |= {"version": found["format_version"], "scale": found["scale"]}
         if self.making.dtype != "binary":
             return Shard(**entry)
-        exact = finished_shard(path.with_suffix(".exact.safetensors"), stamp, _same_stamp)
+        exact = finished_shard(path.with_suffix(".exact.safetensors"), found, _same_stamp)
         return exact and Shard(**entry, exact=ExactFile(**exact))
+
+    def _as_now(self, found: dict, stamp: dict, records: Sequence[ImageRecord]) -> bool:
+        """Whether a shard's stamp says what one of these records would now, and their pictures are still the same."""
+        rest = {key: value for key, value in found.items() if key not in ("contents", "corpus_contents")}
+        if not _same_stamp(rest, stamp):
+            return False
+        learned = found.get("corpus_contents", "")
+        same = not (learned and self.learned) or learned == self.learned
+        return self.contents.same(found.get("contents"), records, same)
 
     def write_shard(
         self,
@@ -336,9 +398,9 @@ class _Writer:
         number: int,
         records: Sequence[ImageRecord],
         parts: Sequence[_Part],
-        files: Sequence[Sequence[int]] | None = None,
+        contents: Sequence[str | None] | None = None,
     ) -> Shard:
-        """Writes one shard of compressed images and returns its manifest entry; `files` are their stamps, if kept."""
+        """Writes one shard of compressed images and returns its manifest entry; `contents` are their files' hashes."""
         tokens = joined([part.tokens for part in parts])
         tensors = {**self._encode(tokens), "mask": joined([part.mask for part in parts])}
         tensors["grids"] = torch.cat([part.grids for part in parts])
@@ -347,7 +409,8 @@ class _Writer:
             whole = self.making.merge.compressor == "none"  # a byte would not tell that many vectors apart
             tensors["assignments"] = regions.to(torch.int32) if whole else regions.remainder(NO_REGION + 1).byte()
         half = {"tokens": tokens.to(torch.bfloat16)} if self.making.dtype == "binary" else {}
-        more = {} if files is None else {"files": list(files)}
+        more = {"contents": contents and list(contents), "corpus_contents": self.learned or None}
+        more = {key: value for key, value in more.items() if value is not None}
         stamp = self._stamp([record.image_id for record in records], **more)
         return write_image_shard(self.folder / split / f"images-{number:05d}.safetensors", tensors, half, stamp)
 

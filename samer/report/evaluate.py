@@ -5,18 +5,64 @@ Shape letters: Q queries (captions), I images.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from samer.config import InputError
 from samer.data import make_reader
 from samer.evaluation import both_directions
-from samer.features.read import open_encoder
 from samer.index.read import Index
-from samer.report.gallery import Gallery, Shown, check_images, make_gallery
+from samer.index.settings import encoder_of
+from samer.report.gallery import Gallery, Shown, check_images, make_gallery, noting_replaced
 from samer.report.page import headline, metrics_table, write_report
+from samer.runtime.files import check_writable
+
+
+def check_place(path: str | Path, indexes: Sequence[str | Path] = (), inputs: Sequence[str | Path] = ()) -> Path:
+    """A file to write to, looked at before the work that it is to hold the result of.
+
+    Args:
+        path: of the file.
+        indexes: folders of indexes, no file of which may be replaced.
+        inputs: files that are read.
+
+    Raises:
+        InputError: as `check_writable`; an input, or a file of an index.
+    """
+    check_writable(path)
+    real = Path(os.path.realpath(path))
+    if any(real == Path(os.path.realpath(each)) for each in inputs):
+        raise InputError(f"{path}: can't be written (it is read as well); name another file")
+    if any(_is_part(real, Path(os.path.realpath(each))) for each in indexes):
+        raise InputError(f"{path}: can't be written (it is a part of the index); name another file")
+    return Path(path)
+
+
+def metric_places(output: str | Path, index: str | Path) -> tuple[Path, Path]:
+    """Where the metrics of an index go, and the report beside them.
+
+    Raises:
+        InputError: as `check_place`, or one file for both.
+    """
+    metrics = check_place(output, [index])
+    report = check_place(metrics.with_suffix(".html"), [index])
+    if report == metrics:
+        raise InputError(
+            f"{metrics}: the report is written to that name; name the metrics with another suffix, as .json"
+        )
+    return metrics, report
+
+
+def _is_part(path: Path, index: Path) -> bool:
+    """Whether a path is one of an index's own: metrics may lie beside its manifest."""
+    if path.parent == index:
+        return path.name in ("manifest.json", "projector.safetensors")
+    return index in path.parents and path.suffix == ".safetensors"
 
 
 def evaluate_index(index: Index, split: str, device: torch.device) -> tuple[dict, Tensor]:
@@ -83,10 +129,9 @@ def index_gallery(
     records = make_reader(reader).load_split(data_root, split, boxes=True, limit_images=index.size(split)[0])
     check_images(index, split, records, data_root)
     made = index.manifest
-    name, revision = index.model_place(model)
-    encoder = open_encoder(name, device, features=features, revision=revision)
-    index.check_model(encoder)
-    return make_gallery(encoder, records, [Shown(made.merge.compressor, made.merge, index.projector(), scores)])
+    encoder = encoder_of(index, device, model=model, features=features)
+    shown = [Shown(made.merge.compressor, made.merge, index.projector(), scores)]
+    return noting_replaced(make_gallery(encoder, records, shown), encoder, split, [index])
 
 
 def write_index_report(path: str | Path, folder: str, result: dict, gallery: Gallery | None) -> None:

@@ -5,6 +5,7 @@ Shape letters: Q queries (captions), I images, P patches of an image.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from samer.compressors import Compressor
 from samer.config import InputError, MergeConfig
+from samer.data.contents import named
 from samer.data.records import Box, Caption, ImageRecord, Phrase
+from samer.data.stamps import Stamps
 from samer.evaluation import fitted_compressor, score_records
 from samer.grounding import PhraseIndex, ground
 from samer.index.read import Index
 from samer.metrics import query_metrics
 from samer.retrievers.base import Encoder, Projector
+from samer.runtime.processes import print0
 from samer.runtime.progress import Progress
 from samer.tokens import regions_of_patches
 
@@ -79,6 +83,36 @@ class Gallery:
     names: list[str]
     cases: list[Case]
     regions: list[Regions]
+    note: str = ""  # what is to be known of its pictures
+
+    @property
+    def shown(self) -> list[int]:
+        """Numbers of the images whose pictures it shows, each once."""
+        found = [number for case in self.cases for number in (case.image, *itertools.chain(*case.top))]
+        return list(dict.fromkeys([*found, *(item.image for item in self.regions)]))
+
+
+def noting_replaced(gallery: Gallery, encoder: Encoder, split: str, indexes: Sequence[Index]) -> Gallery:
+    """The gallery with a note, printed too, if it shows pictures that are not those that the indexes were made from.
+
+    What can't be compared, as in indexes of earlier versions, is taken at its word.
+    """
+    records, stamps = [gallery.records[number] for number in gallery.shown], Stamps()
+    known = [index.contents(split) for index in indexes]
+    ours, disk = encoder.contents(records, stamps), Encoder.contents(encoder, records, stamps)
+    replaced = []
+    for record, *now in zip(records, ours, disk):
+        hashes = {*now, *(contents.get(record.image_id) for contents in known)}
+        if len({each for each in hashes if isinstance(each, str)}) > 1:
+            replaced.append(record.image_id)
+    if not replaced:
+        return gallery
+    note = (
+        f"{len(replaced):,} of the {len(records):,} pictures shown were replaced since they were indexed "
+        f"({named(replaced)}): ranks are of the pictures before; build the index again (it makes those shards anew)."
+    )
+    print0(note)
+    return replace(gallery, note=note)
 
 
 def check_images(index: Index, split: str, records: Sequence[ImageRecord], root: str | Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from samer.report.drawing import draw_boxes, panels, regions_over, spotlight, th
 from samer.report.gallery import Case, Gallery, image_boxes, smallest_area
 from samer.report.plots import plots
 from samer.report.tables import plain_tables
-from samer.runtime.files import atomic_path
+from samer.runtime.files import atomic_path, listing, trouble
 
+_OF_A_REPORT = re.compile(r"(case|regions)-.*\.png|qualitative\.png|.*\.svg")  # beside it
 EVIDENCE_SIDE, THUMBNAIL_SIDE = 320, 150  # pixels
 PLOT_TITLES = {
     "recall_budget": "Recall against budget",
@@ -109,9 +111,12 @@ def write_report(
     """
     path = Path(path)
     folder = path.with_name(f"{path.stem}_figures")
-    for pattern in ("case-*.png", "regions-*.png", "qualitative.png", "*.svg"):  # of an earlier report
-        for old in folder.glob(pattern):
-            old.unlink()
+    for old in listing(folder):
+        if _OF_A_REPORT.fullmatch(old.name):
+            try:
+                old.unlink(missing_ok=True)
+            except OSError as error:
+                raise trouble(old, error, "removed") from None
     drawn, written = _draw_plots(results, folder) if results else ([], [])
     cases, regions = [], []
     if gallery:
@@ -119,6 +124,7 @@ def write_report(
         cases, files = _draw_cases(gallery, pictures, folder)
         regions, more = _draw_regions(gallery, pictures, folder)
         written += [*files, *more]
+        note = " ".join(filter(None, (note, gallery.note)))
         if not cases:
             note = note or "No caption names anything that has a box, so there is nothing to show."
     environment = jinja2.Environment(
@@ -149,7 +155,9 @@ class _Pictures:
 
     def __getitem__(self, number: int) -> Image.Image:
         if number not in self.read:
-            self.read[number] = thumbnail(load_image(self.records[number].image_path), 2 * EVIDENCE_SIDE)
+            side = 2 * EVIDENCE_SIDE
+            image = load_image(self.records[number].image_path, (side, side), inside=True)
+            self.read[number] = thumbnail(image, side)
         return self.read[number]
 
 

@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 from samer.config import InputError
 from samer.data.pictures import load_image
+from samer.runtime.files import DiskError, FileTrouble, trouble
 from samer.search.latest import Latest
 from samer.search.open_index import SearchIndex
 from samer.search.words import check_query
@@ -112,7 +113,10 @@ class SearchApp:
         make = functools.partial(_small_jpeg, index, row)
         try:
             content = await _in_thread(self.reading, self.pictures.get, (place, index.stamp, row), make)
-        except InputError:  # its words name files, which are nobody's business here
+        # their words name files, which are nobody's business here
+        except FileTrouble:
+            raise HTTPException(503, f"picture {row} can't be read now") from None
+        except (InputError, OSError):
             raise HTTPException(404, f"picture {row} can't be read") from None
         return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
 
@@ -129,7 +133,7 @@ class SearchApp:
         """What `search` says."""
         check_query(text)  # before anything is read
         index = self._current(place)
-        found = index.search(text, top)
+        found = index.search(text, top)  # what it refuses is the text, or a `DiskError`
         with _on_disk():
             words, rows = index.explain(text, found)
         version = format(hash(index.stamp) & 0xFFFFFFFF, "08x")
@@ -159,8 +163,10 @@ def _on_disk() -> Iterator[None]:
     """What is wrong on disk is not the request's fault."""
     try:
         yield
+    except OSError as error:
+        raise trouble(error.filename or "the index", error) from None
     except InputError as error:
-        raise HTTPException(503, " ".join(str(error).split())) from None
+        raise DiskError(str(error)) from None
 
 
 async def _in_thread(pool: Executor, function: Callable, *words: Any) -> Any:
@@ -172,8 +178,9 @@ def _small_jpeg(index: SearchIndex, number: int) -> bytes:
     path = index.picture(number)
     if path is None:
         raise HTTPException(404, f"there is no picture {number}")
-    image = load_image(path)
-    image.thumbnail((PICTURE_WIDTH, PICTURE_HEIGHT))
+    box = PICTURE_WIDTH, PICTURE_HEIGHT
+    image = load_image(path, box, inside=True)
+    image.thumbnail(box)
     content = io.BytesIO()
     image.save(content, "JPEG", quality=85)
     return content.getvalue()
@@ -192,7 +199,7 @@ def _page_file(name: str, kind: str) -> Callable:
 async def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-    return JSONResponse({"error": " ".join(str(error).split())}, 400)
+    return JSONResponse({"error": " ".join(str(error).split())}, 503 if isinstance(error, DiskError) else 400)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -7,8 +7,8 @@ import time
 import torch
 from torch import Tensor
 
-from samer.features.read import open_encoder
 from samer.index.read import Index
+from samer.index.settings import encoder_of
 from samer.retrievers.base import Encoder, Projector
 from samer.search.latest import Latest
 from samer.tokens import QueryTokens
@@ -34,10 +34,11 @@ class Models:
             InputError: it can't be loaded, or it is another one than the index was made with.
         """
         key = index.model_place(self.name)
-        encoder = self._encoders.get(key) or open_encoder(key[0], self.device, revision=key[1])
-        index.check_model(encoder)
-        self._encoders[key] = encoder
-        return encoder
+        if key in self._encoders:
+            index.check_model(self._encoders[key])
+        else:
+            self._encoders[key] = encoder_of(index, self.device, model=self.name)
+        return self._encoders[key]
 
     @torch.no_grad()
     def query(self, encoder: Encoder, projector: Projector, text: str) -> tuple[QueryTokens, float]:

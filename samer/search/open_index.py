@@ -21,7 +21,9 @@ from samer.data import make_reader
 from samer.data.records import Box, ImageRecord
 from samer.grounding import box_coverage
 from samer.index.read import Index, StoredVectors
+from samer.runtime.files import about, is_file
 from samer.search.latest import Latest
+from samer.search.marks import Marks
 from samer.search.models import Models
 from samer.search.words import Word, check_query, query_words
 from samer.tokens import QueryTokens
@@ -29,9 +31,18 @@ from samer.tokens import QueryTokens
 
 @dataclass(frozen=True)
 class Found:
-    """Answer to a query: pairs (id, score), best first, the query's tokens (1, M, D), and milliseconds."""
+    """Answer to a query.
+
+    Attributes:
+        hits: pairs (id, score), best first.
+        states: of each hit, what became of its file since it was indexed: "gone", "changed", or None where nothing is
+            known of that.
+        query: its tokens (1, M, D).
+        encode_ms, search_ms: milliseconds.
+    """
 
     hits: list[tuple[str, float]]
+    states: list[str | None]
     query: QueryTokens
     encode_ms: float
     search_ms: float
@@ -81,6 +92,7 @@ class SearchIndex:
         self.encoder = models.load(self.index)
         self.projector = self.index.projector()
         self._records = Latest(2000)
+        self._marks = Marks(self.index, self.split)
 
     def now(self) -> SearchIndex:
         """The index as it is on disk now: itself, or opened again if its manifest was replaced."""
@@ -126,7 +138,16 @@ class SearchIndex:
         query, encode_ms = self.models.query(self.encoder, self.projector, text)
         started = time.perf_counter()
         hits = self.index.search(query, self.split, top, self.models.device)[0]
-        return Found(hits, query, encode_ms, 1000 * (time.perf_counter() - started))
+        took = 1000 * (time.perf_counter() - started)
+        return Found(hits, [self._state(name) for name, _ in hits], query, encode_ms, took)
+
+    def _state(self, name: str) -> str | None:
+        """What became of an image's file, as `Marks.state` says; None where it is not known which file that is."""
+        try:
+            path = self._file(name)
+        except InputError:  # an annotation; whoever needs it says so
+            return None
+        return self._marks.state(name, path) if path else None
 
     def explain(self, text: str, found: Found) -> tuple[list[Word], list[dict]]:
         """The words of a query, and for each hit what each word looked at.
@@ -135,11 +156,11 @@ class SearchIndex:
         over the patches whose region that vector is. A vector without patches (of prompt tokens only) has none.
 
         Returns:
-            The words, and a row per hit: `number`; `grid`, rows and columns of its patches, and `regions` (P,), the
-            vector of each patch, -1 for none, both None where the index does not know; `words`, per word a dict:
-            `vectors`, those that its tokens select, in order; `boxes` (n, 4), shares of the image, of this image's
-            phrases with the word, and `box_mass`, the share of the evidence inside them, mean over the word's tokens;
-            both None where there are no such boxes.
+            The words, and a row per hit: `number`; `state`, as in `Found`; `grid`, rows and columns of its patches, and
+            `regions` (P,), the vector of each patch, -1 for none, both None where the index does not know; `words`, per
+            word a dict: `vectors`, those that its tokens select, in order; `boxes` (n, 4), shares of the image, of this
+            image's phrases with the word, and `box_mass`, the share of the evidence inside them, mean over the word's
+            tokens; both None where there are no such boxes.
 
         Raises:
             InputError: an annotation that is malformed.
@@ -152,7 +173,7 @@ class SearchIndex:
         words = query_words(text, offsets[0][valid.cpu()].cpu()) if offsets is not None else []
         numbers = self.index.numbers(self.split)
         rows = []
-        for name, _ in found.hits:
+        for (name, _), state in zip(found.hits, found.states):
             stored = self.index.vectors(self.split, numbers[name])
             products = tokens @ stored.tokens.t()  # (M, K)
             winners = products.masked_fill(~stored.mask, float("-inf")).argmax(1).tolist()
@@ -172,6 +193,7 @@ class SearchIndex:
             rows.append(
                 {
                     "number": numbers[name],
+                    "state": state,
                     "grid": None if regions is None else list(regions.shape),
                     "regions": None if regions is None else regions.flatten().tolist(),
                     "words": told,
@@ -208,22 +230,25 @@ class SearchIndex:
             InputError: a file of the data set that is malformed.
         """
         name = self.index.image_id(self.split, number)
-        path = None
-        if name is not None and self.root is not None:
-            path = _inside(self.root, name)
-        elif name is not None and self.data_root is not None:
-            record = self._record(name)
-            path = record.image_path if record else None
-        return path if path and path.is_file() else None
+        path = None if name is None else self._file(name)
+        return path if path and is_file(path) else None
+
+    def _file(self, name: str) -> Path | None:
+        """Where the file of an image lies, there or not; None where that is not known, or out of the pictures."""
+        if self.root is not None:
+            return _inside(self.root, name)
+        record = self._record(name) if self.data_root is not None else None
+        return record.image_path if record else None
 
 
 def _stamp(folder: Path) -> tuple[int, ...] | None:
-    """What changes when the manifest of an index is replaced."""
-    try:
-        stat = os.stat(folder / "manifest.json")
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_ino, stat.st_size
+    """What changes when the manifest of an index is replaced; None: there is none.
+
+    Raises:
+        InputError: the file system can't say.
+    """
+    found = about(folder / "manifest.json")
+    return found and (found.st_mtime_ns, found.st_ino, found.st_size)
 
 
 def _inside(root: Path, name: str) -> Path | None:

@@ -9,20 +9,33 @@ checkpoint-N/
 
 from __future__ import annotations
 
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from samer.config import InputError, MergeConfig
 from samer.retrievers.base import Encoder, Projector
 from samer.retrievers.projectors import save_projector
-from samer.runtime.files import atomic_path, file_hash, read_json, write_json
-from samer.runtime.shards import bare_name, read_manifest, write_manifest
+from samer.runtime.files import (
+    DiskError,
+    FileTrouble,
+    atomic_path,
+    exists,
+    file_hash,
+    is_dir,
+    is_file,
+    listing,
+    read_json,
+    trouble,
+    write_json,
+)
+from samer.runtime.shards import bare_name, mapped, read_manifest, unreadable, write_manifest
 
 FORMAT = "samer_checkpoint"
 FORMAT_VERSION = 1
@@ -30,6 +43,7 @@ TENSORS, STATE, CHECKSUMS = "state.safetensors", "state.json", "checksums.json"
 GUARDED = (TENSORS, "projector.safetensors", "config.json")
 OF_TRAINER = "trainer_state.json"  # in the checkpoints of SaMer before it had a training loop of its own
 KEPT = 2
+_NAME = re.compile(r"checkpoint-\d+")
 
 
 @dataclass
@@ -63,15 +77,15 @@ def write(
     """
     folder = output / f"checkpoint-{state.step}"
     with _told(output):
-        if folder.exists():
+        if exists(folder):
             remove(folder)
         with atomic_path(folder / TENSORS) as temporary:
             temporary.write_bytes(save(tensors))
         save_projector(folder, projector, retriever, merge)
         _write_state(folder, state)
         write_json(folder / CHECKSUMS, {name: file_hash(folder / name) for name in GUARDED})
-    for old in whole(output)[:-KEPT]:
-        remove(old)
+        for old in whole(output)[:-KEPT]:
+            remove(old)
 
 
 def rewrite_state(output: Path, state: State) -> None:
@@ -86,15 +100,14 @@ def _write_state(folder: Path, state: State) -> None:
 
 @contextmanager
 def _told(output: Path):
+    """Says of a checkpoint that can't be written what to do, and that nothing before it is lost."""
     try:
         yield
-    except InputError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
-        raise InputError(
-            f"{output}: a checkpoint can't be written ({error.__cause__.strerror}); "
-            "make room and run the same command again to go on"
-        ) from None
+    except FileTrouble as error:
+        raise FileTrouble(f"{error}, and run the same command again to go on") from None
+    except OSError as error:
+        said = trouble(error.filename or output, error, "written")
+        raise FileTrouble(f"{said}, and run the same command again to go on") from None
 
 
 def read_state(checkpoint: Path) -> State:
@@ -108,36 +121,41 @@ def read_state(checkpoint: Path) -> State:
         try:
             if not bare_name(name) or file_hash(checkpoint / name) != checksum:
                 raise InputError(f"{checkpoint / name}: contents differ from {CHECKSUMS}; {remedy}")
+        except FileNotFoundError:
+            raise DiskError(f"{checkpoint / name}: not readable (there is no such file); {remedy}") from None
         except OSError as error:
-            raise InputError(f"{checkpoint / name}: not readable ({error.strerror}); {remedy}") from None
+            raise trouble(checkpoint / name, error) from None
     try:
         content = read_manifest(checkpoint / STATE, FORMAT, FORMAT_VERSION)
         del content["format"], content["format_version"]
         state = State(**content)
         if checkpoint.name != f"checkpoint-{state.step}":
             raise InputError(f"{checkpoint / STATE}: it is of step {state.step}")
+    except FileTrouble:
+        raise
     except (InputError, TypeError) as error:
-        raise InputError(f"{checkpoint / STATE}: damaged, or of another checkpoint ({error}); {remedy}") from None
+        raise DiskError(f"{checkpoint / STATE}: damaged, or of another checkpoint ({error}); {remedy}") from None
     return state
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """A checkpoint's tensors, on the CPU; `read_state` has vouched for them."""
     try:
-        return load_file(checkpoint / TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{checkpoint / TENSORS}: not readable ({str(error)[:120]})") from None
+        with mapped(checkpoint / TENSORS) as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise unreadable(checkpoint / TENSORS, error, "go on from the checkpoint before") from None
 
 
 def numbered(output: Path) -> list[Path]:
     """Folders named as checkpoints are, in order of their steps."""
-    found = [(folder.name.removeprefix("checkpoint-"), folder) for folder in output.glob("checkpoint-*")]
-    return [folder for number, folder in sorted((int(n), f) for n, f in found if n.isdecimal() and f.is_dir())]
+    found = [(path.name.removeprefix("checkpoint-"), path) for path in listing(output) if _NAME.fullmatch(path.name)]
+    return [folder for number, folder in sorted((int(n), f) for n, f in found if is_dir(f))]
 
 
 def whole(output: Path) -> list[Path]:
     """Checkpoints that were written whole and are not being removed, oldest first."""
-    return [folder for folder in numbered(output) if (folder / CHECKSUMS).is_file()]
+    return [folder for folder in numbered(output) if is_file(folder / CHECKSUMS)]
 
 
 def torn(output: Path) -> list[Path]:
@@ -147,15 +165,15 @@ def torn(output: Path) -> list[Path]:
         InputError: a folder of that name that something else wrote, or a SaMer that trained with transformers' Trainer.
     """
     for folder in numbered(output):
-        if (folder / OF_TRAINER).is_file():
+        if is_file(folder / OF_TRAINER):
             raise InputError(
                 f"{folder}: an earlier SaMer wrote this ({OF_TRAINER}), and this one can't go on from it; name another "
                 f"train.output_dir, or remove {output}/checkpoint-* to start anew"
             )
-        names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
-        if names - {*GUARDED, STATE, CHECKSUMS} or not (output / "config.yaml").is_file():
+        names = {entry.name for entry in listing(folder) if not entry.name.startswith(".")}
+        if names - {*GUARDED, STATE, CHECKSUMS} or not is_file(output / "config.yaml"):
             raise InputError(f"{folder} is no checkpoint of this run; name another train.output_dir, or remove it")
-    return [folder for folder in numbered(output) if not (folder / CHECKSUMS).is_file()]
+    return [folder for folder in numbered(output) if not is_file(folder / CHECKSUMS)]
 
 
 def remove(checkpoint: Path) -> None:

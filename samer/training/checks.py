@@ -9,11 +9,19 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from samer.config import Config, InputError, TrainConfig, load_config
+from samer.runtime.files import is_file
 from samer.runtime.processes import print0, world_size
 from samer.training import checkpoints
 from samer.training.checkpoints import State
 
-FREE = ("output_dir", "report_to", "run_name", "dataloader_num_workers", "eval_batch_size")  # change no result
+FREE = (
+    "output_dir",
+    "report_to",
+    "run_name",
+    "dataloader_num_workers",
+    "eval_batch_size",
+    "strict",
+)  # change no result
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ def check_output(output: Path, config: Config) -> None:
     Accumulation may change with the number of processes, as long as a step has as many captions as before.
     """
     previous = output / "config.yaml"
-    if not previous.is_file():
+    if not is_file(previous):
         return
     old, settings = load_config(previous), config.train
     if not settings.resume:

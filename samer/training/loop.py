@@ -26,8 +26,9 @@ from samer.data import make_reader
 from samer.data.records import ImageRecord
 from samer.features.read import open_encoder
 from samer.retrievers.projectors import load_projector, save_projector
-from samer.runtime.files import atomic_path, only_writer
+from samer.runtime.files import atomic_path, is_file, only_writer, opened
 from samer.runtime.processes import gather_objects, print0, rank, stop_asked, world_size
+from samer.runtime.shards import unreadable
 from samer.runtime.signals import Stopped, stop_here, stoppable
 from samer.training import checkpoints
 from samer.training.batches import CaptionDataset, Collator, StepBatches, end_workers, make_loader
@@ -68,7 +69,7 @@ def _train(config: Config) -> TrainResult:
     make_compressor(config.merge)
     trackers = check_trackers(settings.report_to)
     check_output(output, config)
-    if settings.resume and (output / "history.json").is_file() and (output / "projector.safetensors").is_file():
+    if settings.resume and is_file(output / "history.json") and is_file(output / "projector.safetensors"):
         print0(f"{output} holds this run, finished; nothing is left to train")
         return _result(output, _read_history(output / "history.json"), settings, 0.0)
     start = find_start(output, settings)
@@ -83,8 +84,7 @@ def _train(config: Config) -> TrainResult:
         local_files_only=config.model.local_files_only,
         revision=config.model.revision,
     )
-    for each in (records, validation):
-        retriever.check_records(each)
+    retriever.check_records([*records, *validation])
     set_seed(settings.seed)
     model = ProjectorModel(retriever, config.merge, settings.temperature, settings.gather_negatives, settings.budgets)
     dropped = sum(len(record.captions) for record in records) - len(dataset)
@@ -116,10 +116,14 @@ def _train(config: Config) -> TrainResult:
 def _load_data(config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """Records to train on, with boxes, and to validate on, without; the latter may be none."""
     reader, data = make_reader(config.data.reader), config.data
-    records = reader.load_split(data.root, data.train_split, boxes=True, limit_images=data.limit_train_images)
+    records = reader.load_split(
+        data.root, data.train_split, boxes=True, limit_images=data.limit_train_images, strict=data.strict
+    )
     if not data.eval_split:
         return records, []
-    return records, reader.load_split(data.root, data.eval_split, boxes=False, limit_images=data.limit_eval_images)
+    return records, reader.load_split(
+        data.root, data.eval_split, boxes=False, limit_images=data.limit_eval_images, strict=data.strict
+    )
 
 
 def _make_accelerator(output: Path, trackers: list[str]) -> Accelerator:
@@ -386,11 +390,12 @@ class Run:
 
 def _read_history(path: Path) -> list[dict]:
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))
+        with opened(path) as handle:
+            history = json.loads(handle.read().decode("utf-8"))
         if not (isinstance(history, list) and all(isinstance(entry["step"], int) for entry in history) and history):
             raise ValueError("no list of steps")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not readable ({str(error)[:120]}); remove it to end this run again") from None
+        raise unreadable(path, error, "run the same command again to end this run") from None
     return history
 
 

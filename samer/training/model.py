@@ -17,7 +17,7 @@ from samer.config import MergeConfig
 from samer.losses import multi_positive_t2i_loss
 from samer.objects import object_diagnostics
 from samer.retrievers.base import Encoder, Projection
-from samer.runtime.processes import gather_with_grad
+from samer.runtime.gather import gather_with_grad
 from samer.scoring import maxsim
 from samer.tokens import MergedTokens, VisualTokens
 

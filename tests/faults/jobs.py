@@ -63,6 +63,7 @@ LAZY = (  # what they import on the way
     "samer.compare.run",
     "samer.features.write",
     "samer.index.pictures",
+    "samer.index.sync",
     "samer.index.write",
     "samer.report.page",
     "samer.report.tables",

@@ -7,6 +7,7 @@ import xml.dom.minidom
 import numpy as np
 import torch
 from harness import read_header
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 from samer.config import MergeConfig
@@ -100,6 +101,7 @@ def tensors_of(data):
             array = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
         else:
             array = np.frombuffer(raw, KINDS[about["dtype"]])
+            array = array != 0 if about["dtype"] == "BOOL" else array  # a spoiled byte may be neither 0 nor 1
         found[name] = array.reshape(about["shape"])
     return found, own
 
@@ -216,8 +218,12 @@ def projector_says(folder, kind):
     return weight.T if config["fan_in_fan_out"] else weight, base.bias.numpy()
 
 
-def boxes_say(path):
-    """Chain id -> boxes of an annotation file by another XML reader."""
+def boxes_say(path, picture=None):
+    """Chain id -> boxes of an annotation file by another XML reader.
+
+    With a picture bad boxes are left out, and all of them where no scale makes one size the other within two pixels,
+    unless one of both is a square.
+    """
     root = xml.dom.minidom.parseString(path.read_bytes()).documentElement
     children = lambda node, tag: [n for n in node.childNodes if n.nodeType == n.ELEMENT_NODE and n.tagName == tag]
 
@@ -238,9 +244,11 @@ def boxes_say(path):
     for obj in children(root, "object"):
         for bound in children(obj, "bndbox"):
             x1, y1, x2, y2 = (value(bound, tag) for tag in ("xmin", "ymin", "xmax", "ymax"))
-            assert min(x1, y1) >= -1e-9
-            assert x2 <= width + 1
-            assert y2 <= height + 1
+            good = min(x1, y1) >= -1e-9 and x2 <= width + 1 and y2 <= height + 1
+            good = good and max(x1, 1) <= min(x2, width) and max(y1, 1) <= min(y2, height)
+            if picture is not None and not good:
+                continue
+            assert good
             box = (
                 (max(x1, 1) - 1) / width,
                 (max(y1, 1) - 1) / height,
@@ -251,4 +259,19 @@ def boxes_say(path):
             assert 0 <= box[1] <= box[3] <= 1
             for name in children(obj, "name"):
                 found.setdefault(text(name), []).append(box)
+    if picture is not None:
+        with Image.open(picture) as opened:
+            size = ImageOps.exif_transpose(opened).size
+        if width != height and size[0] != size[1] and not _scaled(size, (width, height)):
+            return {}
     return found
+
+
+def _scaled(one, two):
+    """Whether some scale of a size is the other within two pixels; it is tried at the ends of where each side fits."""
+    return any(
+        all(abs(a - scale * b) <= 2 + 1e-9 for a, b in zip(small, large))
+        for small, large in ((one, two), (two, one))
+        for side in (0, 1)
+        for scale in ((small[side] - 2) / large[side], (small[side] + 2) / large[side])
+    )

@@ -18,9 +18,11 @@ import torch
 
 from samer.config import MergeConfig
 from samer.data import flickr
+from samer.data.pictures import Found
 from samer.index import pictures as index_pictures
-from samer.index.pictures import FOLDER_SPLIT, add_images, compact_images, delete_images
+from samer.index.pictures import FOLDER_SPLIT, compact_images, delete_images
 from samer.index.read import Index
+from samer.index.sync import update_images
 from samer.retrievers.hf import Retriever
 from samer.world.write import write_world
 
@@ -60,7 +62,8 @@ class Soak:
 
     def add(self, folder, names):
         # one at a time through the model: then a picture's vectors do not depend on its neighbours, and bytes compare
-        add_images(folder, self.root, names, self.retriever, MERGE, batch_size=1, dtype=self.dtype)
+        found, how = Found(self.root, names, []), {"batch_size": 1, "dtype": self.dtype, "assignments": False}
+        update_images(folder, found, self.retriever, MERGE, **how)
 
     def round(self):
         """Adds some, deletes some, searches; what the index holds is checked by every search."""

@@ -6,6 +6,10 @@ const EVIDENCE = "#e69f00";
 const BOX = "#56b4e9";
 const HALO = "rgba(0, 0, 0, 0.75)";
 const DIM = "rgba(10, 12, 14, 0.68)";
+const STATES = {
+  gone: "Its file is gone; scripts/index.py --sync takes it out of the index.",
+  changed: "Its file changed since it was indexed; run scripts/index.py again.",
+};
 
 const at = (id) => document.getElementById(id);
 const state = {
@@ -184,6 +188,7 @@ function card(result, place, index) {
     { className: "about" },
     element("span", { className: "rank", textContent: place + 1 }),
     name,
+    ...(result.state ? [element("span", { className: "state", textContent: result.state, title: STATES[result.state] })] : []),
     element("span", { className: "score", textContent: result.score.toFixed(4), title: "Score" }),
   );
   return element("li", {}, frame, about, element("p", { className: "evidence" }));
@@ -245,7 +250,7 @@ function showHint(active) {
   if (!index) {
     hint.replaceChildren();
   } else if (!index.evidence) {
-    hint.textContent = "This index keeps no regions, so what a word matched can’t be drawn; build it anew with --assignments.";
+    hint.textContent = "This index keeps no regions, so what a word matched can’t be drawn; build it anew without --no-assignments.";
   } else if (active === null) {
     hint.textContent = "Point at, tap or tab to a word to see what it matched in each picture.";
   } else {
