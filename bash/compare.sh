@@ -4,18 +4,21 @@
 #   OUTPUT_DIR (outputs/compare)   FEATURES_DIR (computed into OUTPUT_DIR/features)   SEEDS ("0 1 2")
 # e.g. DATA_ROOT=/data/flickr30k_entities FEATURES_DIR=features/flickr_colpali bash bash/compare.sh
 # or fewer tables: bash bash/compare.sh --sections untouched adapted
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
 prepare
-out="${OUTPUT_DIR:-outputs/compare}"
+out=${OUTPUT_DIR:-${REPO}outputs/compare}
+model=() # the config names the small retriever from the repo root
 if [ -n "${DATA_ROOT:-}" ]; then
-    config="${CONFIG:-configs/samer_k64_colpali.yaml}"
+    config=${CONFIG:-${REPO}configs/samer_k64_colpali.yaml}
 else
-    DATA_ROOT="$out/world"
-    config="${CONFIG:-configs/demo.yaml}"
-    "$PYTHON" scripts/scenes.py --out "$DATA_ROOT" --train 800 --val 60 --test 400
+    DATA_ROOT=$out/world
+    config=${CONFIG:-${REPO}configs/demo.yaml}
+    if [ -z "${CONFIG:-}" ] && [ -n "$REPO" ]; then model=("model.name=${REPO}assets/retriever"); fi
+    "$PYTHON" "${REPO}scripts/scenes.py" --out="$DATA_ROOT" --train 800 --val 60 --test 400
 fi
-# SEEDS is a list of words on purpose
-# shellcheck disable=SC2086
-exec "$PYTHON" scripts/compare.py --data-root "$DATA_ROOT" --out "$out" --config "$config" \
-    ${FEATURES_DIR:+--features "$FEATURES_DIR"} --seeds ${SEEDS:-0 1 2} "$@"
+words "${SEEDS:-0 1 2}"
+# the list of seeds comes first: overrides that follow it would be taken for seeds
+exec "$PYTHON" "${REPO}scripts/compare.py" --seeds "${WORDS[@]}" --data-root="$DATA_ROOT" --out="$out" \
+    ${FEATURES_DIR:+--features="$FEATURES_DIR"} --config="$config" ${model[@]+"${model[@]}"} "$@"

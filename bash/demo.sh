@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole job on generated scenes, on a CPU: scenes, training, caches, evaluation, one table. Nothing to download but
 # Python packages, if the active environment lacks them. Arguments go to scripts/demo.py (--help lists them).
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
 prepare
-exec "$PYTHON" scripts/demo.py "$@"
+exec "$PYTHON" "${REPO}scripts/demo.py" --out="${REPO}outputs/demo" "$@"

@@ -1,14 +1,18 @@
-# Sourced by the launchers: from the repo root, with an interpreter in $PYTHON that has what requirements.txt lists.
-# The active environment is used if it has everything; else .venv is made (or reused) and installed into.
+# Sourced by the launchers. They stay in the folder they are called from, so relative paths in variables and arguments
+# are read from there; $REPO stands before the repo's own files and before the default places of outputs: empty in the
+# repo root, else the root with a slash. `prepare` puts into $PYTHON an interpreter that has what requirements.txt lists:
+# that of the active environment if it has everything; else .venv is made in the repo (or reused) and installed into.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset CDPATH # cd would look elsewhere, and print
+REPO=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)/
+if [ "$REPO" -ef . ]; then REPO=; fi
 
 TORCH=2.13.0 # what .venv gets; the package itself takes any torch>=2.9
 
 # missing PYTHON EXTRA...: prints the requirements, of the base set and of those extras of pyproject.toml, that don't
 # hold in that interpreter; fails where it can't tell
 missing() {
-    "$1" - "${@:2}" <<'PYTHON'
+    "$1" - "$REPO" "${@:2}" <<'PYTHON'
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
@@ -23,11 +27,12 @@ except ImportError:
         from pip._vendor.packaging.requirements import Requirement
     except ImportError:
         sys.exit(1)
-with open("requirements.txt", encoding="utf-8") as base:
+repo = sys.argv[1]
+with open(repo + "requirements.txt", encoding="utf-8") as base:
     lines = [line for line in (line.split("#")[0].strip() for line in base) if line]
-with open("pyproject.toml", "rb") as project:
+with open(repo + "pyproject.toml", "rb") as project:
     extras = tomllib.load(project)["project"]["optional-dependencies"]
-for line in [*lines, *(line for extra in sys.argv[1:] for line in extras[extra])]:
+for line in [*lines, *(line for extra in sys.argv[2:] for line in extras[extra])]:
     need = Requirement(line)
     try:
         have = version(need.name).split("+")[0]
@@ -49,8 +54,8 @@ has_nvidia() { command -v nvidia-smi >/dev/null || [ -e /proc/driver/nvidia ]; }
 # install_torch: into .venv, first and by itself, so that what comes after is satisfied by this build. PyPI's build for
 # Linux brings gigabytes of CUDA; the CPU build lies at PyTorch's own index, unless pip is told where to look.
 install_torch() {
-    local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check "torch==$TORCH")
-    if ! has_nvidia && ! .venv/bin/python -m pip config list | grep -Ec 'index-url|find-links|constraint' >/dev/null; then
+    local pip=("$REPO.venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch==$TORCH")
+    if ! has_nvidia && ! "$REPO.venv/bin/python" -m pip config list | grep -Ec 'index-url|find-links|constraint' >/dev/null; then
         "${pip[@]}" --index-url https://download.pytorch.org/whl/cpu && return
     fi
     "${pip[@]}"
@@ -64,7 +69,7 @@ unusable() {
 # prepare EXTRA...: sets PYTHON to an interpreter that has the base set and the extras, installing if needed
 prepare() {
     local candidate
-    for candidate in "$(command -v python || true)" "$(command -v python3 || true)" .venv/bin/python; do
+    for candidate in "$(command -v python || true)" "$(command -v python3 || true)" "$REPO.venv/bin/python"; do
         if [ -n "$candidate" ] && [ -x "$candidate" ] && satisfied "$candidate" "$@"; then
             PYTHON=$candidate
             return
@@ -79,24 +84,51 @@ prepare() {
     if has_nvidia; then size="7 GB on disk, with the CUDA build of torch"; fi
     local extras
     extras=$(IFS=,; echo "$*")
-    echo "the active environment lacks requirements; installing into .venv (about $size; a few minutes, once)"
-    echo "(to install into the active environment instead, stop this and run: pip install -e '.${extras:+[$extras]}')"
-    [ -x .venv/bin/python ] || "$host" -m venv .venv
+    echo "the active environment lacks requirements; installing into $REPO.venv (about $size; a few minutes, once)"
+    echo "(to install into the active environment instead, stop this and run: pip install -e '${REPO:-.}${extras:+[$extras]}')"
+    [ -x "$REPO.venv/bin/python" ] || "$host" -m venv "$REPO.venv"
     local lines
-    lines=$(missing .venv/bin/python) || unusable
+    lines=$(missing "$REPO.venv/bin/python") || unusable
     if [[ $'\n'$lines == *$'\n'torch[\>=]* ]]; then install_torch; fi
-    lines=$(missing .venv/bin/python "$@") || unusable
+    lines=$(missing "$REPO.venv/bin/python" "$@") || unusable
     if [ -n "$lines" ]; then
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin <<<"$lines"
+        "$REPO.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r /dev/stdin <<<"$lines"
     fi
-    PYTHON=.venv/bin/python
-    echo "installed; later commands (python scripts/...) need it active:  source .venv/bin/activate"
+    PYTHON=$REPO.venv/bin/python
+    echo "installed; later commands (python scripts/...) need it active:  source $REPO.venv/bin/activate"
+}
+
+# words TEXT: sets WORDS to the words of a variable that lists several, with white space between; no globs
+words() {
+    IFS=$' \t\n' read -r -d '' -a WORDS <<<"$1" || true
+}
+
+# folders TEXT: sets WORDS to the folders of a variable: one a line where it has several lines, all of it where it is the
+# name of one folder, else its words; none begins as an option does
+folders() {
+    local line k
+    WORDS=()
+    if [[ $1 == *$'\n'* ]]; then
+        while IFS= read -r line; do
+            if [ -n "$line" ]; then WORDS+=("$line"); fi
+        done <<<"$1"
+    elif [ -e "$1" ]; then
+        WORDS=("$1")
+    else
+        words "$1"
+    fi
+    for k in "${!WORDS[@]}"; do
+        case ${WORDS[k]} in -*) WORDS[k]=./${WORDS[k]} ;; esac
+    done
 }
 
 # launch SCRIPT ARGUMENT...: one process, or torchrun with NPROC_PER_NODE of them; a launcher's last command. SIGTERM
 # reaches the processes, which finish what is at work (torchrun gives them 30 seconds), and the status is 143.
 launch() {
-    [ "${NPROC_PER_NODE:-1}" -gt 1 ] || exec "$PYTHON" "$@"
+    case ${NPROC_PER_NODE:=1} in
+        *[!0-9]*) echo "error: NPROC_PER_NODE is '$NPROC_PER_NODE'; give the number of processes" >&2; exit 2 ;;
+    esac
+    [ "$NPROC_PER_NODE" -gt 1 ] || exec "$PYTHON" "$@"
     local torchrun="" stopped="" status=0
     stop() {
         stopped=$1

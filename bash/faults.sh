@@ -4,12 +4,16 @@
 # them a soak; then one table. Arguments go to pytest, e.g. -k SIGTERM. Variables (default):
 #   SAMER_FAULT_CASES (8000 drawn cases of spoiled files, beside fixed ones)   SAMER_FAULT_MINUTES (30, the soak)
 #   SAMER_FAULT_LOG (outputs/faults.jsonl: what the table is made of)
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
+case ${SAMER_FAULT_LOG:=${REPO:-$PWD/}outputs/faults.jsonl} in /*) ;; *) SAMER_FAULT_LOG=$PWD/$SAMER_FAULT_LOG ;; esac
+export SAMER_FAULT_LOG
+cd -- "${REPO:-.}"
+REPO=
 prepare serve test
 export SAMER_FAULT_LONG=1 SAMER_FAULT_CASES=${SAMER_FAULT_CASES:-8000} SAMER_FAULT_MINUTES=${SAMER_FAULT_MINUTES:-30}
-export SAMER_FAULT_LOG=${SAMER_FAULT_LOG:-$PWD/outputs/faults.jsonl}
-mkdir -p "$(dirname "$SAMER_FAULT_LOG")"
+mkdir -p "$(dirname -- "$SAMER_FAULT_LOG")"
 rm -f "$SAMER_FAULT_LOG"
 echo "soak of $SAMER_FAULT_MINUTES minutes and the other faults; lines go to $SAMER_FAULT_LOG"
 OMP_NUM_THREADS=1 "$PYTHON" -m pytest tests/faults/test_soak.py >"$SAMER_FAULT_LOG.soak.txt" 2>&1 &

@@ -2,11 +2,12 @@
 # Retrieval metrics of a cached split. Variables (default):
 #   CACHE_DIR (outputs/flickr_samer_k64)   SPLIT (test)   OUTPUT_JSON ($CACHE_DIR/metrics_$SPLIT.json)   DEVICE (auto)
 #   DATA_ROOT (empty; else the report beside OUTPUT_JSON shows pictures)   FEATURES_DIR (empty: from the images)
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
 prepare
-CACHE_DIR=${CACHE_DIR:-outputs/flickr_samer_k64}
+CACHE_DIR=${CACHE_DIR:-${REPO}outputs/flickr_samer_k64}
 SPLIT=${SPLIT:-test}
-exec "$PYTHON" scripts/eval.py --cache-dir "$CACHE_DIR" --split "$SPLIT" --device "${DEVICE:-auto}" \
-    ${DATA_ROOT:+--data-root "$DATA_ROOT"} --features "${FEATURES_DIR:-}" \
-    --output-json "${OUTPUT_JSON:-$CACHE_DIR/metrics_$SPLIT.json}" "$@"
+exec "$PYTHON" "${REPO}scripts/eval.py" --cache-dir="$CACHE_DIR" --split="$SPLIT" --device="${DEVICE:-auto}" \
+    ${DATA_ROOT:+--data-root="$DATA_ROOT"} --features="${FEATURES_DIR:-}" \
+    --output-json="${OUTPUT_JSON:-$CACHE_DIR/metrics_$SPLIT.json}" "$@"

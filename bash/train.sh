@@ -7,11 +7,12 @@
 #   ASSIGNMENT_TEMPERATURE DATALOADER_NUM_WORKERS LIMIT_TRAIN_IMAGES LIMIT_EVAL_IMAGES
 #   FEATURES_DIR (a store made by bash/features.sh: train from it instead of from pixels)
 # Example: DATA_ROOT=/data/flickr30k_entities NPROC_PER_NODE=4 bash bash/train.sh train.seed=1
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
 [ -n "${DATA_ROOT:-}" ] || { echo "error: DATA_ROOT is not set; give the Flickr30k-Entities folder: DATA_ROOT=DIR bash bash/train.sh" >&2; exit 2; }
 RUN_NAME=${RUN_NAME:-samer_k64_colpali}
-settings=("data.root=$DATA_ROOT" "train.run_name=$RUN_NAME" "train.output_dir=${OUTPUT_DIR:-checkpoints/$RUN_NAME}")
+settings=("data.root=$DATA_ROOT" "train.run_name=$RUN_NAME" "train.output_dir=${OUTPUT_DIR:-${REPO}checkpoints/$RUN_NAME}")
 while read -r variable key; do
     if [ -n "${!variable:-}" ]; then settings+=("$key=${!variable}"); fi
 done <<'NAMES'
@@ -34,4 +35,4 @@ LIMIT_TRAIN_IMAGES data.limit_train_images
 LIMIT_EVAL_IMAGES data.limit_eval_images
 NAMES
 prepare
-launch scripts/train.py --config "${CONFIG:-configs/samer_k64_colpali.yaml}" "${settings[@]}" "$@"
+launch "${REPO}scripts/train.py" --config="${CONFIG:-${REPO}configs/samer_k64_colpali.yaml}" "${settings[@]}" "$@"

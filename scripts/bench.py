@@ -7,31 +7,37 @@ python scripts/bench.py eval      5,000 captions against 1,000 images: scores, m
 python scripts/bench.py cache     how much of building an index is spent outside the backbone
 python scripts/bench.py quality   what each stored dtype keeps: recall, overlap with float32, bytes
 python scripts/bench.py train     training from pixels and from stored features
+python scripts/bench.py pictures  photographs of 12, 50 and 108 megapixels: memory, pace, what reducing costs
+python scripts/bench.py latency   one query at a time, alone and beside a busy process, by how torch's threads wait
+python scripts/bench.py help      how long --help of every script takes, beside an interpreter that does nothing
 """
 
+import sys
+from os.path import dirname, realpath
+
+if not __package__:
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
+
+    heed_interrupts()
+
 import argparse
+import contextlib
+import io
 import multiprocessing
+import os
 import resource
 import shutil
 import statistics
-import sys
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-import torch.nn.functional as F
-from transformers import ColPaliProcessor
-
-from samer import InputError, MergeConfig, QueryTokens, maxsim, merge_tokens, visual_coords
-from samer.runtime.commands import run
-from samer.scoring import StoredImages, int8_product_works, pack_signs, score_stored, search
+from samer.runtime.commands import WAITING, run
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
 FLOOR = "the product alone, blocked (the floor)"
 
 
@@ -49,6 +55,10 @@ def medians(runs, *functions):
 
 def merge(runs):
     """One image of 1,030 x 128 to 64, published settings, no gradient."""
+    import torch
+    import torch.nn.functional as F
+
+    from samer import MergeConfig, merge_tokens, visual_coords
     from samer.compressors.hpool import ward_labels
 
     tokens, coords = F.normalize(torch.randn(1, 1030, 128), dim=-1), visual_coords(32, 32, prompt_tokens=6)
@@ -72,6 +82,9 @@ def merge(runs):
 
 def merge_loop(tokens, coords, config):
     """The merge of one image as METHOD section 2 reads, a cluster at a time: what one writes first."""
+    import torch
+    import torch.nn.functional as F
+
     chosen = torch.linspace(0, len(tokens) - 1, config.num_regions).round().long()
     centres, places = tokens[chosen].clone(), coords[chosen].clone()
     distance = lambda: torch.stack(
@@ -94,6 +107,13 @@ def merge_loop(tokens, coords, config):
 
 def score(runs):
     """32 queries of 32 tokens against 5,000 images of 64 x 128: every engine on the same data, in turn."""
+    import torch
+    import torch.nn.functional as F
+    from transformers import ColPaliProcessor
+
+    from samer import QueryTokens, maxsim
+    from samer.scoring import StoredImages, int8_product_works, pack_signs, score_stored, search
+
     images = clustered(5000)
     about = images[::157][:32, :32]  # each query asks for one image, in other words
     queries = F.normalize(about + 0.5 * F.normalize(torch.randn(32, 32, 128), dim=-1), dim=-1)
@@ -114,7 +134,10 @@ def score(runs):
     exact = maxsim(queries, images).topk(10, dim=1).indices
     times = dict(zip(engines, medians(max(3, runs // 40), *engines.values())))
     floor, einsum = times[FLOOR], times["transformers score_retrieval (einsum)"]
-    print("32 queries x 32 tokens against 5,000 images x 64 x 128; int8 product in use:", int8_product_works(CPU))
+    print(
+        "32 queries x 32 tokens against 5,000 images x 64 x 128; int8 product in use:",
+        int8_product_works(torch.device("cpu")),
+    )
     print(f"{'':42}{'ms':>8}{'/ floor':>9}{'einsum /':>10}{'recall@10':>11}")
     for name, milliseconds in times.items():
         found = engines[name]()
@@ -135,6 +158,9 @@ def overlap(exact, found):
 
 def clustered(count):
     """Unit tokens (count, 64, 128) of images that differ as real ones do: around a few directions each."""
+    import torch
+    import torch.nn.functional as F
+
     generator = torch.Generator().manual_seed(1)
     themes = torch.randn(500, 128, generator=generator)
     picks = torch.randint(0, 500, (count, 64), generator=generator)
@@ -143,6 +169,8 @@ def clustered(count):
 
 def peers(queries, images):
     """Other exact engines, where they are installed: pip install -e ".[peers]"."""
+    import torch
+
     found = {}
     try:
         import maxsim_cpu
@@ -172,6 +200,10 @@ def peers(queries, images):
 
 def scale(runs):
     """A search over one million images of 64 x 128 int8, mapped from disk; what is resident beside the page cache."""
+    import torch
+    import torch.nn.functional as F
+
+    from samer import InputError, MergeConfig, QueryTokens
     from samer.index.manifest import IndexManifest, Making, Shard, Split, stamp_of, write_index_manifest
     from samer.index.read import Index
     from samer.retrievers.identity import ModelIdentity
@@ -213,6 +245,7 @@ def scale(runs):
 
 def building(runs):
     """Building an index of 1,500 generated images: what merging, storing and the rest take beside the model."""
+    from samer import MergeConfig
     from samer.data import flickr, pictures
     from samer.features.read import open_encoder
     from samer.index.write import build_index
@@ -221,7 +254,7 @@ def building(runs):
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         write_world(place / "world", {"test": 1500})
-        retriever = open_encoder(str(ROOT / "assets" / "retriever"), CPU)
+        retriever = open_encoder(str(ROOT / "assets" / "retriever"), "cpu")
         records = flickr.load_split(place / "world", "test", boxes=False)
         inside = {}
 
@@ -257,7 +290,12 @@ def building(runs):
 
 def evaluation(runs):
     """5,000 captions of 8 to 24 tokens against 1,000 images of 64 x 128: scores and metrics, time and peak memory."""
+    import torch
+    import torch.nn.functional as F
+
+    from samer import QueryTokens
     from samer.evaluation import both_directions
+    from samer.scoring import StoredImages, score_stored
 
     images = clustered(1000)
     lengths = torch.randint(8, 25, (5000,), generator=torch.Generator().manual_seed(2))
@@ -285,6 +323,9 @@ def evaluation(runs):
 
 def quality(runs):
     """400 generated images with 2,000 captions, 262 tokens to 16 from farthest centres, in every dtype of an index."""
+    import torch
+
+    from samer import MergeConfig
     from samer.index.manifest import DTYPES
     from samer.index.read import Index
     from samer.index.write import build_index
@@ -358,19 +399,223 @@ def training(runs):
     )
 
 
+def write_photo(path, width, height, seed):
+    """A JPEG with shapes and grain, so that it is as large as a camera's; the same for the same seed."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    shapes = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    grain = Image.fromarray(rng.integers(0, 256, (512, 512, 3), dtype=np.uint8)).resize((1024, 1024), Image.BICUBIC)
+    for top in range(0, height, 1024):
+        for left in range(0, width, 1024):
+            box = left, top, min(left + 1024, width), min(top + 1024, height)
+            size = box[2] - left, box[3] - top
+            shapes.paste(Image.blend(shapes.crop(box), grain.crop((0, 0, *size)), 0.15), box)
+    shapes.save(path, "JPEG", quality=88)
+
+
+def index_photos(folder, batch, whole):
+    """Pictures per second and peak memory (GB) of scripts/index.py in a process of its own; `whole`: not reduced."""
+    from samer.retrievers.hf import Retriever
+    from scripts import index
+
+    if whole:
+        Retriever.picture_size = None
+    Retriever.load(str(ROOT / "assets" / "retriever"))  # what is imported and read once does not count
+    with tempfile.TemporaryDirectory() as place:
+        words = ["--images", str(folder), "--cache-dir", place, "--batch-size", str(batch)]
+        started = time.perf_counter()
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
+            index.main([*words, f"model.name={ROOT / 'assets' / 'retriever'}", "merge.num_regions=16"])
+        seconds = time.perf_counter() - started
+    status = Path("/proc/self/status")  # on Linux, ru_maxrss of a new process begins with its parent's
+    if status.exists():
+        peak = int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1e6
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return len(list(folder.iterdir())) / seconds, peak
+
+
+def photographs(runs):
+    """Indexing generated photographs with the small retriever, each run in a process of its own, whole and reduced."""
+    sizes = {12: (4000, 3000, 24), 50: (8192, 6144, 24), 108: (12000, 9000, 6)}
+    with tempfile.TemporaryDirectory() as place:
+        print(f"{'':18}{'batch':>6}{'whole, GB':>11}{'reduced, GB':>13}{'whole, 1/s':>12}{'reduced, 1/s':>14}")
+        for megapixels, (width, height, count) in sizes.items():
+            folder = Path(place) / str(megapixels)
+            folder.mkdir()
+            for number in range(count):
+                write_photo(folder / f"{number:02}.jpg", width, height, number)
+            for batch in (1, 8, 32):
+                rows = []
+                for whole in (True, False):
+                    with multiprocessing.get_context("spawn").Pool(1) as pool:
+                        rows.append(pool.apply(index_photos, (folder, batch, whole)))
+                (pace, peak), (quick, small) = rows
+                name = f"{count} x {megapixels} MP"
+                print(f"{name:18}{batch:6}{peak:11.2f}{small:13.2f}{pace:12.2f}{quick:14.2f}", flush=True)
+            shutil.rmtree(folder)
+    compare_reduced()
+
+
+def compare_reduced():
+    """How far vectors and scores move when pictures are read reduced, beside those of the picture stored once more."""
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image
+
+    from samer import maxsim
+    from samer.data.pictures import load_image
+    from samer.retrievers.hf import Retriever
+
+    retriever = Retriever.load(str(ROOT / "assets" / "retriever"))
+    found = retriever.encode_queries(retriever.query_inputs(["a red circle on the left", "a man with a dog"]))
+    queries = found.tokens, found.mask
+    cosines, scores = {"reduced": [], "stored again": []}, {"reduced": [], "stored again": []}
+    with tempfile.TemporaryDirectory() as place:
+        for path in sorted((ROOT / "tests/fixtures/photos/images/Images").iterdir()):
+            image = load_image(path)
+            file, again = Path(place) / "a.jpg", Path(place) / "b.jpg"
+            image.resize((10 * image.width, 10 * image.height), Image.LANCZOS).save(file, quality=92)
+            load_image(file).save(again, quality=80)
+            read = {"reduced": load_image(file, retriever.picture_size), "stored again": load_image(again)}
+            whole = retriever.encode_images(retriever.image_inputs([load_image(file)]))
+            for name, other in read.items():
+                tokens = retriever.encode_images(retriever.image_inputs([other])).tokens
+                cosines[name].append(F.cosine_similarity(tokens, whole.tokens, dim=-1).flatten())
+                scores[name].append(
+                    (maxsim(queries[0], tokens, queries[1]) - maxsim(queries[0], whole.tokens, queries[1]))
+                    .abs()
+                    .flatten()
+                )
+    print("8 photographs of 400 pixels, enlarged 10 times, against the same read whole:")
+    for name in cosines:
+        cosine, score = torch.cat(cosines[name]), torch.cat(scores[name])
+        print(f"  {name}: cosine of vectors {cosine.mean():.5f}, least {cosine.min():.4f};", end=" ")
+        print(f"MaxSim moves by {score.mean():.5f}, at most {score.max():.5f}")
+
+
+def one_by_one(folder, queries):
+    """Milliseconds of each of so many queries, each another one, asked of an open index; in a process of its own."""
+    from samer.search.models import Models
+    from samer.search.open_index import SearchIndex
+
+    index, times = SearchIndex(folder, Models("cpu")), []
+    for k in range(queries + 5):
+        started = time.perf_counter()
+        index.search(f"a red car and {k} people in a grassy field", 10)
+        times.append(1000 * (time.perf_counter() - started))
+    return times[5:]
+
+
+def busy(threads, started):
+    """Matrix products without end, on so many threads; in a process of its own."""
+    import torch
+
+    torch.set_num_threads(threads)
+    square = torch.randn(512, 512)
+    started.set()
+    while True:
+        square @ square
+
+
+@contextlib.contextmanager
+def environment(**values):
+    """Variables for the processes that are started meanwhile."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def latency(runs):
+    """Queries of an index of 400 generated images, one at a time, each setting in a process of its own, in turn."""
+    from samer import MergeConfig
+    from samer.features.read import open_encoder
+    from samer.index.write import build_index
+    from samer.world.write import write_world
+
+    settings = {
+        "as torch has it": {},
+        "threads sleep": {"OMP_WAIT_POLICY": "PASSIVE"},
+        "as search has it": WAITING,
+        "one thread": {"OMP_NUM_THREADS": "1"},
+    }
+    spawn, cores = multiprocessing.get_context("spawn"), os.cpu_count()
+    times = {name: {"alone": [], "beside": []} for name in settings}
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        write_world(place / "world", {"test": 400})
+        retriever = open_encoder(str(ROOT / "assets" / "retriever"), "cpu")
+        build_index(place / "c", place / "world", ["test"], retriever, MergeConfig(num_regions=16), dtype="int8")
+        for _ in range(max(3, runs // 60)):
+            for beside in ("alone", "beside"):
+                other, started = None, spawn.Event()
+                if beside == "beside":
+                    other = spawn.Process(target=busy, args=(cores, started), daemon=True)
+                    other.start()
+                    started.wait()
+                for name, values in settings.items():
+                    with environment(**values), spawn.Pool(1) as pool:
+                        times[name][beside].append(pool.apply(one_by_one, (place / "c", 40)))
+                if other is not None:
+                    other.kill()
+                    other.join()
+    print(f"ms per query; the other process multiplies matrices on {cores} threads, as many as this machine has cores")
+    print(f"{'':18}{'alone':>8}{'p90':>8}{'/ torch':>9}{'beside':>10}{'p90':>8}{'/ torch':>9}")
+    floor = {}
+    for name, row in times.items():
+        cells = ""
+        for beside, turns in row.items():
+            median = statistics.median(statistics.median(turn) for turn in turns)
+            late = statistics.median(statistics.quantiles(turn, n=10)[-1] for turn in turns)
+            ratio = median / floor.setdefault(beside, median)
+            cells += f"{median:{8 if beside == 'alone' else 10}.1f}{late:8.1f}{ratio:9.2f}"
+        print(f"{name:18}{cells}")
+
+
+def helps(runs):
+    """Seconds until --help of every script is printed, the median of 7 turns, and of `python -c pass`."""
+    paths = [path for path in sorted((ROOT / "scripts").glob("*.py")) if path.name != "__init__.py"]
+    lines = {"python -c pass": ["-c", "pass"], **{path.name: [str(path), "--help"] for path in paths}}
+    times = {name: [] for name in lines}
+    for _ in range(7):
+        for name, words in lines.items():
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=True)
+            times[name].append(time.perf_counter() - started)
+    for name, row in times.items():
+        print(f"{name:18}{statistics.median(row):7.3f} s, at most {max(row):.3f} s")
+
+
 def main(argv=None):
+    """Runs one of them."""
+    what = {"merge": merge, "maxsim": score, "scale": scale, "eval": evaluation, "cache": building, "quality": quality}
+    apart = {
+        "train": training,
+        "pictures": photographs,
+        "latency": latency,
+        "help": helps,
+    }  # they measure processes of their own
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["merge", "maxsim", "scale", "eval", "cache", "quality", "train"])
+    parser.add_argument("what", choices=[*what, *apart])
     parser.add_argument("--runs", type=int, default=200, help="timed calls (200; the longer ones a part of it)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     options = parser.parse_args(argv)
+    if options.what == "help":
+        return helps(options.runs)
+    import torch
+
     torch.manual_seed(0)
     if options.threads:
         torch.set_num_threads(options.threads)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    if options.what == "train":
-        return training(options.runs)
-    what = {"merge": merge, "maxsim": score, "scale": scale, "eval": evaluation, "cache": building, "quality": quality}
+    if options.what in apart:
+        return apart[options.what](options.runs)
     with torch.no_grad():
         what[options.what](options.runs)
 

@@ -5,19 +5,24 @@
     torchrun --nproc-per-node 4 scripts/cache.py ...
 
 Writes CACHE_DIR/manifest.json and, per split, shards of image and query tokens; run again, it goes on where it stopped.
-Without --adapter-path the retriever's own projection is used. Model and merge settings come from --config if given,
-else from the adapter's config.json, else from the defaults; section.key=value overrides any of them.
+An index that is there answers for its model, projector, merge and dtype; what is asked for otherwise is refused. For a
+new one, without --adapter-path the retriever's own projection is used. Model and merge settings come from --config if
+given, else from the adapter's config.json, else from the defaults; section.key=value overrides any of them.
 """
 
-import argparse
 import sys
-from pathlib import Path
+from os.path import dirname, realpath
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
 
-from samer.runtime.commands import adapter_config, add_compute_options, compute_device, run, split_words
-from samer.runtime.processes import print0, process_group
+    heed_interrupts()
+
+import argparse
+
+from samer.runtime.commands import add_compute_options, compute_device, run, split_words
 
 
 def main(argv=None):
@@ -28,10 +33,10 @@ def main(argv=None):
     parser.add_argument("--adapter-path", default="", help="trained projector: folder or hub id; empty: untouched")
     parser.add_argument("--splits", nargs="+", default=["val", "test"], help="default: val test")
     parser.add_argument("--batch-size", type=int, default=32, help="images and captions per forward pass (32)")
+    parser.add_argument("--cache-dtype", help="bfloat16 (default), float32, float16, int8 or binary")
     parser.add_argument(
-        "--cache-dtype", default="bfloat16", help="bfloat16 (default), float32, float16, int8 or binary"
+        "--assignments", action=argparse.BooleanOptionalAction, help="keep each patch's region, a byte each (default)"
     )
-    parser.add_argument("--assignments", action="store_true", help="keep each token's region, a byte each")
     parser.add_argument("--limit-images", type=int, help="the first so many images of each split")
     parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
     add_compute_options(parser)
@@ -39,33 +44,35 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
     splits, overrides = split_words(parser, options.splits, options.overrides)
-    config = adapter_config(options.adapter_path, options.config, overrides)
-    device = compute_device(options)
-    from samer.features.read import open_encoder
+    if not options.cache_dir:
+        parser.error("--cache-dir is empty; name the index")
+    from samer.data.pictures import limit_pixels
     from samer.index.manifest import describe
+    from samer.index.settings import Asked, settings_for
     from samer.index.write import build_index
+    from samer.runtime.processes import print0, process_group
 
+    asked = Asked(options.adapter_path, options.config, overrides, options.cache_dtype, options.assignments)
+    settings = settings_for(options.cache_dir, asked, "bfloat16")
+    limit_pixels(settings.config.data.max_megapixels)
+    device = compute_device(options)
     with process_group():
-        retriever = open_encoder(
-            config.model.name,
-            device,
-            features=options.features,
-            adapter_path=options.adapter_path,
-            local_files_only=config.model.local_files_only,
-            revision=config.model.revision,
-        )
-        print0(f"writing the index to {options.cache_dir} ({options.adapter_path or 'projection untouched'})")
+        retriever = settings.open(device, options.features)
+        for note in settings.notes:
+            print0("note:", note)
+        print0(f"writing the index to {options.cache_dir} ({settings.projector_words()})")
         summaries = build_index(
             options.cache_dir,
             options.data_root,
             splits,
             retriever,
-            config.merge,
+            settings.config.merge,
             batch_size=options.batch_size,
-            dtype=options.cache_dtype,
+            dtype=settings.dtype,
             limit_images=options.limit_images,
-            assignments=options.assignments,
-            reader=options.reader or config.data.reader,
+            assignments=settings.assignments,
+            reader=options.reader or settings.config.data.reader,
+            strict=settings.config.data.strict,
         )
         for summary in summaries:
             print0(describe(summary, options.cache_dir))

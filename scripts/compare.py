@@ -10,17 +10,19 @@ frozen hidden states are computed first, into OUT/features (its size is said bef
 train.grad_accum_steps=8.
 """
 
-import argparse
 import sys
-from dataclasses import replace
-from pathlib import Path
+from os.path import dirname, realpath
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
 
-from samer.config import load_config
+    heed_interrupts()
+
+import argparse
+
 from samer.runtime.commands import pick_device, run
-from samer.runtime.files import only_writer
 
 
 def main(argv=None):
@@ -38,10 +40,18 @@ def main(argv=None):
     options = parser.parse_args(argv)
     given = options.sections or []
     overrides = [*(word for word in given if "=" in word), *options.overrides]  # argparse takes them for sections
+    from dataclasses import replace
+
+    from samer.config import load_config
+
     config = load_config(options.config, overrides)
     config = replace(config, data=replace(config.data, root=options.data_root, features=options.features))
     from samer.compare.plan import SECTIONS, check_request
     from samer.compare.write import write_comparison
+    from samer.data.pictures import limit_pixels
+    from samer.runtime.files import only_writer
+
+    limit_pixels(config.data.max_megapixels)
 
     sections = SECTIONS if options.sections is None else [word for word in given if "=" not in word]
     check_request(sections, options.seeds)

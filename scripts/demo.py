@@ -4,17 +4,21 @@ bash bash/demo.sh                        (a few minutes on 2 cores; results in o
 bash bash/demo.sh --quick --out /tmp/d   (a smaller world, to see that everything works)
 """
 
-import argparse
 import sys
+from os.path import dirname, realpath
+
+if not __package__:
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
+
+    heed_interrupts()
+
+import argparse
 import time
 from pathlib import Path
 
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from samer.config import load_config
 from samer.runtime.commands import run
-from samer.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "demo.yaml"
@@ -64,6 +68,8 @@ def main(argv=None):
     words = ("--out", store, "--data-root", world, model())
     step("compute the frozen features, once for everything below", features, *words)
     results = [train_and_measure(out, world, store, *row) for row in ROWS]
+    from samer.runtime.files import write_json
+
     write_json(out / "results.json", {"rows": results})
     report = make_report(out, world, store)
     print("\n" + table(results))
@@ -116,6 +122,8 @@ def make_report(out, world, store):
 
 def model():
     """The override that names the small retriever wherever the demo is run."""
+    from samer.config import load_config
+
     return f"model.name={ROOT / load_config(CONFIG).model.name}"
 
 

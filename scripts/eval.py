@@ -7,15 +7,19 @@ drawn together. A report (HTML) is written beside the JSON; with --data-root it 
 what winning vectors stand on. For that the captions shown are encoded again, by the model or from --features.
 """
 
-import argparse
 import sys
-from pathlib import Path
+from os.path import dirname, realpath
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
+
+    heed_interrupts()
+
+import argparse
 
 from samer.runtime.commands import add_compute_options, compute_device, run
-from samer.runtime.files import write_json
 
 
 def main(argv=None):
@@ -31,21 +35,23 @@ def main(argv=None):
     options = parser.parse_args(argv)
     device = compute_device(options)
     from samer.index.read import Index
-    from samer.report.evaluate import evaluate_index, index_gallery, metric_lines, write_index_report
+    from samer.report.evaluate import evaluate_index, index_gallery, metric_lines, metric_places, write_index_report
+    from samer.runtime.files import write_json
 
     folder, split = options.cache_dir, options.split
     index = Index(folder)
+    index.check_captions(split)
+    output, report = metric_places(options.output_json, folder)
     result, scores = evaluate_index(index, split, device)
-    write_json(options.output_json, result)
     images, queries = result["images"], result["queries"]
     print(f"{folder}, {split}: {images:,} images x {result['vectors_per_image']} vectors, {queries:,} queries")
     for line in metric_lines(result):
         print(f"  {line}")
+    write_json(output, result)
     gallery = None
     if options.data_root:
         where = {"reader": options.reader, "features": options.features, "device": device, "model": options.model}
         gallery = index_gallery(index, split, scores, options.data_root, **where)
-    report = Path(options.output_json).with_suffix(".html")
     write_index_report(report, folder, result, gallery)
     print(f"-> {options.output_json}, {report}")
     return result

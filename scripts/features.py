@@ -9,16 +9,20 @@ first (Flickr30k-Entities with ColPali: about 130 GB in bfloat16, half in int8);
 scripts/verify.py reads a finished store and compares every checksum.
 """
 
-import argparse
 import sys
-from pathlib import Path
+from os.path import dirname, realpath
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
 
-from samer.config import load_config
+    heed_interrupts()
+
+import argparse
+from pathlib import Path
+
 from samer.runtime.commands import add_compute_options, compute_device, run, split_words
-from samer.runtime.processes import print0, process_group
 
 
 def main(argv=None):
@@ -35,10 +39,16 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=assets/retriever")
     options = parser.parse_args(argv)
     splits, overrides = split_words(parser, options.splits, options.overrides)
+    from samer.config import load_config
+
     config = load_config(options.config, overrides)
     device = compute_device(options)
+    from samer.data.pictures import limit_pixels
     from samer.features.read import open_encoder
     from samer.features.write import write_features
+    from samer.runtime.processes import print0, process_group
+
+    limit_pixels(config.data.max_megapixels)
 
     with process_group():
         retriever = open_encoder(
@@ -56,6 +66,7 @@ def main(argv=None):
             dtype=options.dtype or retriever.origin["computed_in"],
             limit_images=options.limit_images,
             reader=options.reader or config.data.reader,
+            strict=config.data.strict,
         )
         for split, entry in entries.items():
             images, texts = (sum(shard.count for shard in shards) for shards in (entry.images, entry.texts))

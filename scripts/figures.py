@@ -3,12 +3,18 @@
 python scripts/figures.py --out assets
 """
 
-import argparse
 import sys
-from pathlib import Path
+from os.path import dirname, realpath
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
+
+    heed_interrupts()
+
+import argparse
+from pathlib import Path
 
 from samer.runtime.commands import run
 
@@ -19,11 +25,14 @@ def main(argv=None):
     parser.add_argument("--retriever", default="assets/retriever", help="whose regions are shown")
     options = parser.parse_args(argv)
     from samer.retrievers.hf import Retriever
+    from samer.runtime.files import atomic_path, check_writable
     from samer.world.figure import architecture_figure
 
     path = Path(options.out) / "architecture.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    architecture_figure(Retriever.load(options.retriever)).save(path, optimize=True)
+    check_writable(path)
+    picture = architecture_figure(Retriever.load(options.retriever))
+    with atomic_path(path) as temporary:
+        picture.save(temporary, "PNG", optimize=True)
     print(f"-> {path}")
 
 

@@ -1,77 +1,118 @@
-"""Makes or extends a searchable index of a folder of pictures; captions are not needed.
+"""Makes a searchable index of a folder of pictures, and keeps it as the folder is; captions are not needed.
 
     python scripts/index.py --images ~/Pictures --cache-dir outputs/pictures --adapter-path checkpoints/samer_k64
-    python scripts/index.py --images ~/Pictures --cache-dir outputs/pictures ...      (again: new pictures are added)
-    python scripts/index.py --cache-dir outputs/pictures --delete trips/a.jpg
-    python scripts/index.py --cache-dir outputs/pictures --compact    (after much adding and deleting)
+    python scripts/index.py --images ~/Pictures --cache-dir outputs/pictures   (again: what is new or changed)
+    python scripts/index.py --cache-dir outputs/pictures --sync      (the same folder; what is gone is taken out)
+    python scripts/index.py --cache-dir outputs/pictures --delete trips/a.jpg ~/Pictures/b.jpg
+    python scripts/index.py --cache-dir outputs/pictures --compact   (after much adding and deleting)
 
-Pictures are found in subfolders too; a file that can't be read is skipped and listed at the end. Interrupted, it goes
-on where it stopped, in steps of 256 pictures. A picture that was taken out but is still in the folder comes back when
-the folder is indexed again. Deleting notes rows and adding writes new files, so an index that changes for long grows
-and slows down; --compact makes it as small as a new one. Search with scripts/search.py.
+Model, projector, merge and dtype are chosen when an index is made; from then on it answers for itself, and what is
+asked for otherwise is refused. A folder that was moved is named as --images: its pictures stay if they are the same.
+Pictures are found in subfolders too; what can't be read is skipped, counted at the end, and listed in --skipped FILE.
+Interrupted, it goes on where it stopped, in steps of 256 pictures. A picture that was taken out but is still in the
+folder comes back when the folder is indexed again. Deleting notes rows and adding writes new files, so an index that
+changes for long grows and slows down; --compact makes it as small as a new one. Search with scripts/search.py.
 """
 
-import argparse
 import sys
-import time
-from pathlib import Path
+from os.path import dirname, realpath
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
 
-from samer.data.pictures import find_pictures
-from samer.runtime.commands import adapter_config, add_compute_options, compute_device, run
+    heed_interrupts()
+
+import argparse
+import os
+import time
+
+from samer.runtime.commands import add_compute_options, compute_device, run
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache-dir", required=True, help="the index; made if missing")
-    parser.add_argument("--images", help="folder of pictures")
-    parser.add_argument("--delete", nargs="+", metavar="PICTURE", help="take pictures out, by path under the folder")
+    parser.add_argument("--images", help="folder of pictures; with --sync the index's own if not given")
+    parser.add_argument("--sync", action="store_true", help="also take out what is gone from the folder")
+    parser.add_argument("--skipped", metavar="FILE", help="where to list what was not taken, and why")
+    parser.add_argument(
+        "--delete", nargs="+", metavar="PICTURE", help="take pictures out, by path; -: a path a line of standard input"
+    )
     parser.add_argument("--compact", action="store_true", help="rewrite the index without deleted pictures")
     parser.add_argument("--adapter-path", default="", help="trained projector: folder or hub id; empty: untouched")
-    parser.add_argument("--cache-dtype", default="int8", help="int8 (default), binary, bfloat16, float16 or float32")
-    parser.add_argument("--assignments", action="store_true", help="keep each patch's region, a byte each")
+    parser.add_argument("--cache-dtype", help="int8 (default), binary, bfloat16, float16 or float32")
+    parser.add_argument(
+        "--assignments", action=argparse.BooleanOptionalAction, help="keep each patch's region, a byte each (default)"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (32)")
     add_compute_options(parser)
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
-    if bool(options.images) + bool(options.delete) + options.compact != 1:
-        parser.error("give either --images FOLDER, or --delete PICTURE ..., or --compact")
+    if bool(options.images or options.sync) + bool(options.delete) + options.compact != 1 or not options.cache_dir:
+        parser.error("give --cache-dir INDEX and either --images FOLDER, --sync, --delete PICTURE ..., or --compact")
+    if stray := [word for word in options.overrides if "=" not in word]:
+        parser.error(f"{stray[0]!r}: --images takes one folder, all of whose pictures are indexed")
+    if options.images or options.sync:
+        return index_folder(options)
+    from samer.index.names import picture_ids
     from samer.index.pictures import FOLDER_SPLIT, compact_images, delete_images
 
     if options.compact:
         saved = compact_images(options.cache_dir, FOLDER_SPLIT)
         print(f"compacted {options.cache_dir}: {saved / 1e6:,.1f} MB less on disk")
         return saved
-    if options.delete:
-        left = delete_images(options.cache_dir, FOLDER_SPLIT, options.delete)
-        print(f"taken out of {options.cache_dir}: {len(set(options.delete))}; it holds {left:,}")
-        return left
-    return index_folder(options)
+    words = [name for word in options.delete for name in (lines() if word == "-" else [word])]
+    ids = picture_ids(options.cache_dir, FOLDER_SPLIT, words)
+    left = delete_images(options.cache_dir, FOLDER_SPLIT, ids)
+    print(f"taken out of {options.cache_dir}: {len(ids)}; it holds {left:,}")
+    return left
 
 
 def index_folder(options):
-    """Adds the pictures of a folder that the index does not have."""
-    paths = find_pictures(options.images)
-    root = Path(options.images).resolve()
-    config = adapter_config(options.adapter_path, options.config, options.overrides)
-    device = compute_device(options)
-    from samer.features.read import open_encoder
+    """Makes the index what the folder of pictures is; what is gone stays unless --sync is given."""
+    from samer.config import InputError
+    from samer.data.pictures import SUFFIXES, find_pictures, limit_pixels
     from samer.index.manifest import describe
-    from samer.index.pictures import add_images
+    from samer.index.settings import Asked, settings_for
+    from samer.index.sync import NothingReadable, update_images, write_skipped
 
-    where = {"local_files_only": config.model.local_files_only, "revision": config.model.revision}
-    encoder = open_encoder(config.model.name, device, adapter_path=options.adapter_path, **where)
-    print(f"{len(paths):,} pictures under {root}; writing the index to {options.cache_dir}", flush=True)
+    asked = Asked(options.adapter_path, options.config, options.overrides, options.cache_dtype, options.assignments)
+    settings = settings_for(options.cache_dir, asked, "int8")
+    limit_pixels(settings.config.data.max_megapixels)
+    found = find_pictures(options.images or settings.pictures())
+    if options.skipped:
+        write_skipped(options.skipped, found.skipped)  # a place that can't be written is told before the work
+    if not found.paths:
+        why = f"; of {len(found.skipped):,} skipped the first: {found.skipped[0].detail}" if found.skipped else ""
+        raise InputError(f"{found.root}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))}){why}")
+    device = compute_device(options)
+    encoder = settings.open(device)
+    for note in settings.notes:
+        print("note:", note)
+    print(f"{len(found.paths):,} pictures under {found.root}; writing the index to {options.cache_dir}", flush=True)
     started = time.monotonic()
-    how = {"batch_size": options.batch_size, "dtype": options.cache_dtype, "assignments": options.assignments}
-    summary, skipped = add_images(options.cache_dir, root, paths, encoder, config.merge, **how)
+    how = {"batch_size": options.batch_size, "dtype": settings.dtype, "assignments": settings.assignments}
+    merge = settings.config.merge
+    try:
+        summary, changes = update_images(options.cache_dir, found, encoder, merge, **how, remove_gone=options.sync)
+    except NothingReadable as error:
+        if options.skipped:
+            write_skipped(options.skipped, error.skipped)
+        raise
+    if options.skipped:
+        write_skipped(options.skipped, changes.skipped)
     print(describe(summary, options.cache_dir) + f"; {time.monotonic() - started:.0f} s")
-    for line in skipped:
-        print("skipped:", line)
+    for line in changes.lines():
+        print(line)
     return summary
+
+
+def lines():
+    """Lines of standard input that are not empty, as paths."""
+    return [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line.strip()]
 
 
 def command():

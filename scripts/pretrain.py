@@ -3,13 +3,19 @@
 python scripts/pretrain.py --out assets/retriever        (about 45 minutes on one core)
 """
 
-import argparse
 import sys
-from functools import partial
-from pathlib import Path
+from os.path import dirname, realpath
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
+
+    heed_interrupts()
+
+import argparse
+from functools import partial
+from pathlib import Path
 
 from samer.runtime.commands import run
 

@@ -8,14 +8,18 @@ The first method is the baseline, the last the one in question. Images are encod
 scripts/compare.py and scripts/eval.py make the same report.
 """
 
-import argparse
 import sys
-from pathlib import Path
+from os.path import dirname, realpath
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
 
-from samer.config import InputError
+    heed_interrupts()
+
+import argparse
+
 from samer.runtime.commands import add_compute_options, compute_device, run
 
 
@@ -37,13 +41,16 @@ def main(argv=None):
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument("--title", default="", help="heading of the report")
     parser.add_argument("--batch-size", type=int, default=32, help="images and captions per forward pass (32)")
+    parser.add_argument("--max-megapixels", type=float, default=256.0, help="larger pictures are not read (256)")
     add_compute_options(parser)
     options = parser.parse_args(argv)
     methods, regions = pairs(parser, options.method, "CACHE_DIR"), pairs(parser, options.regions, "CACHE_DIR")
     rows = pairs(parser, options.row, "METRICS.json")
     device = compute_device(options)
     from samer.compare.indexes import Request, report_indexes
+    from samer.data.pictures import limit_pixels
 
+    limit_pixels(options.max_megapixels)
     asked = {name: getattr(options, name) for name in ("data_root", "reader", "split", "features", "model", "title")}
     asked |= {"rows": rows, "regions": regions, "curves": options.sweep, "batch_size": options.batch_size}
     files = report_indexes(options.out, Request(methods, **asked), device)
@@ -60,6 +67,8 @@ def pairs(parser, words, what):
             parser.error(f"{word!r}: expected NAME={what}")
         found.append((name, place))
     if len({name for name, _ in found}) < len(found):
+        from samer.config import InputError
+
         raise InputError(f"{', '.join(words)}: give each name once")
     return found
 

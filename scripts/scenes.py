@@ -3,16 +3,19 @@
 python scripts/scenes.py --out outputs/world --train 1000 --val 100 --test 500
 """
 
-import argparse
 import sys
-from pathlib import Path
+from os.path import dirname, realpath
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
+
+    heed_interrupts()
+
+import argparse
 
 from samer.runtime.commands import run
-from samer.world.kinds import STYLES
-from samer.world.write import write_world
 
 
 def main(argv=None):
@@ -21,9 +24,11 @@ def main(argv=None):
     parser.add_argument("--train", type=int, default=1000, help="images (1000)")
     parser.add_argument("--val", type=int, default=100, help="images (100)")
     parser.add_argument("--test", type=int, default=500, help="images (500)")
-    parser.add_argument("--style", default="outdoor", choices=sorted(STYLES), help="default: outdoor")
+    parser.add_argument("--style", default="outdoor", help="outdoor (default) or page")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
+    from samer.world.write import write_world
+
     counts = {"train": options.train, "val": options.val, "test": options.test}
     fresh = write_world(options.out, counts, style=options.style, seed=options.seed)
     total = sum(counts.values())

@@ -3,20 +3,25 @@
     python scripts/serve.py --cache-dir outputs/pictures                             -> http://127.0.0.1:8000/
     python scripts/serve.py --cache-dir outputs/k8 outputs/k64 --data-root /data/flickr30k_entities --split test
 
-Several indexes of the same pictures make a slider from the smallest to the largest. What a word looked at is drawn for
-indexes made with --assignments. --data-root says where the pictures of indexes lie that scripts/cache.py made, and with
-its Annotations the page also shows boxes, and how much of the evidence lies in them. The page answers to this machine
-only; --host 0.0.0.0 opens it, and the pictures, to the network. Ctrl-C ends it.
+Several indexes of the same pictures make a slider from the smallest to the largest. What a word looked at is drawn
+unless an index was made with --no-assignments. --data-root says where the pictures of indexes lie that scripts/cache.py
+made, and with its Annotations the page also shows boxes, and how much of the evidence lies in them. The page answers to
+this machine only; --host 0.0.0.0 opens it, and the pictures, to the network. Ctrl-C ends it.
 """
 
-import argparse
 import sys
-from pathlib import Path
+from os.path import dirname, realpath
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
 
-from samer.runtime.commands import add_compute_options, compute_device, run
+    heed_interrupts()
+
+import argparse
+
+from samer.runtime.commands import add_compute_options, compute_device, run, wait_quietly
 
 
 def main(argv=None):
@@ -28,13 +33,16 @@ def main(argv=None):
     parser.add_argument("--model", help="where the model is, if not where the indexes say")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1, this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="8000; 0: any that is free")
+    parser.add_argument("--max-megapixels", type=float, default=256.0, help="larger pictures are not read (256)")
     add_compute_options(parser)
     options = parser.parse_args(argv)
     device = compute_device(options)
+    from samer.data.pictures import limit_pixels
     from samer.search.models import Models
     from samer.search.open_index import SearchIndex
     from samer.search.server import serve
 
+    limit_pixels(options.max_megapixels)
     models = Models(device, options.model)
     place = options.split, options.data_root, options.reader
     indexes = [SearchIndex(folder, models, *place) for folder in options.cache_dir]
@@ -42,6 +50,7 @@ def main(argv=None):
 
 
 def command():
+    wait_quietly()
     run(main)
 
 

@@ -7,19 +7,24 @@ Writes projector.safetensors, config.json (what it belongs to), config.yaml (the
 the last two checkpoints to train.output_dir; run again, it resumes there.
 """
 
-import argparse
 import sys
-from pathlib import Path
+from os.path import dirname, realpath
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
 
-from samer.config import dump_config, load_config
+    heed_interrupts()
+
+import argparse
+
 from samer.runtime.commands import run
-from samer.runtime.processes import print0, process_group
 
 
 def main(argv=None):
+    from samer.config import dump_config, load_config
+
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -29,7 +34,11 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
     config = load_config(options.config, options.overrides)
+    from samer.data.pictures import limit_pixels
+    from samer.runtime.processes import print0, process_group
     from samer.training.loop import train
+
+    limit_pixels(config.data.max_megapixels)
 
     with process_group():
         result = train(config)

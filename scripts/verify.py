@@ -3,18 +3,22 @@
     python scripts/verify.py outputs/flickr_samer_k64 features/flickr_colpali checkpoints/samer_k64_colpali
     python scripts/verify.py outputs                                     (everything below it)
 
-Prints a line per path, and one per damaged or missing file; exits with 1 if there is any, else with 2 if a path can't
-be verified at all. Changes nothing.
+Prints a line per path, and one per file that is damaged, missing or can't be read; exits with 1 if there is any, else
+with 2 if a path can't be verified at all. Changes nothing.
 """
 
-import argparse
 import sys
-from pathlib import Path
+from os.path import dirname, realpath
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
 
-from samer.config import InputError
+    heed_interrupts()
+
+import argparse
+
 from samer.runtime.commands import run
 
 
@@ -22,6 +26,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a folder, or one file")
     options = parser.parse_args(argv)
+    from samer.config import InputError
     from samer.index.verify import verify
 
     damages, refused = 0, None
@@ -32,7 +37,7 @@ def main(argv=None):
             print(error, flush=True)
             refused = error
             continue
-        verdict = f"{len(found.damages)} damaged or missing:" if found.damages else "every checksum holds"
+        verdict = f"{len(found.damages)} damaged, missing or unreadable:" if found.damages else "every checksum holds"
         print(f"{path}: {found.files:,} files, {found.bytes / 1e6:,.1f} MB read, {verdict}", flush=True)
         for line in found.damages:
             print(f"  {line}", flush=True)

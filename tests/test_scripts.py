@@ -210,7 +210,8 @@ def test_the_trained_projector_is_what_the_index_holds(pipeline, world, base):
     retriever = Retriever.load(str(base))
     retriever.use_projector(load_projector(pipeline["folder"] / "out", retriever))
     records = flickr.load_split(world, "test", boxes=False)
-    visual = retriever.encode_images(retriever.image_inputs([pictures.load_image(r.image_path) for r in records]))
+    images = [pictures.load_image(record.image_path, retriever.picture_size) for record in records]
+    visual = retriever.encode_images(retriever.image_inputs(images))
     ((_, tokens, _),) = Index(pipeline["folder"] / "cache").images("test")
     assert torch.equal(tokens, merge_tokens(visual.tokens, visual.coords, MergeConfig(**MERGE)).tokens)
 
