@@ -8,8 +8,9 @@ from typing import Any
 from samer.config import InputError
 from samer.retrievers.colpali import ColPali
 from samer.retrievers.family import Family
+from samer.retrievers.towers import Towers
 
-FAMILIES: dict[str, type[Family]] = {each.architecture: each for each in (ColPali,)}
+FAMILIES: dict[str, type[Family]] = {each.architecture: each for each in (ColPali, Towers)}
 
 
 def find_family(config: Mapping[str, Any]) -> type[Family]:

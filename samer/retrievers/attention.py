@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,15 +54,16 @@ AttentionMaskInterface.register(_COLUMNS, sdpa_mask)
 
 
 @contextmanager
-def column_sums(language_model: nn.Module, layers: Sequence[int], patches: Tensor):
+def column_sums(config: Any, attentions: Sequence[nn.Module], layers: Sequence[int], patches: Tensor):
     """Within the block, a forward pass leaves the column sums of patch-to-patch attention of `layers`.
 
     What flows through the model is what sdpa computes; probabilities are computed beside it, in float32, for one image
     and layer at a time (heads x N x N), summed over the patches' rows and dropped.
 
     Args:
-        language_model: whose `layers[k].self_attn` are read.
-        layers: their numbers; one may stand twice.
+        config: whose `_attn_implementation` says how they compute.
+        attentions: of all layers.
+        layers: the numbers of those that are read; one may stand twice.
         patches: (B, N) bool.
 
     Yields:
@@ -87,15 +89,13 @@ def column_sums(language_model: nn.Module, layers: Sequence[int], patches: Tenso
 
         return read
 
-    attentions = {layer: language_model.layers[layer].self_attn for layer in layers}
-    config = language_model.config
     before = config._attn_implementation
     config._attn_implementation = _COLUMNS
-    for layer, attention in attentions.items():
-        attention.samer_reader = reader_of(layer)
+    for layer in layers:
+        attentions[layer].samer_reader = reader_of(layer)
     try:
         yield sums
     finally:
         config._attn_implementation = before
-        for attention in attentions.values():
-            del attention.samer_reader
+        for layer in set(layers):
+            del attentions[layer].samer_reader

@@ -87,8 +87,18 @@ class Family:
 
     @property
     def language_model(self) -> nn.Module:
-        """Whose `layers[k].self_attn` give the attention signals."""
+        """What follows the vision tower."""
         return self.backbone.language_model
+
+    @property
+    def attentions(self) -> tuple[Any, list[nn.Module]]:
+        """What gives the attention signals: a config that says how attention is computed, and each layer's module."""
+        model = self.language_model
+        return model.config, [layer.self_attn for layer in model.layers]
+
+    def attended(self, patches: Tensor) -> Tensor:
+        """Patches among the tokens that `attentions` see, of those among an image's N tokens, which are the last N."""
+        return patches
 
     @property
     def query_start(self) -> int:

@@ -211,11 +211,11 @@ class Retriever(Encoder):
         if lacking:
             raise InputError(f"attention signals need all that the processor returns, {lacking[0]} too")
         patches = self.image_layout(inputs).patches.to(self.device)
-        language_model = self.family.language_model
-        layers = signal_layers(len(language_model.layers))
-        with column_sums(language_model, layers, patches) as sums:
+        config, attentions = self.family.attentions
+        layers = signal_layers(len(attentions))
+        with column_sums(config, attentions, layers, self.family.attended(patches)) as sums:
             hidden = self.hidden_states(inputs)
-        *middle, last = (sums[layer] for layer in layers)
+        *middle, last = (sums[layer][..., -patches.shape[1] :] for layer in layers)
         signals = {
             "middle_mean": torch.stack([columns.mean(1) for columns in middle]).mean(0),
             "middle_max": torch.stack([columns.amax(1) for columns in middle]).mean(0),

@@ -1,0 +1,444 @@
+"""A late-interaction retriever of two pretrained towers: one for pictures, one for text, joined by what little is
+trained.
+
+Any vision model of transformers with patch tokens (DINOv2, ViT, DeiT, SigLIP, Swin) and any text encoder. The towers
+are frozen; an adapter on each (transformer layers, or none) and one shared projection are trained on pairs of picture
+and caption by scripts/align.py. A folder of such a retriever holds the adapters and the projection, a few MB, and names
+the towers, which are loaded from where they are:
+
+    config.json               `TowerConfig`, with the hashes of the towers' files
+    model.safetensors         adapters and projection
+    preprocessor_config.json  the vision tower's, at this retriever's picture size
+    tokenizer.json, ...       the text tower's
+
+Shape letters: B images or texts, N patches, M text tokens, W a tower's width, H hidden."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from samer.config import InputError, build_dataclass
+from samer.coords import grid_layout
+from samer.retrievers.base import NO_OFFSET
+from samer.retrievers.family import Family
+from samer.retrievers.identity import fingerprint, model_folder
+from samer.runtime.files import atomic_path, read_json, write_json
+from samer.tokens import ImageLayout
+
+MODEL_TYPE = "samer_towers"
+NO_TOKEN = -1  # a picture's tokens have no ids
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """What a tower retriever is made of.
+
+    Attributes:
+        vision, text: the towers, on the hub or folders.
+        vision_revision, text_revision: on the hub.
+        vision_hash, text_hash: of config.json and the weights of each; "" is not known.
+        image_size: pixels per side that pictures are stretched to, whatever their shape, so that boxes stay shares.
+        hidden_size: H, what the projection is applied to.
+        embedding_dim: D.
+        vision_layers, text_layers: of the adapters; 0: the tower's own output.
+        heads: of the adapters' attention.
+        temperature: that similarities were divided by in training.
+        max_text_tokens: longer texts are cut.
+    """
+
+    vision: str
+    text: str
+    vision_revision: str = "main"
+    text_revision: str = "main"
+    vision_hash: str = ""
+    text_hash: str = ""
+    image_size: int = 224
+    hidden_size: int = 384
+    embedding_dim: int = 128
+    vision_layers: int = 1
+    text_layers: int = 1
+    heads: int = 6
+    temperature: float = 0.05
+    max_text_tokens: int = 64
+    architectures: tuple[str, ...] = ("TowerRetriever",)
+    model_type: str = MODEL_TYPE
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "hidden_size", "embedding_dim", "heads", "max_text_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"towers.{name} must be at least 1; it is {getattr(self, name)}")
+        for name in ("vision_layers", "text_layers"):
+            if getattr(self, name) < 0:
+                raise InputError(f"towers.{name} must be at least 0; it is {getattr(self, name)}")
+        if self.hidden_size % self.heads:
+            raise InputError(f"towers.hidden_size {self.hidden_size} is no multiple of towers.heads {self.heads}")
+        if not 0 < self.temperature < float("inf"):
+            raise InputError(f"towers.temperature must be a number above 0; it is {self.temperature}")
+
+
+class Adapter(nn.Module):
+    """What is trained on a tower: (B, N, W) -> (B, N, H).
+
+    Transformer layers with pre-normalisation between a projection (where W is not H) and a last normalisation; without
+    layers the tower's output itself, padded with zeros to H.
+    """
+
+    def __init__(self, width: int, hidden: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.widen = nn.Linear(width, hidden) if layers and width != hidden else None
+        self.missing = 0 if layers else hidden - width
+        if self.missing < 0:
+            raise InputError(f"without an adapter's layers hidden_size must hold the tower's width {width}")
+        layer = {"d_model": hidden, "nhead": heads, "dim_feedforward": 4 * hidden, "dropout": 0.1}
+        make = lambda: nn.TransformerEncoderLayer(**layer, activation="gelu", batch_first=True, norm_first=True)
+        self.layers = nn.ModuleList(make() for _ in range(layers))
+        self.norm = nn.LayerNorm(hidden) if layers else None
+
+    def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask` (B, N) bool, False at padding."""
+        if self.missing:
+            states = nn.functional.pad(states, (0, self.missing))
+        if self.widen is not None:
+            states = self.widen(states)
+        for layer in self.layers:
+            states = layer(states, src_key_padding_mask=None if mask is None else ~mask)
+        return states if self.norm is None else self.norm(states)
+
+
+class TowerRetriever(nn.Module):
+    """Towers, adapters and projection; what `Retriever` asks of a model of transformers, it does as well."""
+
+    def __init__(self, config: TowerConfig, vision: nn.Module, text: nn.Module) -> None:
+        """Takes loaded towers; adapters and projection are random until a checkpoint fills them."""
+        super().__init__()
+        self.config = config
+        self.vision_tower, self.text_tower = vision, text
+        widths = _width(vision), _width(text)
+        self.vision_adapter = Adapter(widths[0], config.hidden_size, config.vision_layers, config.heads)
+        self.text_adapter = Adapter(widths[1], config.hidden_size, config.text_layers, config.heads)
+        self.projection = nn.Linear(config.hidden_size, config.embedding_dim)
+        self.side, self.specials = _grid_of(vision, config.image_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.projection.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.projection.weight.device
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Adapters and projection, as a folder holds them."""
+        return {name: value for name, value in self.state_dict().items() if "_tower." not in name}
+
+    def vision_states(self, pixel_values: Tensor) -> Tensor:
+        """The vision tower's patch tokens (B, N, W), row by row; its special tokens are left out."""
+        more = {}
+        if "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters:
+            more["interpolate_pos_encoding"] = True
+        found = self.vision_tower(pixel_values=pixel_values.to(self.dtype), **more).last_hidden_state
+        return found[:, self.specials :]
+
+    def text_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The text tower's tokens (B, M, W)."""
+        return self.text_tower(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> SimpleNamespace:
+        """Tokens (B, N, D), not normalised, of pictures or of texts."""
+        if pixel_values is not None:
+            hidden = self.vision_adapter(self.vision_states(pixel_values))
+        else:
+            states = self.text_states(input_ids, attention_mask)
+            hidden = self.text_adapter(states, attention_mask.bool())
+        return SimpleNamespace(embeddings=self.projection(hidden), last_hidden_state=hidden)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, *, revision: str = "main", local_files_only: bool = False, dtype: Any = None, **_: Any
+    ) -> tuple[TowerRetriever, dict]:
+        """Loads a folder, or a hub id of one, and the towers that it names.
+
+        Returns:
+            The model in float32 and transformers' loading report, without a missing key.
+
+        Raises:
+            InputError: a tower that is not there or has changed, or weights that are not those of the settings.
+        """
+        folder = _folder_of(name, revision)
+        config = read_tower_config(folder / "config.json")
+        model = cls(config, *load_towers(config, local_files_only=local_files_only))
+        model.load_own(folder / "model.safetensors")
+        return model, {"missing_keys": [], "mismatched_keys": []}
+
+    def load_own(self, file: Path) -> None:
+        """Fills adapters and projection from a file.
+
+        Raises:
+            InputError: not readable, or of other sizes.
+        """
+        try:
+            with safe_open(file, framework="pt") as handle:
+                found = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file}: not a readable safetensors file ({str(error)[:120]})") from None
+        wanted = {name: tuple(value.shape) for name, value in self.own_state().items()}
+        wrong = [
+            name
+            for name in wanted.keys() | found.keys()
+            if tuple(getattr(found.get(name), "shape", ())) != wanted.get(name)
+        ]
+        if wrong:
+            raise InputError(
+                f"{file}: {sorted(wrong)[0]} is missing or has another size than the towers and config.json say"
+            )
+        self.load_state_dict(found, strict=False)
+
+    def save(self, folder: str | Path, processor: TowerProcessor) -> None:
+        """Writes a folder that `from_pretrained` reads, the config last."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        processor.save(folder)
+        with atomic_path(folder / "model.safetensors") as temporary:
+            temporary.write_bytes(save({name: value.contiguous() for name, value in self.own_state().items()}))
+        write_json(folder / "config.json", asdict(self.config))
+
+
+class TowerProcessor:
+    """Pictures and texts as the towers take them."""
+
+    image_token_id = NO_TOKEN
+
+    def __init__(self, pictures: Any, tokenizer: Any, image_size: int, max_text_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = pictures
+        self.image_size = image_size
+        self.max_text_tokens = min(max_text_tokens, tokenizer.model_max_length)
+        self.cut = 0  # texts that were longer
+
+    @classmethod
+    def of_towers(cls, config: TowerConfig, **where: Any) -> TowerProcessor:
+        """The towers' own, told to stretch pictures to `image_size` instead of cutting them."""
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        pictures = AutoImageProcessor.from_pretrained(
+            config.vision, revision=config.vision_revision, backend="pil", **where
+        )
+        pictures.size = {"height": config.image_size, "width": config.image_size}
+        pictures.do_resize, pictures.do_center_crop = True, False
+        tokenizer = AutoTokenizer.from_pretrained(config.text, revision=config.text_revision, **where)
+        return cls(pictures, tokenizer, config.image_size, config.max_text_tokens)
+
+    @classmethod
+    def of_folder(cls, name: str, config: TowerConfig, **where: Any) -> TowerProcessor:
+        """A saved retriever's."""
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        pictures = AutoImageProcessor.from_pretrained(name, backend="pil", **where)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        return cls(pictures, tokenizer, config.image_size, config.max_text_tokens)
+
+    def save(self, folder: Path) -> None:
+        """Writes what `of_folder` reads."""
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """`pixel_values` (B, 3, S, S) float32."""
+        return dict(self.image_processor(list(images), return_tensors="pt"))
+
+    def text_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` (B, M) and `offset_mapping` (B, M, 2), cut at `max_text_tokens`."""
+        inputs = dict(
+            self.tokenizer(
+                list(texts),
+                padding=True,
+                truncation=True,
+                max_length=self.max_text_tokens,
+                return_offsets_mapping=True,
+                return_tensors="pt",
+            )
+        )
+        inputs.pop("token_type_ids", None)
+        if "attention_mask" not in inputs:
+            raise InputError(f"the text tower's tokenizer {type(self.tokenizer).__name__} gives no attention mask")
+        reached = inputs["offset_mapping"][..., 1].amax(1).tolist()
+        self.cut += sum(end < len(text.rstrip()) for end, text in zip(reached, texts))
+        return inputs
+
+
+class Towers(Family):
+    """A tower retriever as one of the family: every token of a picture is a patch, the grid is square."""
+
+    architecture = "TowerRetriever"
+    processor_class = "TowerProcessor"
+    model_type = MODEL_TYPE
+    projection = "projection"
+    options: Mapping[str, Any] = {}
+
+    def __init__(self, model: TowerRetriever, processor: TowerProcessor) -> None:
+        super().__init__(model, processor)
+        self.grid = (model.side, model.side)
+
+    @classmethod
+    def model_class(cls) -> Any:
+        return TowerRetriever
+
+    @classmethod
+    def load_processor(cls, name: str, **where: Any) -> TowerProcessor:
+        folder = _folder_of(name, where.get("revision", "main"))
+        return TowerProcessor.of_folder(str(folder), read_tower_config(folder / "config.json"))
+
+    @property
+    def image_token_id(self) -> int:
+        return NO_TOKEN
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model.vision_tower
+
+    @property
+    def attentions(self) -> tuple[Any, list[nn.Module]]:
+        """The vision tower's.
+
+        Raises:
+            InputError: one that attends within windows.
+        """
+        tower = self.model.vision_tower
+        found = [module for module in tower.modules() if hasattr(module, "is_causal")]
+        if not found or hasattr(tower.config, "window_size"):
+            raise InputError(f"{type(tower).__name__} has no attention over the whole picture; such signals need it")
+        return tower.config, found
+
+    def attended(self, patches: Tensor) -> Tensor:
+        return nn.functional.pad(patches, (self.model.specials, 0))
+
+    def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """As `Family.image_inputs`; a mask of ones stands for the patches.
+
+        Raises:
+            InputError: a picture that has less than a pixel per patch.
+        """
+        for number, image in enumerate(images):
+            if min(image.size) < 2:
+                raise InputError(f"picture {number} of the batch is {image.width} x {image.height} pixels; too small")
+        inputs = self.processor.image_inputs(images)
+        return {**inputs, "attention_mask": torch.ones(len(images), self.model.side**2, dtype=torch.long)}
+
+    def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        inputs = self.processor.text_inputs(texts)
+        first, last = inputs.pop("offset_mapping").unbind(-1)
+        inputs["offsets"] = torch.where((first < last)[..., None], torch.stack([first, last], -1), NO_OFFSET)
+        return inputs
+
+    def model_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        names = ("pixel_values",) if "pixel_values" in inputs else ("input_ids", "attention_mask")
+        return {name: inputs[name].to(self.model.device) for name in names}
+
+    def layout(self, inputs: dict[str, Tensor]) -> ImageLayout:
+        patches = inputs["attention_mask"].bool()
+        return grid_layout(patches, torch.tensor(self.grid, device=patches.device).expand(len(patches), 2))
+
+
+def read_tower_config(file: Path) -> TowerConfig:
+    """The settings of a folder.
+
+    Raises:
+        InputError: not readable, or not those of a tower retriever.
+    """
+    return build_dataclass(TowerConfig, read_json(file), str(file))
+
+
+def load_towers(config: TowerConfig, *, local_files_only: bool = False) -> tuple[nn.Module, nn.Module]:
+    """Both towers, frozen, in float32.
+
+    Raises:
+        InputError: one can't be loaded, or its files are not those that the retriever was aligned with.
+    """
+    from transformers import AutoModel
+
+    towers = []
+    for kind in ("vision", "text"):
+        name, revision = getattr(config, kind), getattr(config, f"{kind}_revision")
+        wanted, now = getattr(config, f"{kind}_hash"), tower_hash(name, revision)
+        if wanted and now and wanted != now:
+            raise InputError(
+                f"{kind} tower {name}: its files are not those that this retriever was aligned with; restore them"
+            )
+        try:
+            found, report = AutoModel.from_pretrained(
+                name,
+                revision=revision,
+                local_files_only=local_files_only,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # many types
+            reason = " ".join(str(error).split())[:240]
+            raise InputError(f"{kind} tower {name!r} can't be loaded ({reason}); name a folder or a hub id") from None
+        tower = getattr(found, f"{kind}_model", found)  # of a model of both, such as SigLIP
+        lost = [key for key in report["missing_keys"] if "pooler" not in key]
+        if lost:
+            raise InputError(f"{kind} tower {name!r} lacks {len(lost)} weights, first {lost[0]}; they would be random")
+        towers.append(tower.eval().requires_grad_(False))
+    return towers[0], towers[1]
+
+
+def tower_hash(name: str, revision: str = "main") -> str:
+    """Hash of a tower's config and weights; "" where they are not on this machine."""
+    folder = model_folder(name, revision)
+    return fingerprint(folder).weights if folder else ""
+
+
+def _folder_of(name: str, revision: str) -> Path:
+    folder = model_folder(name, revision)
+    if folder is None:
+        raise InputError(f"{name}: no such folder, and not in the hub's cache")
+    return folder
+
+
+def _width(tower: nn.Module) -> int:
+    """Width of a tower's last hidden states."""
+    config = tower.config
+    width = getattr(config, "hidden_size", None) or getattr(config, "dim", None)
+    if not isinstance(width, int):
+        raise InputError(f"{type(tower).__name__} has no hidden_size; it can't be a tower")
+    return width
+
+
+@torch.no_grad()
+def _grid_of(vision: nn.Module, image_size: int) -> tuple[int, int]:
+    """Patches per side, and how many special tokens come before them, by trying.
+
+    Raises:
+        InputError: no model of patch tokens, or one that does not take this size.
+    """
+    more = {}
+    if "interpolate_pos_encoding" in inspect.signature(vision.forward).parameters:
+        more["interpolate_pos_encoding"] = True
+    try:
+        states = vision(pixel_values=torch.zeros(1, 3, image_size, image_size), **more).last_hidden_state
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise InputError(f"the vision tower does not take pictures of {image_size} pixels ({reason})") from None
+    if states.ndim != 3:
+        raise InputError("the vision tower gives no sequence of patch tokens")
+    side = int(states.shape[1] ** 0.5)
+    return side, states.shape[1] - side * side
