@@ -17,7 +17,7 @@ from pathlib import Path
 
 from samer.config import InputError
 from samer.data.pictures import PictureError, displayed_size, one_line, regular_file
-from samer.data.reader import Defects, Reader
+from samer.data.reader import Defects, Reader, split_part, take_part
 from samer.data.records import LONGEST_CAPTION, Box, Caption, ImageRecord, Phrase
 from samer.data.sizes import shape_of
 from samer.runtime.files import lookup, trouble
@@ -251,7 +251,9 @@ def _fits(path: str | Path, tree: ET.Element, picture: Path, annotated: tuple[fl
 def load_split(
     root: str | Path, split: str, *, boxes: bool, limit_images: int | None = None, strict: bool = False
 ) -> list[ImageRecord]:
-    """Reads the records of a split in the order of its file, the first `limit_images` if given (METHOD section 8).
+    """Reads the records of a split, or a part of it, in the order of its file, the first `limit_images` if given.
+
+    Source: METHOD section 8; parts as `samer.data.reader.split_part` reads them.
 
     With `boxes=False` the Annotations folder is neither opened nor required. What is left out or doubted is told at the
     end, a line per kind, or, if `strict`, refused.
@@ -260,6 +262,7 @@ def load_split(
     """
     if limit_images is not None and limit_images < 1:
         raise InputError(f"limit_images is {limit_images}; give at least 1, or leave it out for the whole split")
+    name, part = split_part(split)
     layout = find_layout(root)
     if boxes and layout.annotations is None:
         raise InputError(
@@ -270,7 +273,7 @@ def load_split(
         names = set(os.listdir(layout.images))  # listed once: 30,000 stats are slow on a network disk
     except OSError as error:
         raise trouble(layout.images, error) from None
-    image_ids = _read_ids(layout.splits, split, names)[:limit_images]
+    image_ids = take_part(_read_ids(layout.splits, name, names), part, split)[:limit_images]
     image_paths = _match_images(image_ids, layout.images, names, defects)
     unrelated = _read_unrelated(layout.unrelated) if layout.unrelated else frozenset()
 

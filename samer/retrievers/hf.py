@@ -240,7 +240,8 @@ def identify(name: str, revision: str = "main") -> ModelIdentity | None:
     except InputError as error:
         raise InputError(f"model {name!r}: {error}") from None
     found = fingerprint(folder)
-    return ModelIdentity(family.architecture, found.weights, processor_hash(found.processor, family.settings))
+    weights = family.weights_hash(folder, found.weights)
+    return ModelIdentity(family.architecture, weights, processor_hash(found.processor, family.settings))
 
 
 @contextmanager

@@ -15,7 +15,9 @@ Shape letters: B images or texts, N patches, M text tokens, W a tower's width, H
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,12 +34,13 @@ from samer.config import InputError, build_dataclass
 from samer.coords import grid_layout
 from samer.retrievers.base import NO_OFFSET
 from samer.retrievers.family import Family
-from samer.retrievers.identity import fingerprint, model_folder
+from samer.retrievers.identity import content_hash, fingerprint, model_folder
 from samer.runtime.files import atomic_path, read_json, write_json
 from samer.tokens import ImageLayout
 
 MODEL_TYPE = "samer_towers"
 NO_TOKEN = -1  # a picture's tokens have no ids
+WHERE = ("vision", "text", "vision_revision", "text_revision")  # of a config: where the towers are
 
 
 @dataclass(frozen=True)
@@ -303,6 +306,15 @@ class Towers(Family):
     def load_processor(cls, name: str, **where: Any) -> TowerProcessor:
         folder = _folder_of(name, where.get("revision", "main"))
         return TowerProcessor.of_folder(str(folder), read_tower_config(folder / "config.json"))
+
+    @classmethod
+    def weights_hash(cls, folder: Path, files: str) -> str:
+        """Of the towers' hashes and the trained weights: where the towers lie does not matter."""
+        config = asdict(read_tower_config(folder / "config.json"))
+        for name in WHERE:
+            del config[name]
+        own = content_hash(folder / "model.safetensors") if files else ""
+        return own and hashlib.sha256(json.dumps([config, own], sort_keys=True).encode()).hexdigest()
 
     @property
     def image_token_id(self) -> int:
