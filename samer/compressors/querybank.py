@@ -129,7 +129,8 @@ def sample_queries(tokens: Tensor, weights: Tensor | None, size: int) -> tuple[T
     first = torch.full((count,), len(group)).scatter_reduce_(0, group, torch.arange(len(group)), "amin")
     rows, order = first.sort()
     total = total[order]
-    kept, shares = draw(total, torch.from_numpy(np.random.default_rng(0).random(count)), size)
+    numbers = torch.from_numpy(np.random.default_rng(0).random(len(tokens)))[rows]  # a token's own, whatever is merged
+    kept, shares = draw(total, numbers, size)
     return rows[kept], shares
 
 
