@@ -154,8 +154,8 @@ def _align(config: AlignConfig, device: torch.device) -> Path:
     run = Alignment(config, encoder, records, validation)
     run.to_the_end()
     if rank() == 0:
-        run.load(run.best_file())
         write_json(output / "history.json", {"epochs": run.history})
+        run.load(run.best_file())
         model.config = replace(model.config, temperature=float(run.temperature.detach()))
         model.save(output, processor)  # its config.json last: then the run is finished
         run.clear()
@@ -243,6 +243,11 @@ class Alignment:
         self.parameters = {f"{name}.{key}": p for name, part in parts.items() for key, p in part.named_parameters()}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
+        for module in (*model.vision_adapter.modules(), *model.text_adapter.modules()):
+            if isinstance(module, nn.Dropout):
+                module.p = settings.dropout
+            elif isinstance(module, nn.MultiheadAttention):
+                module.dropout = settings.dropout
         groups = [
             {"params": [p for p in self.parameters.values() if p.ndim > 1], "weight_decay": settings.weight_decay},
             {"params": [p for p in self.parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
