@@ -14,11 +14,12 @@ from conftest import save_colpali
 from oracle import naive_labels, naive_merge
 from PIL import Image
 
-from samer.config import MergeConfig, ObjectsConfig
+from samer.config import InputError, MergeConfig, ObjectsConfig
 from samer.data import flickr
 from samer.data.records import ImageRecord
 from samer.index.read import Index
 from samer.merging import merge_tokens
+from samer.report.photographs import photographs, small_thing
 from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector
 from samer.scoring import maxsim
@@ -344,3 +345,45 @@ def test_photographs_give_the_frozen_numbers():
     assert set(found) | UNSTEADY == {image_id for ids in SPLITS.values() for image_id in ids}
     differences = np.abs(np.array(list(found.values())) - np.array(list(FROZEN.values())))
     assert (differences < TOLERANCE).all(), json.dumps({name: np.round(row, 4).tolist() for name, row in found.items()})
+
+
+@pytest.mark.parametrize("image_id", ["1009", "1014", "1019"])
+def test_the_smallest_thing_of_some_patches_is_shown(image_id):
+    """Found again in the files: of all boxed things with every box 1 % of the picture, the one with the smallest."""
+    annotations = PHOTOS / "annotations"
+    tree = ElementTree.parse(annotations / "Annotations" / f"{image_id}.xml")
+    whole = int(tree.find("size/width").text) * int(tree.find("size/height").text)
+    areas = {}
+    for item in tree.findall("object"):
+        if (box := item.find("bndbox")) is not None:
+            left, top, right, bottom = (int(box.find(edge).text) for edge in ("xmin", "ymin", "xmax", "ymax"))
+            for name in item.findall("name"):
+                area = (right - left + 1) * (bottom - top + 1) / whole
+                areas[name.text] = min(area, areas.get(name.text, 1.0))
+    wanted = min(area for area in areas.values() if area >= 0.01)
+    caption = small_thing(photographs(PHOTOS, [image_id])[0])
+    (phrase,) = caption.phrases
+    sentences = (annotations / "Sentences" / f"{image_id}.txt").read_text(encoding="utf-8")
+    chains = re.findall(rf"\[/EN#(\d+)/[^ ]+ {re.escape(phrase.text)}\]", sentences)
+    assert chains
+    assert {areas[chain] for chain in chains} == {wanted}
+
+
+def test_the_figures_of_photographs(script, base, tmp_path):
+    words = ["--out", tmp_path, "--photos", PHOTOS, "--retriever", base, "--images", "1028", "1014"]
+    pictures = {}
+    for regions in ("4", "9"):
+        script("figures").main([str(word) for word in (*words, "--regions", regions)])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["photo_evidence.jpg", "photo_regions.jpg"]
+        for path in tmp_path.iterdir():
+            with Image.open(path) as image:
+                pictures[path.stem, regions] = np.asarray(image.convert("RGB")).astype(int)
+    for name, columns in (("photo_regions", 3), ("photo_evidence", 4)):
+        few, many = pictures[name, "4"], pictures[name, "9"]
+        assert few.shape[0] > 2 * 240  # two rows
+        assert few.shape[1] > columns * 240 * 320 / 213  # of the wider photograph
+        first = few[50:280, 14:374] - many[50:280, 14:374]
+        assert abs(first).max() < 40  # the photograph itself, beside whose last column JPEG may differ
+        assert abs(few[50:280, 400:] - many[50:280, 400:]).max() > 80
+    with pytest.raises(InputError, match="--images 7: in no split"):
+        script("figures").main([str(word) for word in (*words[:-1], "7")])
