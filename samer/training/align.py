@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from samer import evaluation
 from samer.config import DataConfig, InputError, MergeConfig, build_dataclass, load_yaml
 from samer.data import make_reader
-from samer.data.reader import split_part
+from samer.data.parts import split_part
 from samer.data.records import ImageRecord
 from samer.features.read import FeatureStore, open_encoder
 from samer.features.towers import StoredTowers
