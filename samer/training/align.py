@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from samer import evaluation
 from samer.config import DataConfig, InputError, MergeConfig, build_dataclass, load_yaml
 from samer.data import make_reader
-from samer.data.reader import split_part
+from samer.data.parts import split_part
 from samer.data.records import ImageRecord
 from samer.features.read import FeatureStore, open_encoder
 from samer.features.towers import StoredTowers
@@ -66,6 +66,7 @@ class AlignSettings:
     Attributes:
         output_dir: the retriever, and the files of the run.
         images_per_step: of all processes, each with all its captions.
+        captions: of an image that a step takes, drawn anew each time; 0: all. Scores cost most on a CPU.
         patches: of an image that a step looks at, drawn anew each time; 0: all.
         epochs, learning_rate, weight_decay, warmup_ratio, max_grad_norm, seed: of AdamW with a cosine.
         learn_temperature: train the temperature, from `towers.temperature` on.
@@ -77,6 +78,7 @@ class AlignSettings:
 
     output_dir: str = "checkpoints/towers"
     images_per_step: int = 64
+    captions: int = 0
     patches: int = 0
     epochs: int = 20
     learning_rate: float = 5e-4
@@ -98,7 +100,7 @@ class AlignSettings:
         for name in ("learning_rate", "max_grad_norm", "phrase_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"align.{name} must be a number above 0; it is {getattr(self, name)}")
-        for name in ("patches", "weight_decay", "phrase_weight", "seed"):
+        for name in ("captions", "patches", "weight_decay", "phrase_weight", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"align.{name} must be at least 0; it is {getattr(self, name)}")
         for name in ("warmup_ratio", "dropout"):
@@ -154,8 +156,8 @@ def _align(config: AlignConfig, device: torch.device) -> Path:
     run = Alignment(config, encoder, records, validation)
     run.to_the_end()
     if rank() == 0:
-        run.load(run.best_file())
         write_json(output / "history.json", {"epochs": run.history})
+        run.load(run.best_file())
         model.config = replace(model.config, temperature=float(run.temperature.detach()))
         model.save(output, processor)  # its config.json last: then the run is finished
         run.clear()
@@ -243,6 +245,11 @@ class Alignment:
         self.parameters = {f"{name}.{key}": p for name, part in parts.items() for key, p in part.named_parameters()}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
+        for module in (*model.vision_adapter.modules(), *model.text_adapter.modules()):
+            if isinstance(module, nn.Dropout):
+                module.p = settings.dropout
+            elif isinstance(module, nn.MultiheadAttention):
+                module.dropout = settings.dropout
         groups = [
             {"params": [p for p in self.parameters.values() if p.ndim > 1], "weight_decay": settings.weight_decay},
             {"params": [p for p in self.parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
@@ -250,7 +257,7 @@ class Alignment:
         if settings.learn_temperature:
             self.parameters["log_temperature"] = self.log_temperature
             groups[1]["params"].append(self.log_temperature)
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
         self.steps = len(records) // settings.images_per_step
         self.epoch, self.history = 0, []
         self.stamp = asdict(config)
@@ -304,7 +311,7 @@ class Alignment:
             start = step * self.settings.images_per_step + rank() * share
             number = self.epoch * self.steps + step
             torch.manual_seed(hash((self.settings.seed, number, rank())) % 2**63)  # dropout
-            losses = self.step([self.records[k] for k in order[start : start + share]], number)
+            losses = self.step([self._some(k, number) for k in order[start : start + share]], number)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value / self.steps
         for adapter in (self.encoder.model.vision_adapter, self.encoder.model.text_adapter):
@@ -397,7 +404,7 @@ class Alignment:
         covered = covered if chosen is None else covered[:, chosen]
         covered = covered.to(images.device)
         inside = covered.sum(1) > 0
-        similar = (own.tokens[image, token][:, None] * images[image]).sum(-1) / self.settings.phrase_temperature
+        similar = (own.tokens @ images.transpose(1, 2))[image, token] / self.settings.phrase_temperature
         share = (similar.log_softmax(-1) + covered.clamp(min=1e-9).log()).logsumexp(-1)
         return -(share * inside).sum(), int(inside.sum())
 
@@ -410,6 +417,14 @@ class Alignment:
         merge = MergeConfig(compressor="none")
         found = evaluation.evaluate_records(self.encoder, self.validation, merge, batch_size=self.settings.batch_size)
         return {f"val_{name}": found[name] for name in ("r@1", "r@10")}
+
+    def _some(self, image: int, number: int) -> ImageRecord:
+        """A training image with as many of its captions as step `number` takes."""
+        record, most = self.records[image], self.settings.captions
+        if not 0 < most < len(record.captions):
+            return record
+        drawn = torch.randperm(len(record.captions), generator=self._random(number * 8191 + image))[:most]
+        return replace(record, captions=tuple(record.captions[k] for k in sorted(drawn.tolist())))
 
     def _random(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.settings.seed * 1_000_003 + number)
