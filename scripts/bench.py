@@ -1,6 +1,7 @@
 """Benchmarks: medians of several runs, the baseline in the same process, ratios reported.
 
 python scripts/bench.py merge     the operator against its own products, a loop over images and clusters, and H-Pool
+python scripts/bench.py querybank merging in the space of queries, beside farthest and raster SaMer
 python scripts/bench.py maxsim    exact scoring against the bare product and other engines (the extra `peers`)
 python scripts/bench.py scale     one million images of 64 x 128 int8 on disk: time and memory of a search (8.2 GB)
 python scripts/bench.py eval      5,000 captions against 1,000 images: scores, metrics, memory
@@ -103,6 +104,52 @@ def merge_loop(tokens, coords, config):
                 places[k] = coords[members].mean(0)
     weights = (-distance() / config.assignment_temperature).softmax(1)
     return torch.stack([F.normalize((w[:, None] * tokens).sum(0) / w.sum(), dim=0) for w in weights.t()])
+
+
+def queries(runs):
+    """Images of 1,030 x 128 to 64 by a bank of 2,048, in batches of 1 and 8, no gradient; SaMer on the same images.
+
+    The images are drawn around a few directions each, as real ones are, and bank and patches about the same ones.
+    """
+    import torch
+
+    from samer import MergeConfig, visual_coords
+    from samer.compressors import make_compressor
+    from samer.compressors.querybank import pick_one
+    from samer.tokens import VisualTokens
+
+    images, bank = photographed(8)
+    visual = VisualTokens(images, visual_coords(32, 32, prompt_tokens=6))
+    one = VisualTokens(images[:1], visual.coords)
+    merges = {name: MergeConfig(compressor="samer", center_init=name) for name in ("raster", "farthest")}
+    merges["querybank"] = MergeConfig(compressor="querybank")
+    makers = {name: make_compressor(merge) for name, merge in merges.items()}
+    makers["querybank"].fit_queries(bank)
+    share, room = torch.full((len(bank),), 1 / len(bank)), torch.empty(2, len(bank), images.shape[1])
+    jobs = [lambda each=each, some=some: each(some) for each in makers.values() for some in (one, visual)]
+    product = lambda: torch.mm(bank, images[0].T, out=room[0])
+    times = medians(max(9, runs // 10), product, lambda: pick_one(images[0], bank, share, 64, room), *jobs)
+    print("ms per image of 1,030 x 128 to 64 vectors, bank of 2,048; and how many times raster SaMer's")
+    print(f"  the product of bank and tokens: {times[0]:.2f}; with it the picks, of {64}: {times[1]:.2f}")
+    for place, name in enumerate(makers):
+        alone, many = times[2 + 2 * place], times[3 + 2 * place] / len(images)
+        print(f"  {name:10}{alone:7.2f} alone{many:7.2f} in a batch of 8{many / (times[3] / len(images)):7.1f}")
+
+
+def photographed(count):
+    """Unit tokens (count, 1030, 128) and a bank (2048, 128): smooth fields of directions, a common one in all."""
+    import torch
+    import torch.nn.functional as F
+
+    generator = torch.Generator().manual_seed(1)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    themes, common = normal(300, 128), normal(128)
+    fields = F.interpolate(normal(count, 20, 6, 6), size=(32, 32), mode="bicubic").flatten(2)  # which theme where
+    held = themes[torch.randint(0, 300, (count, 20), generator=generator)]
+    patches = (3 * fields).softmax(1).transpose(1, 2) @ held  # (count, 1024, 128)
+    tokens = torch.cat([patches, normal(count, 6, 128)], dim=1) + common + 0.3 * normal(count, 1030, 128)
+    asked = themes[torch.randint(0, 300, (2048,), generator=generator)] + 0.5 * common + 0.5 * normal(2048, 128)
+    return F.normalize(tokens, dim=-1), F.normalize(asked, dim=-1)
 
 
 def score(runs):
@@ -595,7 +642,15 @@ def helps(runs):
 
 def main(argv=None):
     """Runs one of them."""
-    what = {"merge": merge, "maxsim": score, "scale": scale, "eval": evaluation, "cache": building, "quality": quality}
+    what = {
+        "merge": merge,
+        "querybank": queries,
+        "maxsim": score,
+        "scale": scale,
+        "eval": evaluation,
+        "cache": building,
+        "quality": quality,
+    }
     apart = {
         "train": training,
         "pictures": photographs,

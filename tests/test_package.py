@@ -23,7 +23,20 @@ from samer.config import load_config
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 COMMANDS = PROJECT["project"]["scripts"]
-NAMES = ("train", "cache", "eval", "index", "search", "serve", "features", "compare", "report", "verify")
+NAMES = (
+    "train",
+    "align",
+    "cache",
+    "bank",
+    "eval",
+    "index",
+    "search",
+    "serve",
+    "features",
+    "compare",
+    "report",
+    "verify",
+)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "assets" / "README.md", *sorted((ROOT / "assets" / "results").glob("*.md"))]
 
