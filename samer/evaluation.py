@@ -33,7 +33,11 @@ def fit_records(records: Sequence[ImageRecord]) -> list[ImageRecord]:
 
 @torch.no_grad()
 def fitted_compressor(
-    retriever: Encoder, records: Sequence[ImageRecord], merge: MergeConfig, batch_size: int
+    retriever: Encoder,
+    records: Sequence[ImageRecord],
+    merge: MergeConfig,
+    batch_size: int,
+    bank_texts: Sequence[str] = (),
 ) -> Compressor:
     """The compressor that `merge` names, fitted on the corpus `records` where it has something to learn from one.
 
