@@ -353,15 +353,16 @@ def _spread_budgets(values: Any, where: str) -> Any:
     return {**values, "merge": {**merge, "num_regions": max(regions)}, "train": train}
 
 
-def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: typing.Sequence[str] = (), kind: type = Config) -> Any:
     """Reads a config file and applies `section.key=value` overrides, values read as YAML, text as it is.
 
     Args:
         path: a YAML file; None starts from the defaults.
         overrides: e.g. `["merge.num_regions=32", "train.learning_rate=5e-5"]`.
+        kind: a dataclass of sections.
 
     Returns:
-        A checked `Config`.
+        Checked settings, a `Config` or another `kind`.
 
     Raises:
         InputError: unreadable file, unknown key, wrong type or value out of range, named.
@@ -369,14 +370,14 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     values = load_yaml(path) if path is not None else {}
     where = str(path) if path is not None else "config"
     values = _spread_budgets(values, where)
-    build_dataclass(Config, values, where)  # the file is checked by itself, so that a message names it rightly
+    build_dataclass(kind, values, where)  # the file is checked by itself, so that a message names it rightly
     values = dict(values or {})
     for override in overrides:
         key, equals, text = override.partition("=")
         section, dot, name = key.partition(".")
         if not equals or not dot or not section or not name:
             raise InputError(f"override {override!r} is not of the form section.key=value, e.g. merge.num_regions=32")
-        if _is_text(section, name):
+        if _is_text(kind, section, name):
             value = text  # a path stays as it was typed, whatever YAML would make of it
         else:
             try:
@@ -388,15 +389,15 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
             values["train"] = {k: v for k, v in values["train"].items() if k != "budgets"}  # it replaces a list too
     values = _spread_budgets(values, " ".join([f"{where} with", *overrides]))
     # the overrides are checked together: a range may hold only with the file's value or another override's
-    return build_dataclass(Config, values, " ".join([f"{where} with", *overrides]) if overrides else where)
+    return build_dataclass(kind, values, " ".join([f"{where} with", *overrides]) if overrides else where)
 
 
-def _is_text(section: str, name: str) -> bool:
+def _is_text(settings: type, section: str, name: str) -> bool:
     """Whether a setting is plain text."""
-    kind = typing.get_type_hints(Config).get(section)
-    return kind is not None and typing.get_type_hints(kind).get(name) is str
+    kind = _kinds(settings).get(section)
+    return kind is not None and _kinds(kind).get(name) is str
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Any) -> str:
     """The config as YAML text that `load_config` reads back to an equal config."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

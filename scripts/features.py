@@ -35,6 +35,7 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=int, default=32, help="images and captions per forward pass (32)")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 or int8; default: as the model computes")
     parser.add_argument("--limit-images", type=int, help="the first so many images of each split")
+    parser.add_argument("--towers", help="store of the towers' outputs (scripts/align.py), for a tower retriever")
     parser.add_argument("--phrases", action="store_true", help="also of boxed phrases, which scripts/compare.py asks")
     add_compute_options(parser)
     parser.add_argument("--config", help="YAML file with model settings")
@@ -59,13 +60,17 @@ def main(argv=None):
             local_files_only=config.model.local_files_only,
             revision=config.model.revision,
         )
+        if options.towers:
+            from samer.features.towers import StoredTowers
+
+            retriever = StoredTowers.open(retriever, options.towers)
         entries = write_features(
             options.out,
             options.data_root,
             splits,
             retriever,
             batch_size=options.batch_size,
-            dtype=options.dtype or retriever.origin["computed_in"],
+            dtype=options.dtype or retriever.origin["computed_in"].split()[0],
             limit_images=options.limit_images,
             reader=options.reader or config.data.reader,
             strict=config.data.strict,

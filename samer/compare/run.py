@@ -143,12 +143,13 @@ def compare(
             jobs.setdefault((slug(row.trained), seed), (row.trained, {}))[1][slug(row.merge)] = row.merge
     trained = sum(through is not None for through, _ in jobs.values())
     measurements = sum(len(merges) for _, merges in jobs.values())
-    phrased = f" and {len(asked.phrases.texts):,} phrases" if asked.phrases else ""
     print0(
         f"{len(rows)} rows: {trained} projectors to train ({len(seeds)} seeds), {measurements} measurements on "
         f"{len(records):,} images of {split}, {tokens_per_image} tokens each, K = {config.merge.num_regions}; "
-        f"captions{phrased} are asked; writing to {folder}"
+        f"writing to {folder}"
     )
+    if asked.phrases:
+        print0(f"asked beside the captions: {len(asked.phrases.texts):,} phrases")
     measured = _train_and_measure(config, folder, store, records, jobs, asked)
     results = summarise(rows, measured, records, seeds, asked.phrases)
     results |= significance(rows, measured, records, seeds, asked.phrases)

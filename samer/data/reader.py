@@ -57,10 +57,10 @@ _PART = re.compile(r"([^\[\]]+)\[(\d+%?)?:(\d+%?)?\]")  # `train[:50%]`
 
 
 def split_part(split: str) -> tuple[str, slice]:
-    """The split that a name is of and which of its images, in their order: `train[:50%]`, `train[50%:]`, `train[:1000]`.
+    """What a name of a split or a part of it says, such as `train`, `train[:50%]`, `train[50%:]`, `train[:1000]`.
 
     Returns:
-        The split's own name, and a function's argument: bounds in images, or as shares where they are floats.
+        The split's own name, and bounds in images, in the split's order; as shares where they are floats.
 
     Raises:
         InputError: brackets that hold something else.

@@ -112,7 +112,9 @@ class Retriever(Encoder):
         if folder:
             check_files(folder, whole=offline or is_dir(name))
         try:
-            family = find_family(PretrainedConfig.get_config_dict(name, **where)[0])
+            here = folder and is_file(folder / "config.json")
+            found = read_json(folder / "config.json") if here else PretrainedConfig.get_config_dict(name, **where)[0]
+            family = find_family(found)
             model, report = family.model_class().from_pretrained(
                 name,
                 # float32 from the start: halves cast up would keep Gemma's embedding scale rounded

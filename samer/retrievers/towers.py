@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,8 +61,8 @@ class TowerConfig:
         max_text_tokens: longer texts are cut.
     """
 
-    vision: str
-    text: str
+    vision: str = "facebook/dinov2-small"
+    text: str = "sentence-transformers/all-MiniLM-L6-v2"
     vision_revision: str = "main"
     text_revision: str = "main"
     vision_hash: str = ""
@@ -99,6 +100,7 @@ class Adapter(nn.Module):
 
     def __init__(self, width: int, hidden: int, layers: int, heads: int) -> None:
         super().__init__()
+        self.width = width
         self.widen = nn.Linear(width, hidden) if layers and width != hidden else None
         self.missing = 0 if layers else hidden - width
         if self.missing < 0:
@@ -367,6 +369,26 @@ class Towers(Family):
         return grid_layout(patches, torch.tensor(self.grid, device=patches.device).expand(len(patches), 2))
 
 
+def without_adapters(config: TowerConfig, folder: Path) -> None:
+    """Writes the retriever of the same towers that gives what they give, for a store of their outputs.
+
+    What does not concern the towers is as it is by default, and the projection takes the first components: alike for
+    whatever adapters follow.
+    """
+    where = {name: getattr(config, name) for name in WHERE}
+    same = {name: getattr(config, name) for name in ("image_size", "max_text_tokens")}
+    towers = load_towers(config)
+    hashes = {f"{kind}_hash": tower_hash(where[kind], where[f"{kind}_revision"]) for kind in ("vision", "text")}
+    bare = TowerConfig(
+        **where, **same, **hashes, hidden_size=max(map(_width, towers)), heads=1, vision_layers=0, text_layers=0
+    )
+    model = TowerRetriever(bare, *towers)
+    with torch.no_grad():
+        model.projection.weight.copy_(torch.eye(*model.projection.weight.shape))
+        model.projection.bias.zero_()
+    model.save(folder, TowerProcessor.of_towers(bare))
+
+
 def read_tower_config(file: Path) -> TowerConfig:
     """The settings of a folder.
 
@@ -452,5 +474,10 @@ def _grid_of(vision: nn.Module, image_size: int) -> tuple[int, int]:
         raise InputError(f"the vision tower does not take pictures of {image_size} pixels ({reason})") from None
     if states.ndim != 3:
         raise InputError("the vision tower gives no sequence of patch tokens")
-    side = int(states.shape[1] ** 0.5)
-    return side, states.shape[1] - side * side
+    count, patch = states.shape[1], getattr(vision.config, "patch_size", 0)
+    side = image_size // patch if isinstance(patch, int) and patch else count
+    if side * side > count:  # a pyramid, such as Swin: fewer tokens than patches, and no special ones
+        side = math.isqrt(count)
+        if side * side != count:
+            raise InputError(f"the vision tower gives {count} tokens of {image_size} pixels, which are no square")
+    return side, count - side * side
