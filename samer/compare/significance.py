@@ -13,7 +13,7 @@ import numpy as np
 
 from samer.compare.plan import CENTRES, NO_BOXES, Row
 from samer.compare.queries import Phrases, own_images
-from samer.compare.summarise import Key, Measured, phrase_sets, runs_of, tests
+from samer.compare.summarise import Key, Measured, phrase_sets, runs_of, tested
 from samer.data.records import ImageRecord
 
 CONTROLS = ("none", "kmeans", "hpool", "sap-mean")
@@ -111,9 +111,8 @@ def _claims(rows: Sequence[Row]) -> list[tuple[str, str, Key, Key]]:
 def _verdict(kind: str, test: dict) -> str:
     """`yes`, `no` or `undecided`, by the interval of the difference."""
     low, high = test["interval"]
-    if kind == "level":
-        return "no" if high < 0 else "yes" if low >= -MARGIN else "undecided"
-    return "yes" if low > 0 else "no" if high < 0 else "undecided"
+    holds = low >= -MARGIN if kind == "level" else low > 0
+    return "yes" if holds else "no" if high < 0 else "undecided"
 
 
 def _test(
@@ -139,6 +138,6 @@ def _test(
             # one row of values per compared row: seeds averaged
             means = {key: np.mean([r[prefix + metric][chosen] for r in own], axis=0) for key, own in runs.items()}
             differences = np.stack([means[of] - means[minus] for of, minus in pairs], axis=1)  # (Q, C)
-            for pair, test in zip(pairs, tests(differences, groups[chosen])):
+            for pair, test in zip(pairs, tested(differences, groups[chosen])):
                 found[pair].setdefault(name, {})[metric] = test
     return found

@@ -186,10 +186,10 @@ def _differences(rows: dict[Key, np.ndarray], owner: np.ndarray, part: np.ndarra
         if not chosen.any() or not pairs:
             return dict.fromkeys(pairs)
         some = np.stack([value[chosen] for value in values.values()], axis=1)
-        tested = tests(some, owner[chosen])
+        found = tested(some, owner[chosen])
         return {
             pair: {"r@1": test["difference"], "interval": test["interval"], "p": test["p"]}
-            for pair, test in zip(values, tested)
+            for pair, test in zip(values, found)
         }
 
     whole = on(np.ones(len(owner), dtype=bool))
@@ -208,7 +208,7 @@ def _differences(rows: dict[Key, np.ndarray], owner: np.ndarray, part: np.ndarra
     ]
 
 
-def tests(differences: np.ndarray, owner: np.ndarray) -> list[dict]:
+def tested(differences: np.ndarray, owner: np.ndarray) -> list[dict]:
     """Mean paired differences (Q, C) with 95 % intervals over images and p, as results hold them."""
     intervals, p = bootstrap_tests(differences, owner)
     return [
