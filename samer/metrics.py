@@ -171,6 +171,48 @@ def bootstrap_intervals(
     return {name: (float(low[column]), float(high[column])) for column, name in enumerate(names)}
 
 
+def bootstrap_tests(
+    differences: np.ndarray, groups: np.ndarray, *, resamples: int = 10_000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bound mean paired differences, and test each against 0, by the bootstrap over groups of queries.
+
+    Args:
+        differences: (Q, C), C comparisons of two systems on the same queries.
+        groups: (Q,) integers; queries that share one are drawn together, as in `bootstrap_intervals`.
+        resamples, seed: as there; intervals are those that it gives with as many resamples.
+
+    Returns:
+        95 % intervals (C, 2), and two-sided p values (C,): twice the share of resampled means on the far side of 0, the
+        sample itself counted as one of them. So p < 0.05 where the 95 % interval leaves 0 out, up to its steps.
+
+    Raises:
+        InputError: no query, or shapes that differ.
+
+    Source: Efron and Tibshirani (1993), sections 13.3 and 15.4 (achieved significance levels from percentiles).
+    """
+    if differences.ndim != 2 or len(differences) == 0 or np.shape(groups) != differences.shape[:1]:
+        raise InputError(
+            f"differences {differences.shape} and groups {np.shape(groups)}: expected (Q, C) and (Q,), Q above 0"
+        )
+    member = np.unique(groups, return_inverse=True)[1]
+    count = int(member.max()) + 1
+    sums = np.zeros((count, differences.shape[1]))
+    np.add.at(sums, member, differences.astype(np.float64))
+    sizes = np.bincount(member, minlength=count)  # (G,)
+    generator = np.random.default_rng(seed)
+    means = np.empty((resamples, differences.shape[1]))
+    rows_per_block = max(1, _BLOCK_ELEMENTS // count)
+    for start in range(0, resamples, rows_per_block):
+        rows = min(rows_per_block, resamples - start)
+        draws = generator.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
+        times = np.bincount(draws.ravel(), minlength=rows * count).reshape(rows, count)
+        means[start : start + rows] = (times @ sums) / (times @ sizes)[:, None]
+    means[np.abs(means) < 1e-9] = 0.0  # what sums of opposite differences leave
+    share = np.minimum((means <= 0).sum(0), (means >= 0).sum(0))
+    p = np.minimum(1.0, 2.0 * (1 + share) / (resamples + 1))
+    return np.quantile(means, [0.025, 0.975], axis=0).T, p
+
+
 def _matrix(name: str, values: Tensor | np.ndarray) -> Tensor | np.ndarray:
     """A tensor as it is, anything else as an array of a kind that torch has."""
     if isinstance(values, Tensor):

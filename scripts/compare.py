@@ -5,9 +5,10 @@
         --config configs/samer_k64_colpali.yaml --features features/flickr_colpali
 
 Writes results.json, results.md and plots to --out; run again, it goes on where it stopped. Without --features the
-frozen hidden states are computed first, into OUT/features (its size is said beforehand). Trained rows use the recipe of
---config, one run per seed, in this one process: for the published 32 x 2 x 4 captions per step on one GPU, add
-train.grad_accum_steps=8.
+frozen hidden states are computed first, into OUT/features (its size is said beforehand). Beside whole captions the
+boxed phrases of the annotation are asked, which a store has that scripts/features.py made with --phrases. Trained rows
+use the recipe of --config, one run per seed, in this one process: for the published 32 x 2 x 4 captions per step on one
+GPU, add train.grad_accum_steps=8.
 """
 
 import sys
@@ -34,12 +35,15 @@ def main(argv=None):
     parser.add_argument("--split", default="test", help="what is measured on (test)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the trained rows (0 1 2)")
     parser.add_argument(
-        "--sections", nargs="+", help="some of: untouched adapted budgets components crossed cost (all)"
+        "--sections", nargs="+", help="some of: untouched adapted budgets components crossed phrases cost (all)"
     )
+    parser.add_argument("--budgets", nargs="+", type=int, default=[], help="K of budgets and cost (N/2 to N/32)")
+    parser.add_argument("--methods", nargs="+", default=[], help="compressors, e.g. none samer kmeans hpool (all)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
     given = options.sections or []
-    overrides = [*(word for word in given if "=" in word), *options.overrides]  # argparse takes them for sections
+    words = [*given, *options.methods]  # argparse takes overrides that follow for these
+    overrides = [*(word for word in words if "=" in word), *options.overrides]
     from dataclasses import replace
 
     from samer.config import load_config
@@ -53,9 +57,11 @@ def main(argv=None):
 
     limit_pixels(config.data.max_megapixels)
 
-    sections = SECTIONS if options.sections is None else [word for word in given if "=" not in word]
-    check_request(sections, options.seeds)
+    sections = None if options.sections is None else [word for word in given if "=" not in word]
+    methods = [word for word in options.methods if "=" not in word]
+    check_request(SECTIONS if sections is None else sections, options.seeds, options.budgets, methods)
     asked = {"seeds": options.seeds, "sections": sections, "split": options.split}
+    asked |= {"at_budgets": options.budgets, "methods": methods}
     with only_writer(options.out):
         return write_comparison(config, options.out, **asked, device=pick_device())
 

@@ -21,7 +21,9 @@ from samer.retrievers.hf import Retriever
 from samer.retrievers.towers import TowerConfig
 from samer.runtime.signals import Stopped
 from samer.training import align as module
-from samer.training.align import AlignConfig, Alignment, AlignSettings, align
+from samer.training.align import align
+from samer.training.align_settings import AlignConfig, AlignSettings
+from samer.training.alignment import Alignment
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "samer_k64_colpali.yaml"
 CPU = torch.device("cpu")
@@ -42,7 +44,8 @@ def towers(tmp_path_factory, world):
 @pytest.fixture
 def config(towers, world, tmp_path):
     data = DataConfig(root=str(world))
-    settings = AlignSettings(str(tmp_path / "out"), images_per_step=4, epochs=3, features_dtype="float32", batch_size=4)
+    sizes = {"images_per_step": 4, "epochs": 3, "batch_size": 4}
+    settings = AlignSettings(str(tmp_path / "out"), features_dtype="float32", phrases=1, **sizes)
     return AlignConfig(towers, data, settings)
 
 
@@ -90,9 +93,10 @@ def test_stored_towers_give_what_the_retriever_gives(config, world):
 
 @pytest.mark.parametrize("patches", [0, 20])
 def test_the_losses_are_those_of_plain_loops(config, patches):
-    run = alignment(of(config, patches=patches, dropout=0.0))
-    records = run.records[:3]
-    losses = run.losses(records, number=5)
+    run = alignment(of(config, patches=patches, dropout=0.0, captions=3, phrases=2))
+    records, asked = zip(*(run._some(number, 5) for number in range(3)))
+    assert [len(record.captions) for record in records] == [3, 3, 3]
+    losses = run.losses([0, 1, 2], step=5)
     encoder, tau = run.encoder, float(run.temperature.detach())
     images = encoder.encode_images(encoder.record_inputs(records))
     chosen = list(range(64))
@@ -121,10 +125,15 @@ def test_the_losses_are_those_of_plain_loops(config, patches):
                 if sum(inside):
                     share = (tokens[number] @ token / 0.1).softmax(0)
                     phrases.append(-math.log(sum(float(s) * max(w, 1e-9) for s, w in zip(share, inside))))
-    logits = torch.tensor(scores) / tau
-    own = torch.tensor(owners)
-    forward = -logits.log_softmax(1)[torch.arange(len(own)), own].mean()
-    positive = own[:, None] == torch.arange(3)
+    answers = [[image == owner for image in range(3)] for owner in owners]
+    for phrase in (phrase for each in asked for phrase in each):
+        words = encoder.encode_queries(encoder.query_inputs([phrase]))
+        scores.append([float((words.tokens[0] @ image.T).amax(1).mean()) for image in tokens])
+        told = [[p.typed for c in record.captions for p in c.phrases if p.boxes] for record in run.records[:3]]
+        answers.append([phrase in each for each in told])
+    assert len(scores) == 15
+    logits, positive = torch.tensor(scores) / tau, torch.tensor(answers)
+    forward = (logits.logsumexp(1) - logits.masked_fill(~positive, -math.inf).logsumexp(1)).mean()
     backward = (logits.logsumexp(0) - logits.masked_fill(~positive, -math.inf).logsumexp(0)).mean()
     assert float(losses["contrast"]) == pytest.approx(float(forward + backward) / 2, abs=1e-4)
     assert len(phrases) > 10

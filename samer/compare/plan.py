@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from samer.compressors import COMPRESSORS
@@ -15,7 +15,9 @@ from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import load_projector
 
 SHARES = (2, 4, 8, 16, 32)  # budgets are N / share
-SECTIONS = ("untouched", "adapted", "budgets", "components", "crossed", "cost")
+SECTIONS = ("untouched", "adapted", "budgets", "components", "crossed", "phrases", "cost")
+BESIDE = ("phrases", "cost")  # sections without rows of their own; phrases are asked of all rows of the others
+NO_BOXES = "without boxes"
 HARD = 1e-4  # a temperature at which the soft assignment is all but hard
 CENTRES = ("raster", "farthest")
 
@@ -51,18 +53,32 @@ def variants(base: MergeConfig) -> dict[str, MergeConfig]:
     return every
 
 
-def plan(base: MergeConfig, tokens_per_image: int) -> list[Row]:
+def plan(
+    base: MergeConfig, tokens_per_image: int, at_budgets: Sequence[int] = (), methods: Sequence[str] = ()
+) -> list[Row]:
     """The rows of the published tables and figures, and the crossings that take the gain apart.
 
     Args:
         base: the budget K of the tables, and SaMer's settings.
         tokens_per_image: N, of which the budgets are shares.
+        at_budgets: K of the section budgets; empty: those shares.
+        methods: compressors whose rows are wanted, be it that they compress or are trained through; empty: all.
     """
+    rows = _every_row(base, at_budgets or budgets(tokens_per_image))
+    wanted = set(methods or COMPRESSORS)
+    return [row for row in rows if {merge.compressor for merge in (row.merge, row.trained) if merge} <= wanted]
+
+
+def _every_row(base: MergeConfig, at_budgets: Sequence[int]) -> list[Row]:
     every = variants(base)
     samer = {init: every[f"samer, {init}"] for init in CENTRES}
     rows = [Row("untouched", name, merge) for name, merge in every.items()]
-    rows += [Row("adapted", name, merge, merge) for name, merge in every.items()]
-    for budget in budgets(tokens_per_image):
+    for name, merge in every.items():
+        rows.append(Row("adapted", name, merge, merge))
+        if merge.compressor == "samer" and merge.object_penalty > 0:
+            boxless = replace(merge, object_penalty=0.0)
+            rows.append(Row("adapted", f"{name}, {NO_BOXES}", boxless, boxless))
+    for budget in at_budgets:
         at = {name: replace(merge, num_regions=budget) for name, merge in every.items() if name != "none"}
         rows += [Row("budgets", f"{name} @ {budget}", merge) for name, merge in at.items()]
         trained = [at[f"samer, {init}"] for init in CENTRES]
@@ -85,7 +101,12 @@ def plan(base: MergeConfig, tokens_per_image: int) -> list[Row]:
 
 
 def shown_methods(
-    base: MergeConfig, folder: str | Path, store: Encoder, sections: Sequence[str], seed: int
+    base: MergeConfig,
+    folder: str | Path,
+    store: Encoder,
+    sections: Sequence[str],
+    seed: int,
+    methods: Sequence[str] = (),
 ) -> tuple[list[Shown], list[Shown]]:
     """What a comparison's report shows: the methods of its gallery, the baseline first, and those with regions.
 
@@ -93,36 +114,71 @@ def shown_methods(
         base, folder, sections: as in `compare`.
         store: gives the untouched projector.
         seed: whose trained projectors are taken.
+        methods: as in `plan`; all tokens are shown whatever they are.
     """
     every = variants(base)
     plain = store.base_projector
+    wanted = set(methods or COMPRESSORS)
     named = {"all tokens": "none", "H-Pool": "hpool", "SAP-mean": "sap-mean", "HPC": "hpc"}
-    methods = [Shown(name, every[key], plain) for name, key in named.items()]
-    methods.append(Shown("SaMer, farthest", every["samer, farthest"], plain))
-    regions = []
+    shown = [Shown(name, every[key], plain) for name, key in named.items() if key == "none" or key in wanted]
+    regions: list[Shown] = []
+    if "samer" not in wanted:
+        return shown, regions
+    shown.append(Shown("SaMer, farthest", every["samer, farthest"], plain))
     for init in CENTRES:
         merge = every[f"samer, {init}"]
         regions.append(Shown(f"{init}, untouched", merge, plain))
         if "adapted" in sections:
             projector = load_projector(Path(folder) / "projectors" / f"{slug(merge)}-seed{seed}", store)
-            methods.append(Shown(f"SaMer, {init}, trained", merge, projector))
+            shown.append(Shown(f"SaMer, {init}, trained", merge, projector))
             regions.append(Shown(f"{init}, trained", merge, projector))
-    return methods, regions
+    return shown, regions
+
+
+_EARLIER = {  # the settings of the first comparisons: their projectors and measurements are named by these
+    "num_regions",
+    "cluster_iters",
+    "spatial_weight",
+    "assignment_temperature",
+    "object_penalty",
+    "center_init",
+    "compressor",
+}
+
+
+def settings_of(merge: MergeConfig) -> dict:
+    """A merge's settings as projectors and measurements are named: a later one only where it isn't the default."""
+    values, default = asdict(merge), {field.name: field.default for field in fields(merge)}
+    return {name: value for name, value in values.items() if name in _EARLIER or value != default[name]}
 
 
 def slug(merge: MergeConfig | None) -> str:
     """A folder name for what a projector was trained through."""
     if merge is None:
         return "untouched"
-    digest = hashlib.sha256(json.dumps(asdict(merge), sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(settings_of(merge), sort_keys=True).encode()).hexdigest()[:8]
     centres = f"-{merge.center_init}" if merge.compressor == "samer" else ""
     return f"{merge.compressor}{centres}-{merge.num_regions}-{digest}"
 
 
-def check_request(sections: Sequence[str], seeds: Sequence[int]) -> None:
-    """Refuses an unknown section, none at all, no seed or one given twice; before anything long is done."""
+def check_request(
+    sections: Sequence[str], seeds: Sequence[int], at_budgets: Sequence[int] = (), methods: Sequence[str] = ()
+) -> None:
+    """Refuses what can't be run, before anything long is done.
+
+    Raises:
+        InputError: an unknown section, none at all, or phrases with nothing to ask them of; no seed or one given twice;
+            a budget below 1 or given twice; an unknown method.
+    """
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown or not sections:
         raise InputError(f"sections {', '.join(unknown) or '(none given)'}: use some of {', '.join(SECTIONS)}")
+    if "phrases" in sections and set(sections) <= set(BESIDE):
+        raise InputError("sections phrases: they are asked of the rows of other sections; name one of these, too")
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise InputError(f"seeds {list(seeds)}: give at least one, each once, none below 0")
+    if len(set(at_budgets)) != len(at_budgets) or min(at_budgets, default=1) < 1:
+        raise InputError(f"budgets {list(at_budgets)}: give each once, none below 1")
+    unknown = [name for name in methods if name not in COMPRESSORS]
+    if unknown:
+        raise InputError(f"methods {', '.join(unknown)}: use some of {', '.join(COMPRESSORS)}")

@@ -20,6 +20,7 @@ from samer.data.parts import split_part, take_part
 from samer.data.pictures import PictureError, displayed_size, one_line, regular_file
 from samer.data.reader import Defects, Reader
 from samer.data.records import LONGEST_CAPTION, Box, Caption, ImageRecord, Phrase
+from samer.data.relevant import read_relevant
 from samer.data.sizes import shape_of
 from samer.runtime.files import lookup, trouble
 from samer.runtime.progress import Progress
@@ -414,6 +415,10 @@ class Flickr(Reader):
 
     def check(self, root: str | Path) -> bool:
         return find_layout(root).annotations is not None
+
+    def relevant(self, root: str | Path) -> dict[str, list[list[str]]]:
+        """From `relevant.json` beside the split files; Flickr30k-Entities has none, generated data may."""
+        return read_relevant(find_layout(root).splits / "relevant.json")
 
     def find(self, root: str | Path, split: str, image_id: str) -> ImageRecord | None:
         """As `Reader.find`, from the image's own files; where one is missing, what it would say is left out.

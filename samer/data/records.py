@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in [0, 1]
 LONGEST_CAPTION = 1000  # characters, as of a query; a batch is as wide as its longest caption
+_ARTICLE = re.compile(r"(an?|the) ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,21 @@ class Phrase:
     start: int
     end: int
     boxes: tuple[Box, ...]  # empty where the phrase has none, or where boxes were not read
+
+    @property
+    def visible(self) -> bool:
+        """Whether it names something to be seen: chain 0 and type `notvisual` ("each other") do not."""
+        return self.chain_id != "0" and "notvisual" not in self.types
+
+    @property
+    def typed(self) -> str:
+        """The phrase as a search for it: lower case, single spaces, no leading article.
+
+        "A brown dog" and "the brown dog" are one search, so every image of either answers it.
+        """
+        text = " ".join(self.text.lower().split())
+        article = _ARTICLE.match(text)
+        return text[article.end() :] if article else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +63,15 @@ class ImageRecord:
     image_id: str
     image_path: Path
     captions: tuple[Caption, ...]
+
+
+def told_phrases(record: ImageRecord) -> Iterator[Phrase]:
+    """The visible phrases of an image's captions, of those that describe it."""
+    for caption in record.captions:
+        if caption.related:
+            yield from (phrase for phrase in caption.phrases if phrase.visible)
+
+
+def phrase_texts(records: Iterable[ImageRecord]) -> list[str]:
+    """Distinct phrases that have boxes in some image, as they are typed, in the order of their first use."""
+    return list(dict.fromkeys(phrase.typed for r in records for phrase in told_phrases(r) if phrase.boxes))

@@ -180,6 +180,10 @@ class FeatureStore(Encoder):
                 "content hashes; compute the features in another folder to have later changes seen"
             )
 
+    def lacking(self, texts: Sequence[str]) -> list[str]:
+        """The texts that are not stored."""
+        return [text for text in texts if text not in self._places["texts"]]
+
     def _replaced(self, records: Sequence[ImageRecord]) -> tuple[list[str], int]:
         """Ids of images whose file now holds something else than the features are of, and of how many it's unknown."""
         unique = list({record.image_id: record for record in records}.values())

@@ -27,6 +27,7 @@ EVIDENCE_SIDE, THUMBNAIL_SIDE = 320, 150  # pixels
 PLOT_TITLES = {
     "recall_budget": "Recall against budget",
     "recall_bytes": "Recall against bytes per image",
+    "phrases_budget": "Recall of short phrases against budget",
     "grounding": "What winning vectors stand on",
 }
 
