@@ -64,6 +64,7 @@ STORES = {
     "cache-int8": ("cache", ["--splits", "train", "val", "--cache-dtype", "int8"]),
     "cache-binary": ("cache", ["--splits", "test", "--cache-dtype", "binary", "--assignments"]),
     "cache-codebook": ("cache", ["--splits", "val", "test", "merge.compressor=hpc"]),
+    "cache-bank": ("cache", ["--splits", "val", "merge.compressor=querybank", "merge.bank_size=50"]),
     "cache-stored": ("cache", ["--splits", "val", "test", "--features", "{folder}/features"]),
     "cache-few": ("cache", ["--splits", "val", "--limit-images", "1"]),
 }

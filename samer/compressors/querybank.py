@@ -159,8 +159,8 @@ def _in_groups(tokens: Tensor, bank: Tensor, share: Tensor, regions: int, mask: 
     votes = torch.zeros(batch, regions, count, dtype=torch.float64, device=tokens.device)
     picks = torch.zeros(batch, regions, dtype=torch.long, device=tokens.device)
     if tokens.device.type != "cpu":
-        for some in torch.arange(batch, device=tokens.device).split(max(1, CUDA_ELEMENTS // (count * len(bank)))):
-            own = slice(int(some[0]), int(some[-1]) + 1)
+        many = max(1, CUDA_ELEMENTS // (count * len(bank)))
+        for own in (slice(start, start + many) for start in range(0, batch, many)):
             picks[own], wanted = pick_batch(tokens[own], bank, share, regions, None if mask is None else mask[own])
             votes[own] = vote(tokens[own], bank, share, picks[own], wanted)
         return votes, picks
@@ -259,7 +259,8 @@ def vote(tokens: Tensor, bank: Tensor, share: Tensor, picks: Tensor, wanted: Ten
     weight = share.double().expand(batch, -1)
     for _ in range(ROUNDS):
         place = _argmax(bank @ merged.transpose(1, 2)) * count + wanted  # (B, R): of (vector, token)
-        # float64 sums of float32 weights are exact, so their order, which a GPU does not keep, does not matter
+        # float64 sums of float32 weights are exact (of 2,048, where none weighs 2^18 times another), so their order,
+        # which a GPU does not keep, does not matter
         cast = torch.zeros_like(votes).view(batch, -1).scatter_add_(1, place, weight).view_as(votes)
         there = cast.sum(2, keepdim=True) > 0
         votes = torch.where(there, cast, votes)
