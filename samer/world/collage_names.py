@@ -71,7 +71,7 @@ def parse_name(line: str) -> Name | None:
     if not cut or (called_out and not determiner and len(cut) == len(words)):
         return None
     if not determiner:
-        if not any(word[0].isupper() for word in cut[1:]):
+        if not any(letter.isupper() for letter in " ".join(cut)[1:]):  # else a name of its own, or "FM radio"
             cut = [cut[0][0].lower() + cut[0][1:], *cut[1:]]
         if not sentence and not _plural(cut[-1]):
             determiner = _article(cut[0])

@@ -188,10 +188,11 @@ def _tell(what: str, count: int, left_out: Iterable[LeftOut]) -> None:
 def _tell_plan(root: Path, order: Order, studio: Studio, groups: list[Group], workers: int) -> None:
     names = len({studio.cutouts[k].name.key for group in groups for k in group.cutouts})
     total = sum(order.counts.values())
+    megapixels = total * order.size**2 / 1e6
     largest = min(largest_size([studio.cutouts[k] for k in group.cutouts]) for group in groups)
     print(
         f"writing {total:,} scenes of {order.size} x {order.size} pixels to {root}: things of {names:,} names, sizes "
-        f"0.5 % to {100 * largest:.0f} %; about {total * order.size**2 * 0.28e-6:,.0f} MB, {total * order.size**2 * 0.8e-6 / workers:,.0f} s",
+        f"0.5 % to {100 * largest:.0f} %; about {0.28 * megapixels:,.0f} MB, {0.8 * megapixels / workers:,.0f} s",
         flush=True,
     )
 
