@@ -10,7 +10,7 @@ python scripts/collage.py --out outputs/collage \\
     --backgrounds mate-backgrounds/usr/share/backgrounds/mate/nature \\
         plasma-workspace-wallpapers/usr/share/wallpapers/{BytheWater,ColdRipple,ColorfulCups,DarkestHour,EveningGlow} \\
         plasma-workspace-wallpapers/usr/share/wallpapers/{FallenLeaf,Grey,Kite,OneStandsOut,Path,summer_1am} \\
-    --skip cartoon symbols flags easter
+    --skip cartoon symbols flags easter 'grave-[b-i]' button confetti hard_candy 'party-*' stocking menorah
 """
 
 import sys
@@ -33,7 +33,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cutouts", nargs="+", required=True, metavar="DIR", help="folders of cut-outs")
     parser.add_argument("--backgrounds", nargs="+", required=True, metavar="DIR", help="folders of photographs")
-    parser.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="folders and files to leave out")
+    parser.add_argument(
+        "--skip",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="folders and files to leave out: names, or patterns such as 'grave-*'",
+    )
     parser.add_argument("--out", required=True, help="folder to make; the same command goes on where it was ended")
     parser.add_argument("--train", type=int, default=800, help="scenes (800)")
     parser.add_argument("--val", type=int, default=60, help="scenes (60)")

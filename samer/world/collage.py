@@ -50,11 +50,19 @@ class Studio:
 
 @dataclass(frozen=True)
 class Group:
-    """What is known of a pair of twins before it is made: its number, its background, and the cut-outs it may use."""
+    """What is known of a pair of twins before it is made.
+
+    Attributes:
+        number: its own.
+        background: its number.
+        cutouts: the numbers of those that it may use.
+        ids: of its images; one where only the first of the twins is wanted.
+    """
 
     number: int
     background: int
     cutouts: tuple[int, ...]
+    ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -249,13 +257,18 @@ def make_layer(studio: Studio, number: int, size: float, flipped: bool, turned: 
     alpha = np.asarray(image.getchannel("A"))
     image = image.crop(Image.fromarray(alpha > 8).getbbox())
     factor = (wanted / max(1, _solid(image))) ** 0.5
+    blur = None
     for _ in range(2):  # what the soft edge takes is given back
         wide, high = (max(2, round(length * factor)) for length in image.size)
         if max(wide, high) > studio.size - 8:
             return None
         small = Image.new("RGBA", (wide + 6, high + 6))
         small.paste(image.resize((wide, high), Image.Resampling.BICUBIC), (3, 3))
-        blur, small = _blurred(small.convert("RGBa"), sharp, wanted)
+        small = small.convert("RGBa")
+        if blur is None:
+            blur = _blur_of(small, sharp, wanted)
+        if blur:
+            small = small.filter(ImageFilter.GaussianBlur(blur))
         pixels = np.asarray(small.convert("RGBA"))
         alpha = np.asarray(small.getchannel("a").filter(ImageFilter.GaussianBlur(0.6)), dtype=np.float32) / 255
         alpha = np.clip(alpha * 1.2 - 0.15, 0, 1)
@@ -269,15 +282,15 @@ def _solid(image: Image.Image) -> int:
     return sum(image.getchannel("A").histogram()[SOLID:])
 
 
-def _blurred(small: Image.Image, sharp: float, wanted: float) -> tuple[float, Image.Image]:
-    """A layer (premultiplied) by the least blur at which it is no sharper than its scene; small ones bear less."""
+def _blur_of(small: Image.Image, sharp: float, wanted: float) -> float:
+    """The least blur at which a layer (premultiplied) is no sharper than its scene; small ones bear less."""
     most = 0.025 * wanted**0.5
-    for blur in [blur for blur in _BLURS if blur <= most] or [0.0]:
-        found = small.filter(ImageFilter.GaussianBlur(blur)) if blur else small
-        pixels = np.asarray(found.convert("RGBA"))
+    *blurs, last = [blur for blur in _BLURS if blur <= most] or [0.0]
+    for blur in blurs:
+        pixels = np.asarray((small.filter(ImageFilter.GaussianBlur(blur)) if blur else small).convert("RGBA"))
         if sharpness(pixels[..., :3].astype(np.float32), pixels[..., 3] >= 250) <= max(1.15 * sharp, 10):
-            break
-    return blur, found
+            return blur
+    return last
 
 
 def _place(

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -93,15 +94,16 @@ class Files:
 
 
 def find_files(folders: Iterable[str | Path], skip: Iterable[str] = ()) -> Files:
-    """The pictures in some folders and below; not those whose folders or own name without its suffix are in `skip`.
+    """The pictures in some folders and below, apart from those that `skip` names.
 
-    A file that has the content of one before it is left out.
+    It holds patterns ("cartoon", "grave-*") of folders' names and of files' without their suffix, in any case. A file
+    that has the content of one before it is left out.
 
     Raises:
         InputError: a folder that is missing or can't be read.
     """
     folders = tuple(str(folder) for folder in folders)
-    skip = {word.casefold() for word in skip}
+    skip = [word.casefold() for word in skip]
     found, digests, left_out = [], {}, []
     for number, folder in enumerate(folders):
         listed = find_pictures(folder)
@@ -109,7 +111,7 @@ def find_files(folders: Iterable[str | Path], skip: Iterable[str] = ()) -> Files
         for path in listed.paths:
             source = Source(number, path)
             *parts, name = path.casefold().split("/")
-            if skip & {*parts, os.path.splitext(name)[0]}:
+            if any(fnmatchcase(part, word) for word in skip for part in (*parts, os.path.splitext(name)[0])):
                 left_out.append(LeftOut(source, "skipped as asked", f"{path}: a part of its path is in --skip"))
                 continue
             try:

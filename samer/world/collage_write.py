@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -20,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from samer.runtime.files import (
     read_json,
     write_json,
 )
-from samer.runtime.progress import Progress, batched
+from samer.runtime.progress import Progress
 from samer.world.collage import MOST, Collage, Group, Studio, largest_size, make_group
 from samer.world.collage_captions import Mention, Seen, Told, covers, holds
 from samer.world.collage_names import Name
@@ -159,10 +158,13 @@ def _write_all(root: Path, order: Order, cutouts: Files, backgrounds: Files, wor
         studio = Studio(tuple(things), tuple(grounds), order.size, order.seed)
         _tell_plan(root, order, studio, groups, workers)
         _write_groups(root, order, studio, groups, pool)
-    scenes = _read_scenes(root, order)
+    splits = {split: list(chain.from_iterable(groups)) for split, groups in _ids(order).items()}
     relevant: dict[str, list[list[str]]] = {}
-    for split, ids in _ids(order).items():
-        relevant |= relevant_images({each: scenes[each] for each in ids}, order.size)
+    scenes: dict[str, dict[str, Any]] = {}
+    for split, ids in splits.items():
+        own = {each: {"split": split, **read_json(root / _DONE / f"{each}.json")} for each in ids}
+        relevant |= relevant_images(own, order.size)
+        scenes |= own
         with atomic_path(root / "annotations" / f"{split}.txt") as temporary:
             temporary.write_text("".join(f"{each}\n" for each in ids), encoding="utf-8")
     write_json(root / "annotations" / "relevant.json", relevant)
@@ -197,18 +199,14 @@ def _tell_plan(root: Path, order: Order, studio: Studio, groups: list[Group], wo
     )
 
 
-def _ids(order: Order) -> dict[str, list[str]]:
-    """Image ids by split; groups are numbered through all splits."""
+def _ids(order: Order) -> dict[str, list[list[str]]]:
+    """Image ids by split, of each group: two of twins, one where a split ends. Groups are numbered through all."""
     found, group = {}, 0
     for split, count in order.counts.items():
-        pairs = math.ceil(count / 2)
-        found[split] = [_id(group + k // 2, k % 2) for k in range(count)]
-        group += pairs
+        ids = [f"{2 * group + k + 1:08d}" for k in range(count)]
+        found[split] = [ids[k : k + 2] for k in range(0, count, 2)]
+        group += len(found[split])
     return found
-
-
-def _id(group: int, twin: int) -> str:
-    return f"{2 * group + twin + 1:08d}"
 
 
 def _groups(order: Order, things: list[Cutout], grounds: list[Background]) -> list[Group]:
@@ -227,14 +225,14 @@ def _groups(order: Order, things: list[Cutout], grounds: list[Background]) -> li
         chosen = _shared([heads[k] for k in rng.permutation(len(heads))], list(order.counts.values()))
         parts = [{name for name in names if name.split()[-1] in part} for part in chosen]
     groups: list[Group] = []
-    for (split, count), share, part in zip(order.counts.items(), shares, parts):
+    for (split, ids), share, part in zip(_ids(order).items(), shares, parts):
         if len(part) < FEWEST_NAMES:
             raise InputError(
                 f"{', '.join(order.cutouts)}: cut-outs of {len(part)} names for {split}, {FEWEST_NAMES} are needed; "
                 "give more, each with its name on the first line of a .txt beside it"
             )
         allowed = tuple(k for k, thing in enumerate(things) if thing.name.key in part)
-        groups += [Group(len(groups) + k, share[k % len(share)], allowed) for k in range(math.ceil(count / 2))]
+        groups += [Group(len(groups) + k, share[k % len(share)], allowed, tuple(twins)) for k, twins in enumerate(ids)]
     return groups
 
 
@@ -251,33 +249,27 @@ def _write_groups(root: Path, order: Order, studio: Studio, groups: list[Group],
         (root / folder).mkdir(parents=True, exist_ok=True)
         for stray in (root / folder).glob(f".*{TEMPORARY}"):  # half written when an earlier run was killed
             stray.unlink()
-    wanted = {each for ids in _ids(order).values() for each in ids}
     done = {path.stem for path in listing(root / _DONE)}
-    # a job's scenes share a background, so that a worker opens it once
-    groups = sorted(groups, key=lambda group: (group.background, group.number))
-    missing = [group for group in groups if ({_id(group.number, 0), _id(group.number, 1)} & wanted) - done]
     if done:
-        print(f"{len(done & wanted):,} scenes kept from an earlier try", flush=True)
-    jobs = [pool.submit(_write_part, str(root), studio, part, wanted) for part in batched(missing, 8)]
-    total = sum(_id(group.number, twin) in wanted for group in missing for twin in range(2))
-    with Progress(desc="collages", total=total, unit="scenes") as bar:
+        print(f"{len(done):,} scenes kept from an earlier try", flush=True)
+    # in order of backgrounds, so that a worker opens one once
+    groups = sorted(groups, key=lambda group: (group.background, group.number))
+    missing = [group for group in groups if not done.issuperset(group.ids)]
+    jobs = [pool.submit(_write_group, str(root), studio, group) for group in missing]
+    with Progress(desc="collages", total=sum(len(group.ids) for group in missing), unit="scenes") as bar:
         for job in jobs:
             bar.update(job.result())
 
 
-def _write_part(root: str, studio: Studio, groups: list[Group], wanted: set[str]) -> int:
-    """Makes and writes some groups, in a process of its own; the number of scenes."""
-    written = 0
-    for group in groups:
-        for twin, collage in enumerate(make_group(studio, group)):
-            if _id(group.number, twin) in wanted:
-                _write_scene(Path(root), group, twin, collage, wanted)
-                written += 1
-    return written
+def _write_group(root: str, studio: Studio, group: Group) -> int:
+    """Makes and writes a group, in a process of its own; the number of scenes."""
+    for twin, collage in enumerate(make_group(studio, group)[: len(group.ids)]):
+        _write_scene(Path(root), group, twin, collage)
+    return len(group.ids)
 
 
-def _write_scene(root: Path, group: Group, twin: int, collage: Collage, wanted: set[str]) -> None:
-    image_id = _id(group.number, twin)
+def _write_scene(root: Path, group: Group, twin: int, collage: Collage) -> None:
+    image_id = group.ids[twin]
     with atomic_path(root / "images" / "Images" / f"{image_id}.jpg") as temporary:
         collage.scene.image.save(temporary, "JPEG", quality=QUALITY)
     sentences = "".join(markup(caption) + "\n" for caption in collage.scene.captions)
@@ -285,11 +277,10 @@ def _write_scene(root: Path, group: Group, twin: int, collage: Collage, wanted: 
         temporary.write_text(sentences, encoding="utf-8")
     with atomic_path(root / "annotations" / "Annotations" / f"{image_id}.xml") as temporary:
         temporary.write_bytes(annotation(image_id, collage.scene))
-    other = _id(group.number, 1 - twin)
     left, top, side, flipped = collage.crop
     # written last: it says that the scene is whole
     facts = {
-        "twin": other if other in wanted else None,
+        "twin": group.ids[1 - twin] if len(group.ids) == 2 else None,
         "changed": collage.changed,
         "background": group.background,
         "crop": {"left": left, "top": top, "side": side, "flipped": flipped},
@@ -325,10 +316,6 @@ def _told_facts(told: Told) -> dict[str, Any]:
         mentions.append({"thing": mention.thing, **{key: word for key, word in said.items() if word}})
     text = " ".join(words for words, _, _ in told.parts)
     return {"text": text, "mentions": mentions, **({"relation": told.relation} if told.relation else {})}
-
-
-def _read_scenes(root: Path, order: Order) -> dict[str, dict[str, Any]]:
-    return {each: read_json(root / _DONE / f"{each}.json") for ids in _ids(order).values() for each in ids}
 
 
 def relevant_images(scenes: dict[str, dict[str, Any]], size: int) -> dict[str, list[list[str]]]:
@@ -396,7 +383,6 @@ def _write_sources(root: Path, order: Order) -> None:
 def _write_manifest(
     root: Path, order: Order, studio: Studio, scenes: dict[str, dict[str, Any]], left_out: dict[str, list[LeftOut]]
 ) -> None:
-    splits = {each: split for split, ids in _ids(order).items() for each in ids}
     manifest = {
         "generator": VERSION,
         "seed": order.seed,
@@ -414,8 +400,7 @@ def _write_manifest(
     }
     head = json.dumps(manifest, ensure_ascii=False, indent=1).removesuffix("\n}")
     lines = [  # one a scene
-        f"  {json.dumps(each)}: {json.dumps({'split': splits[each], **facts}, ensure_ascii=False)}"
-        for each, facts in scenes.items()
+        f"  {json.dumps(each)}: {json.dumps(facts, ensure_ascii=False)}" for each, facts in scenes.items()
     ]
     with atomic_path(root / "scenes.json") as temporary:
         temporary.write_text(head + ',\n "scenes": {\n' + ",\n".join(lines) + "\n }\n}\n", encoding="utf-8")
