@@ -718,9 +718,20 @@ def test_one_picture_in_several_sizes_is_one_background(tmp_path):
         ({"cutouts": ("nowhere",)}, "nowhere: no such folder"),
         ({"cutouts": ("{empty}",)}, r"empty: no pictures that could be cut-outs \(nothing else there\)"),
         ({"skip": ("red", "green", "blue")}, "no pictures that could be cut-outs .*skipped as asked"),
-        ({"cutouts": ("{grounds}",)}, "grounds: cut-outs of 0 names for train, 16 are needed"),
+        (
+            {"cutouts": ("{grounds}",)},
+            r"grounds: no cut-outs that can be used: 6 no name \(.*\); what is needed: each is a PNG with transparency",
+        ),
+        (
+            {"skip": ("green", "blue", "b*", "c*", "k*")},
+            "cutouts: cut-outs of 10 names for train, 16 are needed; give more",
+        ),
+        ({"skip": ("ground[0-3]",)}, "grounds: 2 backgrounds for 3 splits, which share none; give more"),
         ({"backgrounds": ("{empty}",)}, "empty: no pictures that could be backgrounds"),
-        ({"backgrounds": ("{cutouts}/red",), "size": 200}, "0 backgrounds for 3 splits, which share none; give more"),
+        (
+            {"backgrounds": ("{cutouts}/red",), "size": 260},
+            "red: no backgrounds that can be used: 20 smaller than a scene .*; what is needed: at least 260 pixels",
+        ),
         ({"separate": True}, "names for .*, 16 are needed"),
     ],
 )

@@ -150,10 +150,10 @@ def _write_all(root: Path, order: Order, cutouts: Files, backgrounds: Files, wor
     with tempfile.TemporaryDirectory(prefix="samer-collage-") as place, _pool(workers) as pool:
         things, left = take_cutouts(cutouts, Path(place), order.size, pool)
         left_out = [*cutouts.left_out, *left]
-        _tell("cut-outs", len(things), left_out)
+        _tell("cut-outs", len(things), left_out, order.cutouts, "each is a PNG with transparency, and a .txt beside it")
         grounds, left = take_backgrounds(backgrounds, Path(place), order.size, pool)
         left_grounds = [*backgrounds.left_out, *left]
-        _tell("backgrounds", len(grounds), left_grounds)
+        _tell("backgrounds", len(grounds), left_grounds, order.backgrounds, f"at least {order.size} pixels each way")
         groups = _groups(order, things, grounds)
         studio = Studio(tuple(things), tuple(grounds), order.size, order.seed)
         _tell_plan(root, order, studio, groups, workers)
@@ -183,8 +183,12 @@ def _pool(workers: int):
         pool.shutdown(cancel_futures=True)
 
 
-def _tell(what: str, count: int, left_out: Iterable[LeftOut]) -> None:
-    print(f"{count:,} {what} taken; left out: {counted(left_out, names=3)}", flush=True)
+def _tell(what: str, count: int, left_out: list[LeftOut], folders: Iterable[str], needs: str) -> None:
+    """Says how many files were taken; raises InputError where none was."""
+    told = counted(left_out, names=3)
+    if not count:
+        raise InputError(f"{', '.join(folders)}: no {what} that can be used: {told}; what is needed: {needs}")
+    print(f"{count:,} {what} taken; left out: {told}", flush=True)
 
 
 def _tell_plan(root: Path, order: Order, studio: Studio, groups: list[Group], workers: int) -> None:
