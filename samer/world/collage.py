@@ -1,8 +1,9 @@
 """Collages: cut-outs laid out on a photograph, matched to it in light and sharpness, and drawn.
 
 Scenes come in pairs of twins, which differ in one thing: another cut-out stands at the same place. Sizes are drawn
-log-uniformly, thing by thing, until a third of the scene is filled; none is dropped for being hard to place, so that
-the sizes of all things together are log-uniform, too.
+log-uniformly, thing by thing, until a third of the scene is filled, so that those of all things together are
+log-uniform, too: no thing is dropped for being hard to place. Where twelve layouts of some sizes fail, others are
+drawn, which takes some of the largest (measured: a twelfth of those above 16 %).
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ def _tell_plan(root: Path, order: Order, studio: Studio, groups: list[Group], wo
     largest = min(largest_size([studio.cutouts[k] for k in group.cutouts]) for group in groups)
     print(
         f"writing {total:,} scenes of {order.size} x {order.size} pixels to {root}: things of {names:,} names, sizes "
-        f"0.5 % to {100 * largest:.0f} %; about {0.28 * megapixels:,.0f} MB, {0.8 * megapixels / workers:,.0f} s",
+        f"0.5 % to {100 * largest:.0f} %; about {0.28 * megapixels:,.0f} MB, {1.2 * megapixels / workers:,.0f} s",
         flush=True,
     )
 
