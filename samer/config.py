@@ -62,6 +62,7 @@ class MergeConfig:
         object_penalty: eta, weight of the instance inconsistency (training with labels only).
         center_init: "raster" (published) or "farthest".
         compressor: a name in `samer.compressors.COMPRESSORS`; all but "samer" take `num_regions` only.
+        bank_size: R, the most query tokens in a bank ("querybank" only).
 
     Raises:
         InputError: a value outside its range.
@@ -74,9 +75,11 @@ class MergeConfig:
     object_penalty: float = 1.0
     center_init: str = "raster"
     compressor: str = "samer"
+    bank_size: int = 2048
 
     def __post_init__(self) -> None:
         _settle(self, "merge.")
+        _require(self.bank_size >= 1, "merge.bank_size", "at least 1", self.bank_size)
         _require(self.num_regions >= 1, "merge.num_regions", "at least 1", self.num_regions)
         _require(self.cluster_iters >= 1, "merge.cluster_iters", "at least 1", self.cluster_iters)
         for name in ("spatial_weight", "object_penalty"):

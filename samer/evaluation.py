@@ -16,6 +16,7 @@ from samer.compressors import Compressor, make_compressor
 from samer.config import InputError, MergeConfig
 from samer.data.records import ImageRecord
 from samer.metrics import bootstrap_intervals, query_metrics, retrieval_metrics
+from samer.retrievers.banks import Bank, query_states
 from samer.retrievers.base import Encoder
 from samer.runtime.processes import from_first, gather_objects, rank, world_size
 from samer.runtime.progress import batched, prefetched
@@ -38,11 +39,23 @@ def fitted_compressor(
     merge: MergeConfig,
     batch_size: int,
     bank_texts: Sequence[str] = (),
+    bank: Bank | None = None,
 ) -> Compressor:
     """The compressor that `merge` names, fitted on the corpus `records` where it has something to learn from one.
 
     The first process fits it and the others take over what it learned: two devices need not agree in the last bit, and
     codes that differ in one would mix in an index. So every process must call this, with the same corpus.
+
+    Args:
+        retriever: with the projector in use.
+        records: the corpus.
+        merge: compressor and settings.
+        batch_size: images, or texts, per forward pass.
+        bank_texts: what a query bank is made of; only where the compressor `needs_queries`.
+        bank: one that is there already, instead.
+
+    Raises:
+        InputError: an unknown compressor, or one that needs queries and gets none.
     """
     compressor = make_compressor(merge)
 
@@ -53,6 +66,11 @@ def fitted_compressor(
 
     if compressor.needs_corpus:
         compressor.load_state(from_first(learned))
+    if compressor.needs_queries:
+        if bank is None:
+            states = query_states(retriever, bank_texts, merge.bank_size, "given texts", batch_size)
+            bank = states.bank(retriever.current_projector())
+        compressor.load_state(bank.state)
     return compressor
 
 
@@ -124,10 +142,13 @@ def score_records(
 
 
 def evaluate_records(
-    retriever: Encoder, records: Sequence[ImageRecord], merge: MergeConfig, *, batch_size: int
+    retriever: Encoder, records: Sequence[ImageRecord], merge: MergeConfig, *, batch_size: int, bank: Bank | None = None
 ) -> dict[str, float]:
-    """Text-to-image metrics of a split, from `score_records`; every process returns the same ones."""
-    compressor = fitted_compressor(retriever, records, merge, batch_size)
+    """Text-to-image metrics of a split, from `score_records`; every process returns the same ones.
+
+    `bank` as in `fitted_compressor`.
+    """
+    compressor = fitted_compressor(retriever, records, merge, batch_size, bank=bank)
     scores = score_records(retriever, records, compressor, batch_size=batch_size)
     owner = torch.tensor([k for k, record in enumerate(records) for _ in record.captions])
     return retrieval_metrics(scores, owner[:, None] == torch.arange(len(records)))

@@ -100,7 +100,8 @@ class MergedTokens:
         tokens: (B, K, D), unit norm where valid, zero elsewhere.
         coords: (B, K, 2), weighted mean positions.
         mask: (B, K) bool, False where an image has fewer vectors than K.
-        weights: (B, N, K), the assignment, soft or hard; rows sum to 1, rows of padding and of dropped tokens are 0.
+        weights: (B, N, K), the assignment, soft or hard; rows sum to 1, rows of padding and of dropped tokens are 0. Of
+            `querybank` the votes: columns sum to 1, rows to anything.
         assignments: (B, N) long, the hard cluster of each token, -1 at padding and at dropped tokens.
     """
 

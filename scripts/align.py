@@ -33,7 +33,8 @@ def main(argv=None):
     from samer.config import load_config
     from samer.data.pictures import limit_pixels
     from samer.runtime.processes import print0, process_group
-    from samer.training.align import AlignConfig, align
+    from samer.training.align import align
+    from samer.training.align_settings import AlignConfig
 
     config = load_config(options.config, options.overrides, AlignConfig)
     limit_pixels(config.data.max_megapixels)

@@ -474,7 +474,8 @@ def compare_reduced():
     queries = found.tokens, found.mask
     cosines, scores = {"reduced": [], "stored again": []}, {"reduced": [], "stored again": []}
     with tempfile.TemporaryDirectory() as place:
-        for path in sorted((ROOT / "tests/fixtures/photos/images/Images").iterdir()):
+        paths = sorted((ROOT / "tests/fixtures/photos/images/Images").iterdir())
+        for path in paths:
             image = load_image(path)
             file, again = Path(place) / "a.jpg", Path(place) / "b.jpg"
             image.resize((10 * image.width, 10 * image.height), Image.LANCZOS).save(file, quality=92)
@@ -489,7 +490,7 @@ def compare_reduced():
                     .abs()
                     .flatten()
                 )
-    print("8 photographs of 400 pixels, enlarged 10 times, against the same read whole:")
+    print(f"{len(paths)} photographs of 400 pixels, enlarged 10 times, against the same read whole:")
     for name in cosines:
         cosine, score = torch.cat(cosines[name]), torch.cat(scores[name])
         print(f"  {name}: cosine of vectors {cosine.mean():.5f}, least {cosine.min():.4f};", end=" ")

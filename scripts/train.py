@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 4 scripts/train.py --config configs/samer_k64_colpali.yaml data.root=... train.bf16=true
 
 Writes projector.safetensors, config.json (what it belongs to), config.yaml (the settings as resolved), history.json and
-the last two checkpoints to train.output_dir; run again, it resumes there.
+the last two checkpoints to train.output_dir; with merge.compressor=querybank also bank.safetensors, its query bank. Run
+again, it resumes there.
 """
 
 import sys

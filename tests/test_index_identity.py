@@ -306,6 +306,7 @@ OTHER = {
     "assignment_temperature": 1.0,
     "object_penalty": 3.0,
     "center_init": "farthest",
+    "bank_size": 16,
 }
 
 
@@ -318,6 +319,7 @@ def test_a_setting_matters_if_the_compressor_says_so(name):
     def made(settings):
         compressor = make_compressor(settings)
         compressor.fit([visual])
+        compressor.fit_queries(visual.tokens.flatten(0, 1))
         return compressor(visual).tokens
 
     base = MergeConfig(num_regions=6, compressor=name)
@@ -392,7 +394,10 @@ def test_a_manifest_comes_back_as_it_was_written(root, tmp_path):
     manifest = read_index_manifest(path)
     assert manifest_from_json(json.loads(json.dumps(to_json(manifest))), path) == manifest
     assert manifest.splits["images"].deleted == {"images-00000.safetensors": (1, 2)}
-    assert json.loads(path.read_text())["merge"] == asdict(MERGE)
+    held = json.loads(path.read_text())
+    assert {**held["merge"], "bank_size": 2048} == asdict(MERGE)
+    assert not held.keys() & {"bank", "bank_source"}  # files without a bank are as before there were banks
+    assert "bank_size" not in held["merge"]
     rest = {
         key: value
         for key, value in json.loads(json.dumps(to_json(manifest))).items()

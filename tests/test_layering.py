@@ -152,6 +152,7 @@ def test_the_readers_are_not_imported_for_their_types():
                 "samer.data.records",
                 "samer.data.pictures",
                 "samer.data.contents",
+                "samer.data.parts",
                 "samer.data.stamps",
             }
             assert not readers, f"{name} imports {sorted(readers)}"

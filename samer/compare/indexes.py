@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from samer.compare.run import sweep
+from samer.compressors import settings_written
 from samer.config import InputError
 from samer.data import make_reader
 from samer.evaluation import both_directions
@@ -87,7 +88,7 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
         figures = both_directions(scores, image_of)
         measured.append({"name": name, "vectors_per_image": vectors, "bytes_per_image": size, **figures})
     # a row of the table only that is compressed as the baseline is: what training alone does
-    controls = [row for row in others if row["cache"]["merge"] == asdict(first.manifest.merge)]
+    controls = [row for row in others if row["cache"]["merge"] == settings_written(first.manifest.merge)]
     results = None
     if request.curves is not None:
         results = sweep(encoder, records, methods, request.curves, Path(root).name, request.batch_size)
@@ -112,7 +113,7 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
 
 
 def _shown(name: str, index: Index, scores: Tensor | None = None) -> Shown:
-    return Shown(name, index.manifest.merge, index.projector(), scores)
+    return Shown(name, index.manifest.merge, index.projector(), scores, index.bank())
 
 
 def read_metrics(path: str, split: str) -> dict:

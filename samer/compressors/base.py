@@ -26,6 +26,7 @@ class Compressor:
         needs: the attention signals that `VisualTokens.attention` must hold.
         uses_labels: whether instance labels change the result; the others ignore them.
         needs_corpus: whether `fit` must be called before use.
+        needs_queries: whether `fit_queries` must be called before use.
         stored_bytes: bytes that an index needs per vector; None: D components of 2 bytes.
         settings_used: the settings that change the vectors of an image without labels. Those of an index may not differ
             in them; what they are in the others does not matter.
@@ -34,6 +35,7 @@ class Compressor:
     needs: tuple[str, ...] = ()
     uses_labels = False
     needs_corpus = False
+    needs_queries = False
     stored_bytes: int | None = None
     settings_used: tuple[str, ...] = ("num_regions",)
 
@@ -47,12 +49,15 @@ class Compressor:
     def fit(self, corpus: Iterable[VisualTokens]) -> None:
         """Learns from a corpus what `compress` needs of it; only where `needs_corpus` says so."""
 
+    def fit_queries(self, tokens: Tensor, weights: Tensor | None = None) -> None:
+        """Learns from query tokens (T, D), asked `weights` (T,) times each; only where `needs_queries` says so."""
+
     def state(self) -> dict[str, Tensor]:
-        """What `fit` learned, on the CPU; another of the same settings that loads it compresses alike to the bit."""
+        """What was learned, on the CPU; another of the same settings that loads it compresses alike to the bit."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes over what another one's `state` returned, in place of `fit`."""
+        """Takes over what another one's `state` returned, in place of learning."""
 
     def for_training(self) -> Compressor:
         """What a projector is trained through: the compressor itself, unless it has a part that no gradient passes."""
@@ -70,7 +75,7 @@ class Compressor:
 
         Raises:
             InputError: as `merge_tokens`, tokens that are not of unit length or outside the unit square, a signal that
-                is not there, or `fit` not called.
+                is not there, or `fit` or `fit_queries` not called.
         """
         if not isinstance(visual, VisualTokens):
             raise InputError(f"a compressor takes VisualTokens, tokens with their coords; not {type(visual).__name__}")

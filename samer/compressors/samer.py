@@ -16,8 +16,10 @@ class Samer(Compressor):
     """`merge_tokens` with all of `MergeConfig`."""
 
     uses_labels = True
-    # all of its own, new ones too; the object penalty acts on labels, which only training has
-    settings_used = tuple(f.name for f in fields(MergeConfig) if f.name not in ("compressor", "object_penalty"))
+    # all of its own, new ones too; the object penalty acts on labels, which only training has, the bank is querybank's
+    settings_used = tuple(
+        f.name for f in fields(MergeConfig) if f.name not in ("compressor", "object_penalty", "bank_size")
+    )
 
     def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
         return merge_tokens(

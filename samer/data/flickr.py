@@ -16,8 +16,9 @@ from math import isfinite
 from pathlib import Path
 
 from samer.config import InputError
+from samer.data.parts import split_part, take_part
 from samer.data.pictures import PictureError, displayed_size, one_line, regular_file
-from samer.data.reader import Defects, Reader, split_part, take_part
+from samer.data.reader import Defects, Reader
 from samer.data.records import LONGEST_CAPTION, Box, Caption, ImageRecord, Phrase
 from samer.data.relevant import read_relevant
 from samer.data.sizes import shape_of
@@ -254,7 +255,7 @@ def load_split(
 ) -> list[ImageRecord]:
     """Reads the records of a split, or a part of it, in the order of its file, the first `limit_images` if given.
 
-    Source: METHOD section 8; parts as `samer.data.reader.split_part` reads them.
+    Source: METHOD section 8; parts as `samer.data.parts` reads them.
 
     With `boxes=False` the Annotations folder is neither opened nor required. What is left out or doubted is told at the
     end, a line per kind, or, if `strict`, refused.

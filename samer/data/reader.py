@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,46 +52,6 @@ class Defects:
                 print0(line)
 
 
-_PART = re.compile(r"([^\[\]]+)\[(\d+%?)?:(\d+%?)?\]")  # `train[:50%]`
-
-
-def split_part(split: str) -> tuple[str, slice]:
-    """What a name of a split or a part of it says, such as `train`, `train[:50%]`, `train[50%:]`, `train[:1000]`.
-
-    Returns:
-        The split's own name, and bounds in images, in the split's order; as shares where they are floats.
-
-    Raises:
-        InputError: brackets that hold something else.
-    """
-    if "[" not in split:
-        return split, slice(None)
-    match = _PART.fullmatch(split)
-    if not match:
-        raise InputError(f"split {split[:80]!r}: a part is written as train[:50%], train[50%:] or train[100:1100]")
-    first, last = (_bound(text) for text in match.groups()[1:])
-    return match[1], slice(first, last)
-
-
-def _bound(text: str | None) -> int | float | None:
-    if not text:
-        return None
-    return float(text[:-1]) / 100 if text.endswith("%") else int(text)
-
-
-def take_part(items: list, part: slice, split: str) -> list:
-    """The items of a part; shares are of the whole, rounded down.
-
-    Raises:
-        InputError: none.
-    """
-    bounds = (int(len(items) * b) if isinstance(b, float) else b for b in (part.start, part.stop))
-    found = items[slice(*bounds)]
-    if not found:
-        raise InputError(f"split {split}: that part of {len(items):,} images is empty")
-    return found
-
-
 class Reader:
     """A kind of data set on disk: subclass, write `load_split`, add a line to `samer.data.READERS`.
 
@@ -106,7 +65,7 @@ class Reader:
 
         Args:
             root: the data set's folder.
-            split: a name, such as "test", or a part of one (`split_part`).
+            split: a name, such as "test", or a part of one (`samer.data.parts`).
             boxes: whether phrases need their boxes; without, no annotation of them is opened.
             limit_images: the first so many images; None: all.
             strict: refuse what is otherwise left out and told at the end (`Defects`).

@@ -26,6 +26,8 @@ from samer.index.manifest import (
     read_index_manifest,
     summarise,
 )
+from samer.retrievers.banks import FILE as BANK
+from samer.retrievers.banks import Bank, read_bank
 from samer.retrievers.base import Encoder, Projector
 from samer.retrievers.projectors import read_projector
 from samer.runtime.files import DiskError, is_file, lookup
@@ -90,6 +92,20 @@ class Index:
                 f"{path}: not the projector that this index was made with; remove the index and build it anew"
             )
         return projector
+
+    def bank(self) -> Bank | None:
+        """The query bank that images are compressed with; None: the compressor has none.
+
+        Raises:
+            InputError: missing, damaged, or not the one that the index was made with.
+        """
+        if not self.manifest.bank:
+            return None
+        path = self.folder / BANK
+        bank = read_bank(path)
+        if bank.hash != self.manifest.bank:
+            raise DiskError(f"{path}: not the query bank that this index was made with; restore it, or build it anew")
+        return bank
 
     def model_place(self, model: str | None = None) -> tuple[str, str]:
         """Name and revision of the model to open: as the index says, or `model`, whose revisions are its own."""

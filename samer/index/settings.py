@@ -158,7 +158,7 @@ class Settings:
         if self.adapter_path:
             projector = self._adapter(encoder)
             if projector.hash != held:
-                _refuse(self.folder, "projector", held[:12], projector.hash[:12], f"--adapter-path {self.adapter_path}")
+                refuse(self.folder, "projector", held[:12], projector.hash[:12], f"--adapter-path {self.adapter_path}")
             return projector
         if held == encoder.base_projector.hash:
             return encoder.base_projector
@@ -247,12 +247,12 @@ def _of_index(folder: Path, asked: Asked) -> Settings:
     for name in sorted(key.removeprefix("merge.") for key in keys if key.startswith("merge.")):
         before, now = getattr(held.merge, name), getattr(config.merge, name)
         if name in used and before != now:
-            _refuse(folder, f"merge.{name}", before, now, f"merge.{name}={now}{source}")
+            refuse(folder, f"merge.{name}", before, now, f"merge.{name}={now}{source}")
     if asked.dtype and asked.dtype != held.dtype:
-        _refuse(folder, "dtype", held.dtype, asked.dtype, f"--cache-dtype {asked.dtype}")
+        refuse(folder, "dtype", held.dtype, asked.dtype, f"--cache-dtype {asked.dtype}")
     if asked.assignments not in (None, held.assignments):
         said = "--assignments" if asked.assignments else "--no-assignments"
-        _refuse(folder, "assignments", held.assignments, asked.assignments, said)
+        refuse(folder, "assignments", held.assignments, asked.assignments, said)
     model, notes = config.model, []
     name, revision = index.model_place()
     if "model.name" in keys:
@@ -267,14 +267,19 @@ def _of_index(folder: Path, asked: Asked) -> Settings:
                 f"{place} ({part} {getattr(identity, part)[:12]})"
                 for place, identity in ((held.base_model, held.model), (name, known))
             )
-            _refuse(folder, "model", before, now, said)
+            refuse(folder, "model", before, now, said)
         notes.append(f"the model is read from {name}; the index named {held.base_model}")
     config = replace(config, merge=held.merge, model=ModelConfig(name, revision, model.local_files_only))
     settings = held.dtype, held.assignments, index, frozenset(keys), tuple(notes)
     return Settings(folder, config, asked.adapter_path, *settings)
 
 
-def _refuse(folder: Path, name: str, before: Any, now: Any, said: str) -> None:
+def refuse(folder: Path, name: str, before: Any, now: Any, said: str) -> None:
+    """Refuses what contradicts an index.
+
+    Raises:
+        InputError: always; names both values, and what was `said`.
+    """
     raise InputError(
         f"{folder} holds an index with {name}={before}, now {now}: it says itself how it was made, so leave {said} out "
         "to add to it, or name another index folder"

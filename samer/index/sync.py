@@ -24,10 +24,12 @@ from samer.data import stamps
 from samer.data.pictures import Found, PictureError, Skipped, read_picture
 from samer.data.records import ImageRecord
 from samer.index import pictures
+from samer.index.banks import GIVE, held_bank
 from samer.index.manifest import IndexSummary, Shard, Split, summarise
 from samer.index.pictures import FOLDER_SPLIT, copy_rows
 from samer.index.read import Index
 from samer.index.write import check_settings, writing
+from samer.retrievers.banks import Bank
 from samer.retrievers.base import Encoder, image_seeds
 from samer.runtime.files import atomic_path
 from samer.runtime.progress import Progress, batched, prefetched
@@ -121,6 +123,7 @@ def update_images(
     dtype: str = "int8",
     assignments: bool = True,
     remove_gone: bool = False,
+    bank: Bank | None = None,
 ) -> tuple[IndexSummary, Changes]:
     """Brings an index, which is made if it is missing, up to the pictures of a folder.
 
@@ -136,6 +139,7 @@ def update_images(
         retriever: with the projector to use; it has `image_inputs`, of pictures at hand.
         merge, batch_size, dtype, assignments: as in `build_index`; the compressor must need no corpus.
         remove_gone: take out pictures that are gone or can't be read any more, unless for a reason that may pass.
+        bank: of queries, for a compressor that needs one; None: the index's own.
 
     Returns:
         What the index holds now, and what changed.
@@ -148,7 +152,12 @@ def update_images(
     compressor = make_compressor(merge)
     if compressor.needs_corpus:
         raise InputError(f"{merge.compressor} learns from a whole corpus; an index that grows needs another compressor")
-    with writing(Path(folder), retriever, merge, batch_size, dtype, assignments) as writer:
+    if compressor.needs_queries:
+        bank = bank or held_bank(Path(folder))
+        if bank is None:
+            raise InputError(f"{merge.compressor} needs a query bank, and there is none beside the projector; {GIVE}")
+        compressor.load_state(bank.state)
+    with writing(Path(folder), retriever, merge, batch_size, dtype, assignments, bank) as writer:
         update = _Update(writer, found, compressor)
         try:
             update.compare()

@@ -3,6 +3,8 @@
     DIR/manifest.json                       what was built and from what; splits appear here when they are complete
     DIR/projector.safetensors               weight (D, H) and, if it has one, bias (D,), float32: what queries
                                             must be projected with
+    DIR/bank.safetensors                    only with compressor "querybank": the bank of queries that images are
+                                            compressed with, as `samer.retrievers.banks` says
     DIR/<split>/images-00000.safetensors    n images, of which image i is row i of each tensor:
         tokens       (n, K, D) float32, bfloat16, float16 or int8; or (n, K, D / 8) uint8, the signs of D components,
                      lowest bit first, 1 for positive
@@ -21,7 +23,7 @@
 A shard is a safetensors file with one metadata key, "samer", whose value is JSON:
     checksum    SHA-256 over the bytes of its tensors in the order of their names
     entry       its `count`, and for images `regions` (K) and `bytes` (of tokens, scales and mask)
-    stamp       what it was made from: the manifest's keys `model` to `assignments`; `ids` of the n images, unique in
+    stamp       what it was made from: the manifest's keys `model` to `bank`; `ids` of the n images, unique in
                 the file, or of the image of each query; `texts` of the queries; `contents`, per image null or the hash
                 of its file when it was read, BLAKE2b of 16 bytes in hexadecimal; `corpus`, a hash of the ids that a
                 compressor with a codebook was fitted on, and `corpus_contents`, one of their files. Earlier shards
@@ -37,7 +39,9 @@ The manifest is JSON:
     dtype, embedding_dim            float32, bfloat16, float16, int8 or binary; D
     hidden_states                   the dtypes that they were computed and stored in
     assignments                     true or false
-    base_model, revision, transformers    where the retriever is, and what computed the first images; not compared
+    bank                            only with bank.safetensors: the checksum in its header
+    base_model, revision, transformers, bank_source    where the retriever is, what computed the first images, and
+                                    what the bank was made of; not compared
     splits                          by name: `images`, a list of {file, count, regions, bytes, sha256, version} and
                                     `exact` {file, bytes, sha256}; `queries`, of {file, count, sha256}; for a folder of
                                     pictures `root`, under which ids are paths; `deleted`, the deleted rows by file
@@ -80,6 +84,7 @@ from samer.data import make_reader
 from samer.data.contents import Contents
 from samer.data.records import ImageRecord
 from samer.evaluation import fit_records, fitted_compressor
+from samer.index.banks import bank_of_captions, held_bank, keep_bank
 from samer.index.manifest import (
     DTYPES,
     FLOATS,
@@ -98,6 +103,8 @@ from samer.index.manifest import (
     summarise,
     write_index_manifest,
 )
+from samer.retrievers.banks import FILE as BANK
+from samer.retrievers.banks import Bank
 from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import read_projector, write_projector
 from samer.runtime.files import FileTrouble, exists, is_dir, is_file, listing, lookup, only_writer
@@ -125,6 +132,8 @@ def build_index(
     reader: str = "flickr",
     assignments: bool = False,
     strict: bool = False,
+    bank: Bank | None = None,
+    bank_split: str = "train",
 ) -> list[IndexSummary]:
     """Encodes and compresses splits without boxes and writes them; finished shards of an earlier try are kept.
 
@@ -156,14 +165,16 @@ def build_index(
         for split in splits
     }
     retriever.check_records([record for rows in records.values() for record in rows])
-    with writing(folder, retriever, merge, batch_size, dtype, assignments) as writer:
+    if make_compressor(merge).needs_queries and bank is None:
+        bank = held_bank(folder) or bank_of_captions(data_root, bank_split, reader, retriever, merge, batch_size)
+    with writing(folder, retriever, merge, batch_size, dtype, assignments, bank) as writer:
         summaries = []
         for name, rows in records.items():
             held = writer.manifest.splits.get(name)
             if held and any(held.deleted.values()):
                 raise InputError(f"{folder}: images of {name} were deleted; build it in another folder")
             writer.begin(name, rows)
-            compressor = fitted_compressor(retriever, rows, merge, batch_size)
+            compressor = fitted_compressor(retriever, rows, merge, batch_size, bank=bank)
             shards, reused = writer.write_images(name, rows, compressor)
             queries, kept = writer.write_queries(name, rows)
             split = Split(shards, queries)
@@ -219,15 +230,36 @@ class _Part:
 
 
 @contextmanager
-def writing(folder: Path, retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool):
+def writing(
+    folder: Path,
+    retriever: Encoder,
+    merge: MergeConfig,
+    batch_size: int,
+    dtype: str,
+    assignments: bool,
+    bank: Bank | None = None,
+):
     _check_folder(folder)
+    if bank:
+        merge = replace(merge, bank_size=bank.origin.size)
     with only_writer(folder), stoppable():
-        yield _Writer(folder, retriever, merge, batch_size, dtype, assignments)
+        making = Making(
+            model=retriever.identity,
+            projector=retriever.current_projector().hash,
+            merge=merge,
+            dtype=dtype,
+            embedding_dim=retriever.embedding_dim,
+            hidden_states=retriever.origin,
+            assignments=assignments,
+            bank=bank.hash if bank else "",
+        )
+        yield _Writer(folder, retriever, making, batch_size, bank)
 
 
 def _check_folder(folder: Path) -> None:
     """Refuses a folder that holds something else than an index, or one that was never finished."""
-    known = lambda entry: is_dir(entry) or entry.name == "projector.safetensors" or entry.name.startswith(".")
+    ours = ("projector.safetensors", BANK)
+    known = lambda entry: is_dir(entry) or entry.name in ours or entry.name.startswith(".")
     folder = lookup(folder)
     if is_file(folder / "manifest.json") or not exists(folder):
         return
@@ -238,27 +270,17 @@ def _check_folder(folder: Path) -> None:
 class _Writer:
     """An index open for writing: its settings, its manifest, and shards that are kept when they are finished."""
 
-    def __init__(
-        self, folder: Path, retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool
-    ) -> None:
+    def __init__(self, folder: Path, retriever: Encoder, making: Making, batch_size: int, bank: Bank | None) -> None:
         self.folder, self.retriever, self.batch_size = folder, retriever, batch_size
         self.contents = Contents(folder, retriever.contents)  # of a split that was begun
         self.corpus: list[str] = []  # ids that a compressor with a codebook was fitted on
         self.learned = ""  # a hash of the files that it was fitted on; "": not known
-        self.projector = retriever.current_projector()
-        making = Making(
-            model=retriever.identity,
-            projector=self.projector.hash,
-            merge=merge,
-            dtype=dtype,
-            embedding_dim=retriever.embedding_dim,
-            hidden_states=retriever.origin,
-            assignments=assignments,
-        )
+        self.projector, self.bank = retriever.current_projector(), bank
         self.making, path = making, folder / "manifest.json"
         if not is_file(path):
             own = {each.name: getattr(making, each.name) for each in fields(making)}
             source = {"base_model": retriever.name, "revision": retriever.revision}
+            source |= {"bank_source": bank.describe()} if bank else {}
             self.manifest = IndexManifest(**own, **source, transformers=version("transformers"))
             return
         held = read_index_manifest(path)
@@ -293,6 +315,7 @@ class _Writer:
         self.manifest = replace(self.manifest, splits={**self.manifest.splits, name: split})
         if rank() == 0:
             self._write_projector(self.folder / "projector.safetensors")
+            keep_bank(self.folder, self.bank)
             write_index_manifest(self.folder / "manifest.json", self.manifest)
         gather_objects(None)  # no process goes on before the manifest is written
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from samer.compressors import settings_written
 from samer.config import InputError
 from samer.data import make_reader
 from samer.evaluation import both_directions
@@ -61,7 +61,7 @@ def metric_places(output: str | Path, index: str | Path) -> tuple[Path, Path]:
 def _is_part(path: Path, index: Path) -> bool:
     """Whether a path is one of an index's own: metrics may lie beside its manifest."""
     if path.parent == index:
-        return path.name in ("manifest.json", "projector.safetensors")
+        return path.name in ("manifest.json", "projector.safetensors", "bank.safetensors")
     return index in path.parents and path.suffix == ".safetensors"
 
 
@@ -73,7 +73,7 @@ def evaluate_index(index: Index, split: str, device: torch.device) -> tuple[dict
     about = {
         "base_model": made.base_model,
         "projector": made.projector,
-        "merge": asdict(made.merge),
+        "merge": settings_written(made.merge),
         "dtype": made.dtype,
     }
     result = {
@@ -130,7 +130,7 @@ def index_gallery(
     check_images(index, split, records, data_root)
     made = index.manifest
     encoder = encoder_of(index, device, model=model, features=features)
-    shown = [Shown(made.merge.compressor, made.merge, index.projector(), scores)]
+    shown = [Shown(made.merge.compressor, made.merge, index.projector(), scores, index.bank())]
     return noting_replaced(make_gallery(encoder, records, shown), encoder, split, [index])
 
 

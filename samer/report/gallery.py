@@ -23,6 +23,7 @@ from samer.evaluation import fitted_compressor, score_records
 from samer.grounding import PhraseIndex, ground
 from samer.index.read import Index
 from samer.metrics import query_metrics
+from samer.retrievers.banks import Bank
 from samer.retrievers.base import Encoder, Projector
 from samer.runtime.processes import print0
 from samer.runtime.progress import Progress
@@ -34,12 +35,16 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Shown:
-    """A method in the gallery: how images are compressed, the projector, and its scores (Q, I) if they are at hand."""
+    """A method in the gallery: how images are compressed, the projector, and its scores (Q, I) if they are at hand.
+
+    `bank`: its query bank, where its compressor needs one.
+    """
 
     name: str
     merge: MergeConfig
     projector: Projector
     scores: Tensor | None = None
+    bank: Bank | None = None
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,7 @@ def make_gallery(
     ranks, tops, methods = [], [], []
     for method in shown:
         encoder.use_projector(method.projector)
-        compressor = fitted_compressor(encoder, records, method.merge, batch_size)
+        compressor = fitted_compressor(encoder, records, method.merge, batch_size, bank=method.bank)
         methods.append((method.projector, compressor))
         scores = method.scores
         if scores is None:
@@ -258,7 +263,7 @@ def _regions(
     drawn = [Regions(image, []) for image in images]
     for method in methods if drawn else ():
         encoder.use_projector(method.projector)
-        compressor = fitted_compressor(encoder, records, method.merge, batch_size)
+        compressor = fitted_compressor(encoder, records, method.merge, batch_size, bank=method.bank)
         for item in drawn:
             visual = encoder.encode_images(encoder.record_inputs([records[item.image]]), compressor.needs)
             regions = regions_of_patches(compressor(visual).assignments, visual.source)

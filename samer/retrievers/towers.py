@@ -105,7 +105,7 @@ class Adapter(nn.Module):
         self.missing = 0 if layers else hidden - width
         if self.missing < 0:
             raise InputError(f"without an adapter's layers hidden_size must hold the tower's width {width}")
-        layer = {"d_model": hidden, "nhead": heads, "dim_feedforward": 4 * hidden, "dropout": 0.1}
+        layer = {"d_model": hidden, "nhead": heads, "dim_feedforward": 4 * hidden, "dropout": 0.0}
         make = lambda: nn.TransformerEncoderLayer(**layer, activation="gelu", batch_first=True, norm_first=True)
         self.layers = nn.ModuleList(make() for _ in range(layers))
         self.norm = nn.LayerNorm(hidden) if layers else None
@@ -252,10 +252,10 @@ class TowerProcessor:
     @classmethod
     def of_folder(cls, name: str, config: TowerConfig, **where: Any) -> TowerProcessor:
         """A saved retriever's."""
-        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers import AutoImageProcessor, PreTrainedTokenizerFast
 
         pictures = AutoImageProcessor.from_pretrained(name, backend="pil", **where)
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **where)  # Auto's would look for the model's config
         return cls(pictures, tokenizer, config.image_size, config.max_text_tokens)
 
     def save(self, folder: Path) -> None:

@@ -16,6 +16,7 @@ from samer.compressors import Compressor, make_compressor
 from samer.config import MergeConfig
 from samer.losses import multi_positive_t2i_loss
 from samer.objects import object_diagnostics
+from samer.retrievers.banks import QueryStates
 from samer.retrievers.base import Encoder, Projection
 from samer.runtime.gather import gather_with_grad
 from samer.scoring import maxsim
@@ -35,7 +36,9 @@ class ProjectorModel(nn.Module):
         temperature: float,
         gather_negatives: bool,
         budgets: Sequence[int] = (),
+        queries: QueryStates | None = None,
     ) -> None:
+        """`queries`: the tokens of the query bank, for a compressor that needs one."""
         super().__init__()
         self.projection = Projection(retriever.base_projector)
         self.retriever = retriever  # no nn.Module: neither registered, nor trained, nor saved
@@ -43,6 +46,7 @@ class ProjectorModel(nn.Module):
         every = [replace(merge, num_regions=k) for k in budgets or (merge.num_regions,)]
         self.compressors = [make_compressor(each).for_training() for each in every]
         self.largest = max(self.compressors, key=lambda each: each.settings.num_regions)  # what diagnostics look at
+        self.queries = queries
         self.temperature = temperature
         self.gather_negatives = gather_negatives
         self.diagnose = False
@@ -66,6 +70,8 @@ class ProjectorModel(nn.Module):
         memory for any batch: what does not fit `CHUNK_ELEMENTS` is computed in slices, and again in the backward pass.
         The batch's hidden states themselves are held whole.
         """
+        if self.queries is not None:
+            self._project_bank()
         needs = self.compressors[0].needs
         image_hidden, attention = self.retriever.image_states(image_inputs, needs)  # (U, N, H), distinct images
         query_hidden = self.retriever.hidden_states(query_inputs)  # (B, M, H)
@@ -124,6 +130,14 @@ class ProjectorModel(nn.Module):
             (scores,) = _in_chunks(score, CHUNK_ELEMENTS // pairs, queries, query_mask)  # (B, I)
             losses.append(multi_positive_t2i_loss(scores, positives, self.temperature))
         return {"loss": torch.stack(losses).mean() * (len(counted) / counted.sum())}
+
+    @torch.no_grad()
+    def _project_bank(self) -> None:
+        """Has the query bank follow the projection, as a constant of this step."""
+        hidden = self.queries.hidden.to(self.projection.weight.device)
+        state = {"vectors": self.projection(hidden), "weights": self.queries.weights}
+        for compressor in self.compressors:
+            compressor.load_state(state)
 
 
 def _in_chunks(function: Callable[..., tuple[Tensor, ...]], size: int, *rows: Tensor) -> tuple[Tensor, ...]:
