@@ -502,7 +502,7 @@ def test_results_of_before_still_make_tables(found):
 
 @dataclass(frozen=True)
 class LaterConfig(MergeConfig):
-    bank_size: int = 2048
+    later: int = 5
 
 
 def test_a_setting_that_came_later_leaves_names_as_they_were():
@@ -510,7 +510,7 @@ def test_a_setting_that_came_later_leaves_names_as_they_were():
     assert slug(MergeConfig(num_regions=16, center_init="farthest")) == "samer-farthest-16-8a424116"
     for settings in ({}, {"compressor": "kmeans"}, {"num_regions": 8, "spatial_weight": 0.0}):
         assert slug(LaterConfig(**settings)) == slug(MergeConfig(**settings))
-    assert slug(LaterConfig(bank_size=256)) != slug(LaterConfig())
+    assert slug(LaterConfig(later=4)) != slug(LaterConfig())
 
 
 def test_methods_select_rows_by_what_compresses_and_what_trains():
@@ -676,7 +676,7 @@ def test_a_bank_of_queries_is_of_the_captions_trained_on(run, world, tmp_path, m
 
     def spy(encoder, records, merge, batch_size, bank_texts):
         banks.append(bank_texts)
-        return fitted(encoder, records, merge, batch_size)
+        return fitted(encoder, records, merge, batch_size, bank_texts)
 
     monkeypatch.setattr(compare_measure, "fitted_compressor", spy)
     words = ("--sections", "untouched", "--methods", "banked")
