@@ -42,7 +42,7 @@ class Pace:
 
     def __str__(self) -> str:
         left = {kind: sum(jobs.values()) for kind, jobs in self.left.items()}
-        words = " and ".join(f"{count} {kind}" for kind, count in left.items() if count)
+        words = " and ".join(f"{count} {kind[: -1 if count == 1 else None]}" for kind, count in left.items() if count)
         if not words:
             return "nothing left to train or measure"
         timed = [kind for kind, count in left.items() if count and self.done[kind]]

@@ -219,7 +219,7 @@ def _asked(
 
 
 def _needs_bank(merge: MergeConfig) -> bool:
-    return getattr(COMPRESSORS[merge.compressor], "needs_queries", False)
+    return COMPRESSORS[merge.compressor].needs_queries
 
 
 def _about_queries(asked: Asked, images: int) -> dict:

@@ -39,7 +39,8 @@ def _discrimination(results: dict) -> PLAIN:
         if any(row["of"][0] == section for row in rows)
     ]
     note = (
-        " ".join(sentences) + " What random and grid, the crudest compressors, lose against all tokens says whether a "
+        " ".join(sentences)
+        + "\n\nWhat random and grid, the crudest compressors, lose against all tokens says whether a "
         "difference between compressors can be seen at all."
     )
     head = ["all tokens minus", *(f"{metric}, {SETS[name]}" for name in _sets(rows) for metric in ("R@1", "nDCG@10"))]
@@ -66,15 +67,13 @@ def _claims(claims: Sequence[dict]) -> PLAIN:
         for name in _sets(claims):
             found = [claim["claim"] for claim in claims if claim["verdicts"].get(name) == verdict]
             said.append(f"{words}, {SETS[name]}: {'; '.join(found) or 'none'}.")
-    note = (
-        " ".join(said) + f" Level with all tokens: not more than half a point below (the interval's lower end). {HOW}"
-    )
+    said.append(f"Level with all tokens: not more than half a point below (the interval's lower end). {HOW}")
     head = ["claim", *(part for name in _sets(claims) for part in (SETS[name], f"R@1 difference, {SETS[name]}"))]
     body = []
     for claim in claims:
         cells = [(claim["verdicts"][name], _cell(claim[name]["r@1"])) for name in _sets(claims)]
         body.append([claim["claim"], *(part for pair in cells for part in pair)])
-    return "Claims", note, head, body
+    return "Claims", "\n\n".join(said), head, body
 
 
 def _sets(entries: Sequence[dict]) -> list[str]:
@@ -90,14 +89,14 @@ def against_controls(results: dict) -> list[PLAIN]:
     entries = results.get("against", [])
     if not entries:
         return []
-    at = {(tuple(entry["of"]), entry["minus"][0], entry["minus"][1].partition(" @ ")[0]): entry for entry in entries}
-    controls = list(dict.fromkeys(entry["minus"][1].partition(" @ ")[0] for entry in entries))
+    at = {(tuple(entry["of"]), entry["minus"][1].partition(" @ ")[0]): entry for entry in entries}
+    controls = sorted(dict.fromkeys(control for _, control in at), key=lambda control: control != "none")
     found = []
     for name in _sets(entries):
         body = []
         for of in dict.fromkeys(tuple(entry["of"]) for entry in entries):
-            own = {control: entry for (key, _, control), entry in at.items() if key == of}
-            cells = [_cell(own[control][name]["r@1"]) if control in own else "" for control in controls]
+            own = [at.get((of, control)) for control in controls]
+            cells = [_cell(entry[name]["r@1"]) if entry else "" for entry in own]
             body.append([named(of), *cells])
         head = ["", *(f"minus {'all tokens' if control == 'none' else control}" for control in controls)]
         note = f"Each row minus its controls: the same training, if it is trained, and the same K. {HOW}"

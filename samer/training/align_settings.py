@@ -20,6 +20,8 @@ class AlignSettings:
         phrases: of an image with boxes that a step asks for as queries of their own, drawn anew each time.
         patches: of an image that a step looks at, drawn anew each time; 0: all.
         epochs, learning_rate, weight_decay, warmup_ratio, max_grad_norm, seed: of AdamW with a cosine.
+        dropout: in the adapters.
+        word_dropout: share of a query's tokens that its score leaves out, drawn anew each time.
         learn_temperature: train the temperature, from `towers.temperature` on.
         phrase_weight: of the term that draws phrases to their boxes; 0, and no `phrases`, need no boxes.
         phrase_temperature: that its similarities are divided by.
@@ -38,6 +40,7 @@ class AlignSettings:
     warmup_ratio: float = 0.05
     max_grad_norm: float = 1.0
     dropout: float = 0.1
+    word_dropout: float = 0.0
     learn_temperature: bool = True
     phrase_weight: float = 0.2
     phrase_temperature: float = 0.1
@@ -55,7 +58,7 @@ class AlignSettings:
         for name in ("captions", "phrases", "patches", "weight_decay", "phrase_weight", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"align.{name} must be at least 0; it is {getattr(self, name)}")
-        for name in ("warmup_ratio", "dropout"):
+        for name in ("warmup_ratio", "dropout", "word_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"align.{name} must be in [0, 1); it is {getattr(self, name)}")
 

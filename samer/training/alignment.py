@@ -195,7 +195,11 @@ class Alignment:
         images = project(encoder.model.vision_adapter(states))  # (B, N, D)
         mask = words["attention_mask"].bool().to(device)
         queries = project(encoder.model.text_adapter(encoder.tower_states(words), mask))  # (C, M, D)
-        scores, real = _of_all(maxsim(queries, gather_with_grad(images), mask))  # (queries of all, I)
+        seen = mask
+        if self.settings.word_dropout:  # one of a query's tokens stays at least
+            lot = torch.rand(mask.shape, device=device).masked_fill(~mask, -1)
+            seen = mask & (lot > self.settings.word_dropout) | (lot == lot.amax(1, keepdim=True))
+        scores, real = _of_all(maxsim(queries, gather_with_grad(images), seen))  # (queries of all, I)
         positives = self._positives(numbers, records, asked).to(device)
         forward = multi_positive_t2i_loss(scores[real], positives, self.temperature)
         described = positives.any(0)  # an image may have no query among those drawn
