@@ -3,9 +3,9 @@
 bash bash/photos.sh /data/flickr30k_entities                  (results in outputs/photos; hours, said beforehand)
 bash bash/photos.sh DATA_ROOT --vision DIR --text DIR --sizes 224 --seeds 0
 
-One half of train aligns the towers, the other trains projectors; val picks the retriever's epoch, test is measured. With
---cutouts and --backgrounds all of it is done on collages as well, with a retriever of their own: there objects have the
-sizes that were asked for, while photographs are as they are. Run again, it goes on where it stopped.
+One half of train aligns the towers, the other trains projectors; val picks the retriever's epoch, test is measured.
+With --cutouts and --backgrounds all of it is done on collages as well, with a retriever of their own: there objects
+have the sizes that were asked for, while photographs are as they are. Run again, it goes on where it stopped.
 """
 
 import sys

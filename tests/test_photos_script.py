@@ -1,0 +1,72 @@
+"""scripts/photos.py with small towers on the generated world: from towers to tables, killed on the way, run again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from small_towers import save_text, save_vision
+
+from samer.retrievers.hf import Retriever
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def words(world, tmp_path_factory):
+    place = tmp_path_factory.mktemp("towers")
+    towers = ["--vision", str(save_vision(place / "vision")), "--text", str(save_text(place / "text"))]
+    settings = ["align.images_per_step=3", "align.epochs=2", "align.captions=0", "towers.hidden_size=24"]
+    settings += ["towers.embedding_dim=8"]
+    asked = ["--sizes", "32", "--seeds", "0", "--sections", "untouched", "phrases"]
+    return [str(world), *towers, *asked, "--align", *settings]
+
+
+@pytest.fixture(scope="module")
+def run_through(words, tmp_path_factory, script):
+    """The folder of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("photos")
+    script("photos").main([*words, "--out", str(out)])
+    return out / "photographs" / "32"
+
+
+def test_it_ends_with_tables_and_a_retriever(run_through):
+    page = (run_through / "compare" / "results.md").read_text()
+    assert "K = 4" in page  # 8 x 8 patches / 16
+    assert "can these queries tell compressors apart" in page.lower()
+    assert Retriever.load(str(run_through / "retriever")).grid == (8, 8)
+
+
+def test_killed_at_any_step_it_goes_on_to_the_same_retriever(run_through, words, tmp_path):
+    out = tmp_path / "photos"
+    place = out / "photographs" / "32"
+    marks = (  # what is there once a step is at work
+        place / "retriever" / "align.yaml",
+        place / "features" / "base.safetensors",
+        place / "compare",
+    )
+    line = [sys.executable, str(ROOT / "scripts" / "photos.py"), *words, "--out", str(out)]
+    quiet = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for mark in marks:
+        job = subprocess.Popen(line, **quiet)
+        while not mark.exists() and job.poll() is None:
+            time.sleep(0.02)
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+    assert subprocess.run(line, check=False, **quiet).returncode == 0
+    first, second = (load_file(each / "retriever" / "model.safetensors") for each in (run_through, place))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.shape == second[name].shape
+        assert abs(value - second[name]).max() < 1e-5, name  # one thread here, perhaps more there
+    assert (place / "compare" / "results.md").is_file()
+
+
+def test_what_does_not_go_together_is_refused(words, script, capsys):
+    with pytest.raises(SystemExit):
+        script("photos").main([*words[:1], "--cutouts", "somewhere"])
+    assert "--cutouts and --backgrounds go together" in capsys.readouterr().err
