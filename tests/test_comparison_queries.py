@@ -28,12 +28,16 @@ from samer.compressors.grid import GridPooling
 from samer.config import InputError, MergeConfig
 from samer.data import flickr
 from samer.data.records import Caption, ImageRecord, Phrase, phrase_texts
+from samer.evaluation import both_directions
 from samer.features.read import FeatureStore
 from samer.features.write import write_features
+from samer.index.read import Index
+from samer.index.write import build_index
 from samer.metrics import bootstrap_intervals, bootstrap_tests
 from samer.report.tables import markdown
 from samer.retrievers import FAMILIES
 from samer.retrievers.hf import Retriever
+from samer.retrievers.projectors import load_projector
 
 MAIN = ("none", "random", "grid", "kmeans", "samer")
 LEFT, RIGHT, SMALL = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.0, 0.0, 0.2, 0.1)
@@ -689,6 +693,20 @@ def test_a_bank_of_queries_is_of_the_captions_trained_on(run, world, tmp_path, m
         run(tmp_path / "out", *words, "--split", "train")
     with pytest.raises(InputError, match="captions of val, of which the bank of queries is made"):
         run(tmp_path / "out", *words, "data.train_split=val")
+
+
+def test_a_trained_query_bank_is_measured_as_an_index_with_its_projector(run, world, base, tmp_path):
+    rest = ("--sections", "untouched", "adapted", "--methods", "none", "querybank", "train.dataloader_num_workers=0")
+    results = run(tmp_path / "out", *rest, "train.num_train_epochs=1", "train.learning_rate=2e-2")
+    claims = {claim["claim"] for claim in results["claims"]}
+    assert {"querybank, trained: level with all tokens", "querybank: training helps"} <= claims
+    (row,) = [row for row in results["rows"] if (row["section"], row["name"]) == ("adapted", "querybank")]
+    merge, retriever = MergeConfig(**row["merge"]), Retriever.load(str(base))
+    retriever.use_projector(load_projector(tmp_path / "out" / "projectors" / f"{slug(merge)}-seed0", retriever))
+    build_index(tmp_path / "index", world, ["test"], retriever, merge, dtype="float32")
+    found = both_directions(*Index(tmp_path / "index").scores("test"))
+    for name in ("r@1", "r@5", "ndcg@10"):
+        assert row[name] == pytest.approx(found["text_to_image"][name]["value"], abs=2e-4)
 
 
 # --- how long it takes ------------------------------------------------------------------------------------------------
