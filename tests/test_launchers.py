@@ -117,7 +117,7 @@ def test_an_override_after_the_seeds_is_one(place, script):
         place, "compare", "train.seed=1", DATA_ROOT="d", CONFIG=str(ROOT / "configs/demo.yaml")
     )
     taken = []
-    check = mock.patch("samer.compare.plan.check_request", lambda sections, seeds: taken.append(seeds) or 1 / 0)
+    check = mock.patch("samer.compare.plan.check_request", lambda sections, seeds, *_: taken.append(seeds) or 1 / 0)
     with check, pytest.raises(ZeroDivisionError):
         script("compare").main(words[1:])
     assert taken == [[0, 1, 2]]

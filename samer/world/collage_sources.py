@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from samer.config import InputError
 from samer.data.pictures import PictureError, digest_of, displayed_size, find_pictures, load_image, one_line
-from samer.runtime.files import is_file, opened, trouble
+from samer.runtime.files import is_dir, is_file, listing, opened, trouble
 from samer.runtime.progress import Progress
 from samer.world.collage_names import Name, parse_name
 
@@ -294,11 +294,17 @@ def find_licences(folder: str | Path) -> list[Path]:
     for top in root.parents:
         if top.name == "usr" and root.is_relative_to(top / "share"):
             # where several packages are installed, those that list the folder
-            lists = (top.parent / "var/lib/dpkg/info").glob("*.list")
+            known = top.parent / "var/lib/dpkg/info"
+            lists = [path for path in (listing(known) if is_dir(known) else ()) if path.suffix == ".list"]
             line = f"/{root.relative_to(top.parent)}"
             owners = [path.stem.split(":")[0] for path in lists if line in path.read_text(errors="replace").split("\n")]
-            found += [path for name in owners or ("*",) for path in (top / "share/doc").glob(f"{name}/copyright")]
-    return sorted({path for path in found if path.is_file()})
+            documents = top / "share/doc"
+            found += [
+                path / "copyright"
+                for path in (listing(documents) if is_dir(documents) else ())
+                if not owners or path.name in owners
+            ]
+    return sorted({path for path in found if is_file(path)})
 
 
 def check_folders(cutouts: Files, backgrounds: Files) -> None:

@@ -251,7 +251,10 @@ def _shared(items: list, counts: list[int]) -> list[list]:
 def _write_groups(root: Path, order: Order, studio: Studio, groups: list[Group], pool: ProcessPoolExecutor) -> None:
     for folder in ("images/Images", "annotations/Sentences", "annotations/Annotations", _DONE):
         (root / folder).mkdir(parents=True, exist_ok=True)
-        for stray in (root / folder).glob(f".*{TEMPORARY}"):  # half written when an earlier run was killed
+        strays = [
+            path for path in listing(root / folder) if path.name.startswith(".") and path.name.endswith(TEMPORARY)
+        ]
+        for stray in strays:  # half written when an earlier run was killed
             stray.unlink()
     done = {path.stem for path in listing(root / _DONE)}
     if done:
