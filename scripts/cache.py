@@ -80,8 +80,8 @@ def main(argv=None):
             bank=bank_for(settings, retriever, options.bank),
             bank_split=settings.config.data.train_split,
         )
-        for summary in summaries:
-            print0(describe(summary, options.cache_dir))
+        for line in [*(describe(summary, options.cache_dir) for summary in summaries), *retriever.notes]:
+            print0(line)
     return summaries
 
 

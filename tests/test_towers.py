@@ -96,7 +96,8 @@ def test_a_long_caption_is_cut_and_counted(folder):
     retriever = Retriever.load(str(folder))
     inputs = retriever.query_inputs(["dog " * 30, "a dog"])
     assert inputs["attention_mask"].sum(1).tolist() == [12, 4]
-    assert retriever.processor.cut == 1
+    assert len(retriever.notes) == 1
+    assert "1 texts are longer than 12 tokens" in retriever.notes[0]
 
 
 def test_without_layers_the_hidden_states_are_the_towers_own(towers, tmp_path):

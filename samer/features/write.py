@@ -129,6 +129,8 @@ def write_features(
             if rank() == 0:
                 write_manifest(folder / "manifest.json", _as_written(manifest))
             contents.remember()  # no process goes on before the manifest is written
+    for line in retriever.notes:
+        print0(line)
     return {split: manifest.splits[split] for split in splits}
 
 

@@ -128,6 +128,11 @@ class Encoder:
         """What the tokens depend on, as far as it is known; here the untouched projection alone."""
         return ModelIdentity(architecture=type(self).__name__, base_projector=self.base_projector.hash)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said once a long job is done, such as how many texts were cut."""
+        return []
+
     def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
         """What `hidden_states` needs of a batch of images; has `attention_mask` (B, N) and `seeds` (B,).
 

@@ -107,6 +107,11 @@ class Family:
         return patches
 
     @property
+    def notes(self) -> list[str]:
+        """What is to be said once a long job is done, such as how many texts were cut."""
+        return []
+
+    @property
     def query_start(self) -> int:
         """How many characters the processor writes before a query's text."""
         return len(self.processor.query_prefix)

@@ -151,6 +151,11 @@ class Retriever(Encoder):
         return ModelIdentity(self.family.architecture, known.weights, known.processor, self.base_projector.hash)
 
     @property
+    def notes(self) -> list[str]:
+        """As `Family.notes`."""
+        return self.family.notes
+
+    @property
     def picture_size(self) -> tuple[int, int] | None:
         """Width and height that pictures are scaled to, for `load_image`; None: that depends on the picture."""
         return self.family.picture_size

@@ -234,7 +234,7 @@ class TowerProcessor:
         self.image_processor = pictures
         self.image_size = image_size
         self.max_text_tokens = min(max_text_tokens, tokenizer.model_max_length)
-        self.cut = 0  # texts that were longer
+        self.cut: set[str] = set()  # texts that were longer
 
     @classmethod
     def of_towers(cls, config: TowerConfig, **where: Any) -> TowerProcessor:
@@ -283,7 +283,7 @@ class TowerProcessor:
         if "attention_mask" not in inputs:
             raise InputError(f"the text tower's tokenizer {type(self.tokenizer).__name__} gives no attention mask")
         reached = inputs["offset_mapping"][..., 1].amax(1).tolist()
-        self.cut += sum(end < len(text.rstrip()) for end, text in zip(reached, texts))
+        self.cut |= {text for end, text in zip(reached, texts) if end < len(text.rstrip())}
         return inputs
 
 
@@ -341,6 +341,14 @@ class Towers(Family):
 
     def attended(self, patches: Tensor) -> Tensor:
         return nn.functional.pad(patches, (self.model.specials, 0))
+
+    @property
+    def notes(self) -> list[str]:
+        cut = sorted(self.processor.cut)
+        if not cut:
+            return []
+        most = self.processor.max_text_tokens
+        return [f"note: {len(cut):,} texts are longer than {most} tokens and cut there ({cut[0][:60]!r} ...)"]
 
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """As `Family.image_inputs`; a mask of ones stands for the patches.
