@@ -54,7 +54,8 @@ def _discrimination(results: dict) -> PLAIN:
 def discriminates(rows: Sequence[dict], section: str, queries: str, budget: int) -> str:
     """A sentence on whether a set of queries tells the crude compressors of a section from all tokens."""
     own = [row for row in rows if row["of"][0] == section]
-    seen = [row["minus"][1] for row in own if row[queries]["r@1"]["interval"][0] > 0]
+    by = {row["minus"][1]: [m for m in ("r@1", "ndcg@10") if row[queries][m]["interval"][0] > 0] for row in own}
+    seen = [f"{name} (by nDCG@10 alone)" if found == ["ndcg@10"] else name for name, found in by.items() if found]
     can = "can" if len(seen) == len(own) else f"can tell only {seen[0]} from all tokens" if seen else "can't"
     how = "with the projection untouched" if section == "untouched" else "after the same training"
     tell = "" if can.startswith("can tell") else " tell compressors apart"
