@@ -142,7 +142,7 @@ def read_picture(path: str | Path, needs: tuple[int, int] | None = None) -> Pict
                 image = decode(handle, needs)
             except RefusedError as error:  # of a file that is half written, perhaps
                 failed = error
-            if _state(os.fstat(handle.fileno())) == _state(about):
+            if state_of(os.fstat(handle.fileno())) == state_of(about):
                 if failed:
                     raise failed
                 return Picture(image, content, about)
@@ -155,8 +155,9 @@ def digest_of(handle: BinaryIO) -> str:
     return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _state(about: os.stat_result) -> tuple[int, int, int]:
-    return about.st_size, about.st_mtime_ns, about.st_ctime_ns
+def state_of(about: os.stat_result) -> list[int]:
+    """By what a file that was touched is told: bytes, time of change and time of its inode's change, both in ns."""
+    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import os
 import time
 from pathlib import Path
 
-from samer.data.pictures import digest_of, regular_file
+from samer.data.pictures import digest_of, regular_file, state_of
 from samer.runtime.files import trouble, write_json
 
 FILE = "stamps.json"  # in a split's folder
@@ -48,7 +48,7 @@ class Stamps:
         try:
             about = os.stat(file)
             known = self._known.get(name)
-            if known and known[:3] == _times(about):
+            if known and known[:3] == state_of(about):
                 return known[3]
             regular_file(file)
             with open(file, "rb") as handle:
@@ -64,7 +64,7 @@ class Stamps:
         late = time.time_ns() - _RACY
         # a picture may be dated in the future by a camera; writing to it would date it now
         if about.st_ctime_ns < late and not late <= about.st_mtime_ns <= late + 2 * _RACY:
-            self._known[name] = [*_times(about), digest]
+            self._known[name] = [*state_of(about), digest]
         else:
             self._known.pop(name, None)
 
@@ -94,10 +94,6 @@ class Stamps:
 
 def _checksum(rows: object) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-
-
-def _times(about: os.stat_result) -> list[int]:
-    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
 
 
 def _is_row(row: object) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from samer.retrievers.base import Encoder, Projector
 from samer.retrievers.hf import identify
 from samer.retrievers.identity import model_folder
 from samer.retrievers.projectors import load_projector
-from samer.runtime.files import lookup, read_json, trouble
+from samer.runtime.files import exists, is_file, lookup, read_json
 from samer.runtime.hub import model_name, projector_place
 
 FARTHEST = (
@@ -121,7 +120,7 @@ class Settings:
         if not roots:
             what = "holds no folder of pictures" if self.index else "there is no index yet"
             raise InputError(f"{self.folder}: {what}; make it with scripts/index.py --images FOLDER --cache-dir INDEX")
-        if not os.path.exists(roots[0]):
+        if not exists(roots[0]):
             where = "mount it, or say with --images where it is now"
             raise InputError(f"{roots[0]}: not there, but {self.folder} holds its pictures; {where}")
         return roots[0]
@@ -209,11 +208,7 @@ def settings_for(folder: str | Path, asked: Asked, dtype: str) -> Settings:
         InputError: bad settings, or such as contradict the index: names both values and what to do.
     """
     folder = lookup(folder)
-    try:
-        there = (folder / "manifest.json").is_file()
-    except OSError as error:
-        raise trouble(folder, error) from None
-    return _of_index(folder, asked) if there else _of_new(folder, asked, dtype)
+    return _of_index(folder, asked) if is_file(folder / "manifest.json") else _of_new(folder, asked, dtype)
 
 
 def _of_new(folder: Path, asked: Asked, dtype: str) -> Settings:
@@ -303,7 +298,7 @@ def adapter_config(adapter_path: str, config_path: str | None, overrides: Sequen
     folder = projector_place(adapter_path, local_files_only=config.model.local_files_only)
     if folder.name == "projector.safetensors":  # what it was trained for stands beside it
         folder = folder.parent
-    if config_path or not (folder / "projector.safetensors").is_file():
+    if config_path or not is_file(folder / "projector.safetensors"):
         return config
     trained = read_json(folder / "config.json")
     name, merge = trained.get("base_model"), trained.get("merge")

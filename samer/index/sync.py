@@ -31,7 +31,7 @@ from samer.index.read import Index
 from samer.index.write import check_settings, writing
 from samer.retrievers.banks import Bank
 from samer.retrievers.base import Encoder, image_seeds
-from samer.runtime.files import atomic_path
+from samer.runtime.files import atomic_path, is_dir
 from samer.runtime.progress import Progress, batched, prefetched
 from samer.runtime.signals import stop_here
 
@@ -97,9 +97,9 @@ class Changes:
         for each in self.skipped:
             reasons[each.reason].append(each)
         for reason, some in reasons.items():
-            names = ", ".join(printable(each.path) for each in some[:NAMED])
+            names = ", ".join(one_field(each.path) for each in some[:NAMED])
             more = f" and {len(some) - NAMED:,} more (--skipped FILE lists them)" if len(some) > NAMED else ""
-            lines.append(f"skipped, {reason}: {len(some):,}: {names}{more}; {printable(some[0].detail)}")
+            lines.append(f"skipped, {reason}: {len(some):,}: {names}{more}; {one_field(some[0].detail)}")
         if self.dead > 0.5:
             lines.append(f"{self.dead:.0%} of the index's rows belong to no picture any more; --compact takes them out")
         return lines
@@ -405,7 +405,7 @@ class _Update:
 
     def remember(self) -> None:
         """Writes down which files need not be read again, as far as the run came; only time is lost without."""
-        if self.place.is_dir():
+        if is_dir(self.place):
             self.stamps.forget_others({*self.rows, *self.added})
             with suppress(InputError):
                 self.stamps.write()
@@ -418,8 +418,11 @@ def _is_below(name: str, places: set[str]) -> bool:
     return bool(name)
 
 
-def printable(text: str) -> str:
-    """Text that takes one line and can be printed: other characters as Python escapes them, a backslash as two."""
+def one_field(text: str) -> str:
+    """Text as one field of a line that can be read back: a backslash doubled, what can't be printed escaped.
+
+    `runtime.streams.printable` is for eyes only.
+    """
     odd = lambda c: c == "\\" or not c.isprintable()
     return "".join(c.encode("unicode_escape", "backslashreplace").decode() if odd(c) else c for c in text)
 
@@ -430,6 +433,6 @@ def write_skipped(file: str | Path, skipped: Sequence[Skipped]) -> None:
     Raises:
         InputError: it can't be written.
     """
-    lines = ("\t".join(map(printable, (each.path, each.reason, each.detail))) + "\n" for each in skipped)
+    lines = ("\t".join(map(one_field, (each.path, each.reason, each.detail))) + "\n" for each in skipped)
     with atomic_path(file) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
