@@ -40,8 +40,10 @@ def main(argv=None):
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448], help="pixels of a picture's side (224 448)")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"], help="of the trained rows (0 1 2)")
     parser.add_argument("--sections", nargs="+", default=[], help="of scripts/compare.py (all)")
+    parser.add_argument("--methods", nargs="+", default=[], help="compressors (all; from 512 patches on the main ones)")
     parser.add_argument("--cutouts", nargs="+", default=[], help="folders of cut-outs with names, for collages")
     parser.add_argument("--backgrounds", nargs="+", default=[], help="folders of photographs behind them")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="cut-outs and backgrounds left out")
     parser.add_argument("--align", nargs="+", default=[], metavar="section.key=value", help="e.g. align.epochs=5")
     options = parser.parse_args(argv)
     if bool(options.cutouts) != bool(options.backgrounds):
@@ -54,6 +56,7 @@ def main(argv=None):
 
         scenes = out / "collages" / "scenes"
         words = ("--out", scenes, "--cutouts", *options.cutouts, "--backgrounds", *options.backgrounds, *SCENES)
+        words += ("--skip", *options.skip) if options.skip else ()
         step("collages", collage, *words)
         for size in options.sizes:
             tables.append(evidence(out / "collages" / str(size), scenes, size, options))
@@ -69,8 +72,10 @@ def evidence(place, data_root, size, options):
     retriever, aligned, store = place / "retriever", place / "features", place / "compare"
     towers = [f"towers.{name}={value}" for name in ("vision", "text") if (value := getattr(options, name))]
     config = ROOT / "configs" / ("towers_448.yaml" if size > 336 else "towers_224.yaml")
+    towers.append(f"towers.image_size={size}")
     words = [f"data.root={data_root}", "data.train_split=train[:50%]", f"align.output_dir={retriever}", *options.align]
-    step(f"align the towers, {size} pixels", align, "--config", config, f"towers.image_size={size}", *towers, *words)
+    announce(place, config, [*towers, *words], options)
+    step(f"align the towers, {size} pixels", align, "--config", config, *towers, *words)
     words = ("--data-root", data_root, "--dtype", "float16", "--phrases")
     own = ("--out", retriever / "features", *words, f"model.name={retriever / 'towers'}")
     step("what the towers give for all splits, once", features, *own)
@@ -78,12 +83,65 @@ def evidence(place, data_root, size, options):
     step("what the adapters make of it", features, *words)
     rows, columns = Retriever.load(str(retriever)).grid
     words = ["--data-root", data_root, "--out", store, "--features", aligned, "--config", CONFIG]
-    words += [f"model.name={retriever}", f"merge.num_regions={max(1, rows * columns // 16)}"]
-    words += ["--seeds", *options.seeds, *(["--sections", *options.sections] if options.sections else [])]
-    if rows * columns > MANY:
-        words += ["--methods", *MAIN, "--budgets", *(rows * columns // share for share in (16, 32, 64))]
+    words += [f"model.name={retriever}", *compared(rows * columns, options)]
     step("compare", compare, *words)
     return store / "results.md"
+
+
+def compared(patches, options):
+    """What is compared, as arguments of scripts/compare.py."""
+    words = [f"merge.num_regions={max(1, patches // 16)}", "--seeds", *options.seeds]
+    if options.sections:
+        words += ["--sections", *options.sections]
+    if methods := methods_of(patches, options):
+        words += ["--methods", *methods]
+    if patches > MANY:
+        words += ["--budgets", *(patches // share for share in (16, 32, 64))]
+    return words
+
+
+def methods_of(patches, options):
+    """Compressors that are compared; none: all."""
+    return options.methods or (MAIN if patches > MANY else ())
+
+
+def announce(place, align_file, words, options):
+    """Says how long a size will take, by a few probes of this machine; nothing where all of it is done."""
+    from samer.compare.forecast import Work, forecast
+    from samer.compare.pace import spoken
+    from samer.compare.plan import SECTIONS, plan, slug
+    from samer.config import load_config
+    from samer.data import make_reader
+    from samer.retrievers.towers import TowerRetriever, load_towers
+    from samer.runtime.commands import pick_device
+    from samer.training.align_settings import AlignConfig
+
+    if (place / "compare" / "results.md").is_file():
+        return
+    config = load_config(align_file, words, AlignConfig)
+    model = TowerRetriever(config.towers, *load_towers(config.towers))
+    comparison = load_config(CONFIG, [f"merge.num_regions={max(1, model.side**2 // 16)}"])
+    rows = plan(comparison.merge, model.side**2, methods=methods_of(model.side**2, options))
+    through = {slug(row.trained) for row in rows if row.trained and row.section in (options.sections or SECTIONS)}
+    read = make_reader(config.data.reader).load_split
+    splits = {name: read(config.data.root, name, boxes=False) for name in ("train", "val", "test")}
+    half = len(splits["train"]) // 2
+    recipe, captions = comparison.train, sum(len(record.captions) for record in splits["train"][half:])
+    work = Work(
+        pictures=sum(map(len, splits.values())),
+        aligned=half * config.align.epochs,
+        trainings=len(through) * len(options.seeds),
+        steps=recipe.num_train_epochs * captions // recipe.train_batch_size + 1,
+        captions=recipe.train_batch_size,
+    )
+    seconds = forecast(model, work, pick_device())
+    parts = ", ".join(f"{name} {spoken(value)}" for name, value in seconds.items())
+    whole = spoken(sum(seconds.values()))
+    print(
+        f"\n{config.data.root}, {config.towers.image_size} pixels: about {whole} from the beginning "
+        f"({work.pictures:,} pictures, {work.trainings} trainings: {parts}), give or take a half; written to {place}",
+        flush=True,
+    )
 
 
 def step(title, script, *words):

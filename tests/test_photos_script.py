@@ -5,7 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -30,8 +33,29 @@ def words(world, tmp_path_factory):
 def run_through(words, tmp_path_factory, script):
     """The folder of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("photos")
-    script("photos").main([*words, "--out", str(out)])
+    with redirect_stdout(StringIO()) as told:
+        script("photos").main([*words, "--out", str(out)])
+    (out / "told").write_text(told.getvalue())
     return out / "photographs" / "32"
+
+
+def test_it_says_beforehand_what_there_is_to_do_and_how_long_it_takes(run_through):
+    told = (run_through.parents[1] / "told").read_text()
+    before = told[: told.index("== align the towers")]
+    for said in ("32 pixels: about", "0 trainings", str(run_through)):
+        assert said in before
+
+
+def test_every_training_is_counted_beforehand(words, script, tmp_path, monkeypatch):
+    """At K = N / 16: 13 rows of their own, two more of the components, and two at each other budget of 2, 8, 16, 32."""
+    found = []
+    monkeypatch.setattr("samer.compare.forecast.forecast", lambda model, work, device: found.append(work) or {})
+    photos = script("photos")
+    monkeypatch.setattr(photos, "step", lambda *words: None)
+    monkeypatch.setattr("samer.retrievers.hf.Retriever.load", lambda *_: SimpleNamespace(grid=(8, 8)))
+    every = [word for word in words if word not in ("--sections", "untouched", "phrases")]
+    photos.main([*every, "--seeds", "0", "1", "--out", str(tmp_path)])
+    assert found[0].trainings == 2 * (13 + 2 + 2 * 4)
 
 
 def test_it_ends_with_tables_and_a_retriever(run_through):
