@@ -49,8 +49,7 @@ def main(argv=None):
     if bool(options.cutouts) != bool(options.backgrounds):
         parser.error("--cutouts and --backgrounds go together")
     out, tables = Path(options.out), []
-    for size in options.sizes:
-        tables.append(evidence(out / "photographs" / str(size), options.data_root, size, options))
+    tables += every_size(out / "photographs", options.data_root, options)
     if options.cutouts:
         from scripts import collage
 
@@ -58,13 +57,21 @@ def main(argv=None):
         words = ("--out", scenes, "--cutouts", *options.cutouts, "--backgrounds", *options.backgrounds, *SCENES)
         words += ("--skip", *options.skip) if options.skip else ()
         step("collages", collage, *words)
-        for size in options.sizes:
-            tables.append(evidence(out / "collages" / str(size), scenes, size, options))
+        tables += every_size(out / "collages", scenes, options)
     print("\n" + "\n".join(f"tables: {table}" for table in tables))
     return tables
 
 
-def evidence(place, data_root, size, options):
+def every_size(place, data_root, options):
+    """The pages of tables; the first size's retriever is where the others start, for a quarter of its epochs."""
+    pages, start = [], ()
+    for size in options.sizes:
+        pages.append(evidence(place / str(size), data_root, size, options, start))
+        start = start or (f"align.start={place / str(size) / 'retriever'}", "align.epochs=5")
+    return pages
+
+
+def evidence(place, data_root, size, options, start):
     """A retriever for pictures of that size, what it gives, and the comparison; returns the page of tables."""
     from samer.retrievers.hf import Retriever
     from scripts import align, compare, features
@@ -73,7 +80,8 @@ def evidence(place, data_root, size, options):
     towers = [f"towers.{name}={value}" for name in ("vision", "text") if (value := getattr(options, name))]
     config = ROOT / "configs" / ("towers_448.yaml" if size > 336 else "towers_224.yaml")
     towers.append(f"towers.image_size={size}")
-    words = [f"data.root={data_root}", "data.train_split=train[:50%]", f"align.output_dir={retriever}", *options.align]
+    words = [f"data.root={data_root}", "data.train_split=train[:50%]", f"align.output_dir={retriever}"]
+    words += [*start, *options.align]
     announce(place, config, [*towers, *words], options)
     step(f"align the towers, {size} pixels", align, "--config", config, *towers, *words)
     words = ("--data-root", data_root, "--dtype", "float16", "--phrases")

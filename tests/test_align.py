@@ -207,6 +207,26 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(config, capsys):
         align(config, CPU)
 
 
+def test_it_starts_from_another_retriever_of_the_same_towers(config, tmp_path):
+    """On pictures of another size: what is trained has the same sizes, and only the number of patches differs."""
+    first = align(of(config, epochs=8, learning_rate=5e-3), CPU)
+    larger = replace(config, towers=replace(config.towers, image_size=2 * SIDE))
+    settings = {"output_dir": str(tmp_path / "larger"), "start": str(first), "epochs": 1, "learning_rate": 1e-9}
+    folder = align(of(larger, **settings), CPU)
+    assert Retriever.load(str(folder)).grid == (16, 16)  # of 4 pixels each
+    own, other = (load_file(place / "model.safetensors") for place in (folder, first))
+    assert max((own[name] - other[name]).abs().max() for name in own) < 1e-6
+    temperatures = [Retriever.load(str(place)).model.config.temperature for place in (folder, first)]
+    assert temperatures[0] == pytest.approx(temperatures[1])
+    wider = replace(config, towers=replace(config.towers, embedding_dim=4))
+    with pytest.raises(InputError, match="another size"):
+        align(of(wider, output_dir=str(tmp_path / "wider"), start=str(first)), CPU)
+    save_text(tmp_path / "text", seed=1)
+    others = replace(config, towers=replace(config.towers, text=str(tmp_path / "text")))
+    with pytest.raises(InputError, match="another text tower"):
+        align(of(others, output_dir=str(tmp_path / "others"), start=str(first)), CPU)
+
+
 def test_a_store_of_other_towers_is_refused(config, tmp_path):
     folder = align(config, CPU)
     other = save_vision(tmp_path / "other", seed=9)

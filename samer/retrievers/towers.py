@@ -20,7 +20,7 @@ import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -213,6 +213,26 @@ class TowerRetriever(nn.Module):
                 f"{file}: {sorted(wrong)[0]} is missing or has another size than the towers and config.json say"
             )
         self.load_state_dict(found, strict=False)
+
+    def start_from(self, name: str) -> None:
+        """Takes adapters, projection and temperature over from another retriever of the same towers.
+
+        Args:
+            name: a folder, or a hub id.
+
+        Raises:
+            InputError: not there, of other towers, or of other sizes.
+        """
+        folder = _folder_of(name, "main")
+        config = read_tower_config(folder / "config.json")
+        for kind in ("vision_hash", "text_hash"):
+            own, other = getattr(self.config, kind), getattr(config, kind)
+            if own and other and own != other:
+                raise InputError(
+                    f"{name} was aligned with another {kind.removesuffix('_hash')} tower; start without it"
+                )
+        self.load_own(folder / "model.safetensors")
+        self.config = replace(self.config, temperature=config.temperature)
 
     def save(self, folder: str | Path, processor: TowerProcessor) -> None:
         """Writes a folder that `from_pretrained` reads, the config last."""

@@ -70,6 +70,8 @@ def _align(config: AlignConfig, device: torch.device) -> Path:
     made = read_tower_config(output / "towers" / "config.json")
     hashes = {"vision_hash": made.vision_hash, "text_hash": made.text_hash}
     model = TowerRetriever(replace(config.towers, **hashes), *towers)
+    if config.align.start:
+        model.start_from(config.align.start)
     processor = TowerProcessor.of_towers(model.config)
     encoder = StoredTowers(model, processor, str(output), store)
     if rank() == 0:

@@ -15,6 +15,7 @@ class AlignSettings:
 
     Attributes:
         output_dir: the retriever, and the files of the run.
+        start: a retriever of the same towers and sizes to go on from, as one aligned on smaller pictures; "": none.
         images_per_step: of all processes, each with all its captions.
         captions: of an image that a step takes, drawn anew each time; 0: all. Scores cost most on a CPU.
         phrases: of an image with boxes that a step asks for as queries of their own, drawn anew each time.
@@ -30,6 +31,7 @@ class AlignSettings:
     """
 
     output_dir: str = "checkpoints/towers"
+    start: str = ""
     images_per_step: int = 64
     captions: int = 0
     phrases: int = 2

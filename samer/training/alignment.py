@@ -67,7 +67,7 @@ class Alignment:
         self.config, self.settings, self.output = config, settings, Path(settings.output_dir)
         self.encoder, self.records, self.validation = encoder, records, validation
         model = encoder.model
-        self.log_temperature = nn.Parameter(torch.tensor([math.log(config.towers.temperature)], device=encoder.device))
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(model.config.temperature)], device=encoder.device))
         parts = {"vision": model.vision_adapter, "text": model.text_adapter, "projection": model.projection}
         self.parameters = {f"{name}.{key}": p for name, part in parts.items() for key, p in part.named_parameters()}
         for parameter in self.parameters.values():
