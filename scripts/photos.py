@@ -4,8 +4,8 @@ bash bash/photos.sh /data/flickr30k_entities                  (results in output
 bash bash/photos.sh DATA_ROOT --vision DIR --text DIR --sizes 224 --seeds 0
 
 One half of train aligns the towers, the other trains projectors; val picks the retriever's epoch, test is measured.
-With --cutouts and --backgrounds all of it is done on collages as well, with a retriever of their own: there objects
-have the sizes that were asked for, while photographs are as they are. Run again, it goes on where it stopped.
+With --cutouts and --backgrounds all of it is done on collages as well, with a retriever of their own that starts from
+that of the photographs: there objects have the sizes that were asked for, while photographs are as they are. Run again, it goes on where it stopped.
 """
 
 import sys
@@ -28,7 +28,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "photos.yaml"
 MANY = 512  # patches, from which on only the main rows are compared
 MAIN = ("none", "samer", "querybank", "kmeans", "hpool", "sap-mean", "grid", "random")
-SCENES = ("--train", "1600", "--val", "100", "--test", "400")
 
 
 def main(argv=None):
@@ -54,20 +53,22 @@ def main(argv=None):
         from scripts import collage
 
         scenes = out / "collages" / "scenes"
-        words = ("--out", scenes, "--cutouts", *options.cutouts, "--backgrounds", *options.backgrounds, *SCENES)
+        words = ("--out", scenes, "--cutouts", *options.cutouts, "--backgrounds", *options.backgrounds)
         words += ("--skip", *options.skip) if options.skip else ()
         step("collages", collage, *words)
-        tables += every_size(out / "collages", scenes, options)
+        start = out / "photographs" / str(options.sizes[0]) / "retriever"
+        tables += every_size(out / "collages", scenes, options, (f"align.start={start}",))
     print("\n" + "\n".join(f"tables: {table}" for table in tables))
     return tables
 
 
-def every_size(place, data_root, options):
+def every_size(place, data_root, options, start=()):
     """The pages of tables; the first size's retriever is where the others start, for a quarter of its epochs."""
-    pages, start = [], ()
+    pages = []
     for size in options.sizes:
         pages.append(evidence(place / str(size), data_root, size, options, start))
-        start = start or (f"align.start={place / str(size) / 'retriever'}", "align.epochs=5")
+        if size == options.sizes[0]:
+            start = (f"align.start={place / str(size) / 'retriever'}", "align.epochs=5")
     return pages
 
 

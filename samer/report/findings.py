@@ -67,7 +67,8 @@ def _claims(claims: Sequence[dict]) -> PLAIN:
     for verdict, words in (("no", "Contrary"), ("undecided", "Undecided"), ("yes", "Holds")):
         for name in _sets(claims):
             found = [claim["claim"] for claim in claims if claim["verdicts"].get(name) == verdict]
-            said.append(f"{words}, {SETS[name]}: {'; '.join(found) or 'none'}.")
+            listed = f"{len(found)} of {len(claims)}" if verdict == "undecided" else "; ".join(found) or "none"
+            said.append(f"{words}, {SETS[name]}: {listed}.")
     said.append(f"Level with all tokens: not more than half a point below (the interval's lower end). {HOW}")
     head = ["claim", *(part for name in _sets(claims) for part in (SETS[name], f"R@1 difference, {SETS[name]}"))]
     body = []
