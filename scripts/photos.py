@@ -4,8 +4,9 @@ bash bash/photos.sh /data/flickr30k_entities                  (results in output
 bash bash/photos.sh DATA_ROOT --vision DIR --text DIR --sizes 224 --seeds 0
 
 One half of train aligns the towers, the other trains projectors; val picks the retriever's epoch, test is measured.
-With --cutouts and --backgrounds all of it is done on collages as well, with a retriever of their own that starts from
-that of the photographs: there objects have the sizes that were asked for, while photographs are as they are. Run again, it goes on where it stopped.
+Larger pictures start from the retriever of the first size. With --cutouts and --backgrounds all of it is done on
+collages as well, with a retriever of their own that starts from that of the photographs: there objects have the sizes
+that were asked for, while photographs are as they are. Run again, it goes on where it stopped.
 """
 
 import sys

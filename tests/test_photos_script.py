@@ -65,6 +65,20 @@ def test_it_ends_with_tables_and_a_retriever(run_through):
     assert Retriever.load(str(run_through / "retriever")).grid == (8, 8)
 
 
+def test_larger_pictures_and_collages_start_from_the_first_retriever(words, script, tmp_path, monkeypatch):
+    photos, steps = script("photos"), []
+    monkeypatch.setattr(photos, "announce", lambda *_: None)
+    monkeypatch.setattr(photos, "step", lambda title, _, *words: steps.append((title, [str(word) for word in words])))
+    monkeypatch.setattr("samer.retrievers.hf.Retriever.load", lambda *_: SimpleNamespace(grid=(8, 8)))
+    more = ["--sizes", "32", "64", "--cutouts", "cutouts", "--backgrounds", "behind", "--skip", "flags"]
+    photos.main([*words, *more, "--out", str(tmp_path)])
+    starts = [[word for word in words if "align.start" in word] for title, words in steps if "align" in title]
+    first, of_collages = (f"align.start={tmp_path / kind / '32' / 'retriever'}" for kind in ("photographs", "collages"))
+    assert starts == [[], [first], [first], [of_collages]]
+    (made,) = (words for title, words in steps if title == "collages")
+    assert made[made.index("--skip") :] == ["--skip", "flags"]
+
+
 def test_killed_at_any_step_it_goes_on_to_the_same_retriever(run_through, words, tmp_path):
     out = tmp_path / "photos"
     place = out / "photographs" / "32"
