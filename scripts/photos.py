@@ -21,13 +21,16 @@ if __name__ == "__main__":
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from samer.runtime.commands import run
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "photos.yaml"
 MANY = 512  # patches, from which on only the main rows are compared
+FEW = ("untouched", "adapted", "phrases")  # sections of the comparison at few vectors
 MAIN = ("none", "samer", "querybank", "kmeans", "hpool", "sap-mean", "grid", "random")
 
 
@@ -67,18 +70,18 @@ def every_size(place, data_root, options, start=()):
     """The pages of tables; the first size's retriever is where the others start, for a quarter of its epochs."""
     pages = []
     for size in options.sizes:
-        pages.append(evidence(place / str(size), data_root, size, options, start))
+        pages += evidence(place / str(size), data_root, size, options, start)
         if size == options.sizes[0]:
             start = (f"align.start={place / str(size) / 'retriever'}", "align.epochs=5")
     return pages
 
 
 def evidence(place, data_root, size, options, start):
-    """A retriever for pictures of that size, what it gives, and the comparison; returns the page of tables."""
+    """A retriever for pictures of that size, what it gives, and the comparison; returns the pages of tables."""
     from samer.retrievers.hf import Retriever
     from scripts import align, compare, features
 
-    retriever, aligned, store = place / "retriever", place / "features", place / "compare"
+    retriever, aligned = place / "retriever", place / "features"
     towers = [f"towers.{name}={value}" for name in ("vision", "text") if (value := getattr(options, name))]
     config = ROOT / "configs" / ("towers_448.yaml" if size > 336 else "towers_224.yaml")
     towers.append(f"towers.image_size={size}")
@@ -92,27 +95,39 @@ def evidence(place, data_root, size, options, start):
     words = ("--out", aligned, "--towers", retriever / "features", *words, f"model.name={retriever}")
     step("what the adapters make of it", features, *words)
     rows, columns = Retriever.load(str(retriever)).grid
-    words = ["--data-root", data_root, "--out", store, "--features", aligned, "--config", CONFIG]
-    words += [f"model.name={retriever}", *compared(rows * columns, options)]
-    step("compare", compare, *words)
-    return store / "results.md"
+    pages = []
+    for name, asked in comparisons(rows * columns, options).items():
+        own = ("--data-root", data_root, "--out", place / name, "--features", aligned, "--config", CONFIG)
+        title = f"compare at K = {asked.regions} of {rows * columns}"
+        step(title, compare, *own, f"model.name={retriever}", *asked.words(options.seeds))
+        pages.append(place / name / "results.md")
+    return pages
 
 
-def compared(patches, options):
-    """What is compared, as arguments of scripts/compare.py."""
-    words = [f"merge.num_regions={max(1, patches // 16)}", "--seeds", *options.seeds]
-    if options.sections:
-        words += ["--sections", *options.sections]
-    if methods := methods_of(patches, options):
-        words += ["--methods", *methods]
-    if patches > MANY:
-        words += ["--budgets", *(patches // share for share in (16, 32, 64))]
-    return words
+class Comparison(NamedTuple):
+    """What is compared: as arguments of scripts/compare.py, of which empty ones mean all."""
+
+    regions: int
+    sections: Sequence[str]
+    methods: Sequence[str]
+    budgets: Sequence[int]
+
+    def words(self, seeds):
+        words = [f"merge.num_regions={self.regions}", "--seeds", *seeds]
+        for name in ("sections", "methods", "budgets"):
+            if value := getattr(self, name):
+                words += [f"--{name}", *value]
+        return words
 
 
-def methods_of(patches, options):
-    """Compressors that are compared; none: all."""
-    return options.methods or (MAIN if patches > MANY else ())
+def comparisons(patches, options):
+    """By folder: at K = N / 16, and of the main rows at N / 128, where compressors differ most."""
+    many = patches > MANY
+    methods = options.methods or (MAIN if many else ())
+    found = {"compare": Comparison(max(1, patches // 16), options.sections, methods, [64, 32, 16] if many else [])}
+    if few := [name for name in FEW if name in (options.sections or FEW)]:
+        found["compare_few"] = Comparison(max(2, patches // 128), few, methods or MAIN, [])
+    return found
 
 
 def announce(place, align_file, words, options):
@@ -126,21 +141,25 @@ def announce(place, align_file, words, options):
     from samer.runtime.commands import pick_device
     from samer.training.align_settings import AlignConfig
 
-    if (place / "compare" / "results.md").is_file():
-        return
     config = load_config(align_file, words, AlignConfig)
     model = TowerRetriever(config.towers, *load_towers(config.towers))
-    comparison = load_config(CONFIG, [f"merge.num_regions={max(1, model.side**2 // 16)}"])
-    rows = plan(comparison.merge, model.side**2, methods=methods_of(model.side**2, options))
-    through = {slug(row.trained) for row in rows if row.trained and row.section in (options.sections or SECTIONS)}
+    asked = comparisons(model.side**2, options)
+    if all((place / name / "results.md").is_file() for name in asked):
+        return
+    trainings = 0
+    for each in asked.values():
+        merge = load_config(CONFIG, [f"merge.num_regions={each.regions}"]).merge
+        rows = plan(merge, model.side**2, each.budgets, each.methods)
+        through = {slug(row.trained) for row in rows if row.trained and row.section in (each.sections or SECTIONS)}
+        trainings += len(through) * len(options.seeds)
     read = make_reader(config.data.reader).load_split
     splits = {name: read(config.data.root, name, boxes=False) for name in ("train", "val", "test")}
     half = len(splits["train"]) // 2
-    recipe, captions = comparison.train, sum(len(record.captions) for record in splits["train"][half:])
+    recipe, captions = load_config(CONFIG, []).train, sum(len(record.captions) for record in splits["train"][half:])
     work = Work(
         pictures=sum(map(len, splits.values())),
         aligned=half * config.align.epochs,
-        trainings=len(through) * len(options.seeds),
+        trainings=trainings,
         steps=recipe.num_train_epochs * captions // recipe.train_batch_size + 1,
         captions=recipe.train_batch_size,
     )

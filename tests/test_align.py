@@ -20,6 +20,8 @@ from samer.features.towers import StoredTowers
 from samer.retrievers.hf import Retriever
 from samer.retrievers.towers import TowerConfig
 from samer.runtime.signals import Stopped
+from samer.search.models import Models
+from samer.search.open_index import SearchIndex
 from samer.training import align as module
 from samer.training.align import align
 from samer.training.align_settings import AlignConfig, AlignSettings
@@ -282,6 +284,28 @@ def test_from_two_towers_to_an_index_by_the_commands(config, world, tmp_path, sc
         ["--cache-dir", str(tmp_path / "index"), "--split", "val", "--output-json", str(tmp_path / "m")]
     )
     assert json.loads((tmp_path / "m").read_text())["vectors_per_image"] == 4
+
+
+def test_photographs_are_searched_with_evidence_by_a_tower_retriever(config, tmp_path, script):
+    """The vectors that an index keeps are those that the retriever gives, and each word looks at its own best one."""
+    folder = align(of(config, epochs=1), CPU)
+    photographs, cache = Path(__file__).parent / "fixtures" / "photos" / "images", str(tmp_path / "index")
+    script("index").main(
+        ["--images", str(photographs), "--cache-dir", cache, f"model.name={folder}", "merge.num_regions=4"]
+    )
+    index = SearchIndex(cache, Models("cpu"))
+    found = index.search("a red circle", 3)
+    words, rows = index.explain("a red circle", found)
+    assert [word.text for word in words] == ["a", "red", "circle"]
+    assert all(len(word.tokens) == 1 for word in words)
+    numbers, tokens = index.index.numbers(index.split), found.query.tokens[0][found.query.mask[0]]
+    for (name, score), row in zip(found.hits, rows):
+        vectors = index.index.vectors(index.split, numbers[name]).tokens
+        assert row["grid"] == [8, 8]
+        assert set(row["regions"]) <= set(range(len(vectors)))
+        best = (tokens @ vectors.T).max(1)
+        assert score == pytest.approx(float(best.values.mean()), abs=1e-2)  # stored in int8
+        assert [own["vectors"] for own in row["words"]] == [[int(best.indices[word.tokens[0]])] for word in words]
 
 
 def test_what_is_no_tower_retriever_has_no_tower_store(retriever, config):

@@ -47,7 +47,7 @@ def test_it_says_beforehand_what_there_is_to_do_and_how_long_it_takes(run_throug
 
 
 def test_every_training_is_counted_beforehand(words, script, tmp_path, monkeypatch):
-    """At K = N / 16: 13 rows of their own, two more of the components, and two at each other budget of 2, 8, 16, 32."""
+    """13 at K = 4, two more of the components, two at each other budget (2, 8, 16, 32), and eleven at K = 2."""
     found = []
     monkeypatch.setattr("samer.compare.forecast.forecast", lambda model, work, device: found.append(work) or {})
     photos = script("photos")
@@ -55,12 +55,13 @@ def test_every_training_is_counted_beforehand(words, script, tmp_path, monkeypat
     monkeypatch.setattr("samer.retrievers.hf.Retriever.load", lambda *_: SimpleNamespace(grid=(8, 8)))
     every = [word for word in words if word not in ("--sections", "untouched", "phrases")]
     photos.main([*every, "--seeds", "0", "1", "--out", str(tmp_path)])
-    assert found[0].trainings == 2 * (13 + 2 + 2 * 4)
+    assert found[0].trainings == 2 * (13 + 2 + 2 * 4 + 11)
 
 
 def test_it_ends_with_tables_and_a_retriever(run_through):
     page = (run_through / "compare" / "results.md").read_text()
     assert "K = 4" in page  # 8 x 8 patches / 16
+    assert "K = 2" in (run_through / "compare_few" / "results.md").read_text()
     assert "can these queries tell compressors apart" in page.lower()
     assert Retriever.load(str(run_through / "retriever")).grid == (8, 8)
 
