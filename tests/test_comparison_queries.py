@@ -21,7 +21,7 @@ from samer.compare.measure import cost, measure, tokens_of
 from samer.compare.pace import Pace, spoken
 from samer.compare.plan import plan, slug
 from samer.compare.queries import RARE, Asked, caption_positives, phrase_queries, size_bins
-from samer.compare.significance import significance
+from samer.compare.significance import row_key, significance
 from samer.compare.summarise import summarise
 from samer.compressors import COMPRESSORS, make_compressor
 from samer.compressors.grid import GridPooling
@@ -322,7 +322,7 @@ def test_bootstrap_tests_refuse_shapes_that_differ():
 # --- findings from planted measurements -------------------------------------------------------------------------------
 
 IMAGES, K, SEEDS = 200, 8, (0, 1)
-THINGS = [f"thing {k % 10}" if k < 80 else f"rarity {k}" for k in range(IMAGES)]  # 10 phrases of 8 images, 120 of one
+THINGS = [f"toy {k % 10}" if k < 80 else f"rarity {k}" for k in range(IMAGES)]  # 10 phrases of 8 images, 120 of one
 SPLIT = [replace(one, captions=one.captions * 3) for one in (image(name, phrase(name, SMALL)) for name in THINGS)]
 ASKED = phrase_queries(SPLIT)
 LOSSES = {"random": 0.3, "grid": 0.2, "hpool": 0.0, "sap-mean": 0.1, "kmeans": 0.0, "none": 0.0, "samer": 0.05}
@@ -406,7 +406,7 @@ def test_every_row_is_held_against_its_controls(found):
     assert of["budgets", "samer, raster @ 16"] == of["budgets", "random @ 16"] == wider
     assert of["budgets", "samer, raster, trained @ 16"] == [("adapted", "none")]  # no other is trained at 16
     assert of["budgets", "kmeans @ 8"] == [four[0], *four[2:]]  # nothing is held against itself
-    assert len(of) == len(rows)
+    assert {row_key(row) for row in rows} - of.keys() == {("untouched", "none"), ("adapted", "none")}  # all vectors
 
 
 def test_what_is_planted_is_claimed_and_what_is_not_is_not(found):
@@ -429,10 +429,60 @@ def test_what_is_planted_is_claimed_and_what_is_not_is_not(found):
 def test_level_is_within_half_a_point():
     from samer.compare.significance import _verdict
 
-    level = {(-0.4, -0.1): "yes", (-0.6, 0.3): "undecided", (-0.6, -0.2): "no", (0.1, 2.0): "yes", (-3.0, -1.0): "no"}
+    level = {
+        (-0.4, -0.1): "yes",
+        (-0.6, 0.3): "undecided",
+        (-0.6, -0.2): "undecided",
+        (0.1, 2.0): "yes",
+        (-3.0, -1.0): "no",
+    }
     ahead = {(-0.4, -0.1): "no", (-0.6, 0.3): "undecided", (0.1, 2.0): "yes", (0.0, 1.0): "undecided"}
     for kind, cases in (("level", level), ("ahead", ahead)):
         assert {edges: _verdict(kind, {"interval": edges}) for edges in cases} == cases
+
+
+def test_a_verdict_on_trained_rows_asks_that_seeds_agree():
+    from samer.compare.significance import _verdict
+
+    cases = {  # interval, by seed: of "ahead", of "level"
+        ((0.2, 2.0), (1.0, 0.4)): ("yes", "yes"),
+        ((0.2, 2.0), (2.3, -0.1)): ("undecided", "yes"),
+        ((0.2, 2.0), (2.3, -0.6)): ("undecided", "undecided"),
+        ((0.2, 2.0), (1.0,)): ("undecided", "undecided"),
+        ((-3.0, -1.0), (-2.0, -1.0)): ("no", "no"),
+        ((-3.0, -1.0), (-4.0, -0.1)): ("no", "undecided"),
+        ((-1.0, 1.0), (0.5, 0.5)): ("undecided", "undecided"),
+    }
+    for (interval, seeds), wanted in cases.items():
+        test = {"interval": interval, "seeds": list(seeds)}
+        assert tuple(_verdict(kind, test) for kind in ("ahead", "level")) == wanted, (interval, seeds)
+
+
+def test_queries_seen_by_ndcg_alone_are_told_as_such():
+    from samer.report.findings import discriminates
+
+    def row(name, recall, ndcg):
+        tests = {"r@1": {"interval": recall}, "ndcg@10": {"interval": ndcg}}
+        return {"of": ("untouched", "none"), "minus": ("untouched", name), "captions": tests}
+
+    rows = [row("random", (0.1, 2), (0.1, 2)), row("grid", (-0.1, 2), (0.1, 2))]
+    said = discriminates(rows, "untouched", "captions", 4)
+    assert said == (
+        "Captions can tell compressors apart at K = 4, with the projection untouched (grid by nDCG@10 alone)."
+    )
+
+
+def test_phrases_that_end_alike_answer_and_nameless_ones_are_not_asked():
+    records = [
+        image("0", phrase("a dog", LEFT), phrase("one", SMALL), phrase("the others", RIGHT), phrase("s", LEFT)),
+        image("1", phrase("a big brown dog", SMALL), phrase("a dog house", RIGHT)),
+        image("2", phrase("brown dog")),
+        image("3", phrase("a hotdog", LEFT)),
+    ]
+    found = phrase_queries(records)
+    assert list(found.texts) == ["dog", "big brown dog", "dog house", "hotdog"]
+    assert found.positives.nonzero().tolist() == [[0, 0], [0, 1], [0, 2], [1, 1], [2, 1], [3, 3]]
+    assert found.sizes == pytest.approx([0.5, 0.02, 0.5, 0.5])
 
 
 def test_queries_that_discriminate_are_told_from_those_that_do_not(found):

@@ -1,8 +1,9 @@
 """What is asked of a split: its captions, short phrases of its annotation, and which images answer them.
 
-A phrase's annotators named what they saw fit, so an image may show "a dog" that nobody wrote down: it then counts
-against whoever finds it. The more images hold a phrase, the likelier that is, so phrases that at most `RARE` images
-hold are also reported by themselves. Shape letters: Q queries, I images.
+A phrase is answered by every image whose annotation holds it or one that ends in it: "a brown dog" is a dog, too.
+Annotators named what they saw fit, so an image may show a dog that nobody wrote down: it then counts against whoever
+finds it. The more images hold a phrase, the likelier that is, so phrases that at most `RARE` images hold are also
+reported by themselves. Phrases that name nothing ("one", "others") are not asked. Shape letters: Q queries, I images.
 """
 
 from __future__ import annotations
@@ -21,6 +22,22 @@ from samer.data.records import ImageRecord, phrase_texts, told_phrases
 from samer.grounding import box_coverage
 
 RARE = 5  # images of a split that hold a phrase, at most, where it is taken as rare
+NAMELESS = {"one", "ones", "two", "three", "four", "five", "both", "all", "some", "each", "another", "other", "others"}
+NAMELESS |= {
+    "someone",
+    "somebody",
+    "something",
+    "thing",
+    "things",
+    "it",
+    "this",
+    "that",
+    "these",
+    "those",
+    "them",
+    "they",
+}
+NAMELESS |= {"he", "him", "his", "she", "her", "what", "who", "which"}
 SIZE_EDGES = (0.01, 0.03, 0.1)  # shares of the picture
 
 
@@ -30,7 +47,7 @@ class Phrases:
 
     Attributes:
         texts: distinct, as they are typed (`Phrase.typed`).
-        positives: (Q, I) bool, images whose annotation holds the phrase, with or without a box.
+        positives: (Q, I) bool, images whose annotation holds the phrase or one that ends in it, with or without a box.
         sizes: (Q,) share of the picture that the phrase's boxes cover, where it is largest: a query has succeeded with
             the easiest of its images.
     """
@@ -120,7 +137,7 @@ def phrase_queries(records: Sequence[ImageRecord]) -> Phrases:
     Raises:
         InputError: no phrase has a box.
     """
-    texts = phrase_texts(records)
+    texts = [text for text in phrase_texts(records) if names_something(text)]
     if not texts:
         raise InputError("no phrase has a box, so there are no phrases to ask; leave the section phrases out")
     number = {text: k for k, text in enumerate(texts)}
@@ -128,12 +145,19 @@ def phrase_queries(records: Sequence[ImageRecord]) -> Phrases:
     sizes = np.zeros(len(texts))
     for image, record in enumerate(records):
         for phrase in told_phrases(record):
-            query = number.get(phrase.typed)
-            if query is not None:
-                positives[query, image] = True
-                if phrase.boxes:
-                    sizes[query] = max(sizes[query], covered(phrase.boxes))
+            words = phrase.typed.split()
+            for first in range(len(words)):
+                query = number.get(" ".join(words[first:]))
+                if query is not None:
+                    positives[query, image] = True
+                    if phrase.boxes:
+                        sizes[query] = max(sizes[query], covered(phrase.boxes))
     return Phrases(tuple(texts), positives, sizes)
+
+
+def names_something(text: str) -> bool:
+    """Whether a word of a phrase, of two letters at least, is more than a pronoun or a number."""
+    return any(word not in NAMELESS and sum(map(str.isalpha, word)) > 1 for word in text.split())
 
 
 def covered(boxes: Sequence) -> float:

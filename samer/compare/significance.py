@@ -53,7 +53,8 @@ def significance(
         name: [{"of": of, "minus": minus, **found[of, minus]} for of, minus in some] for name, some in pairs.items()
     }
     for entry, (claim, kind, _, _) in zip(shown["claims"], _claims(rows)):
-        entry |= {"claim": claim, "verdicts": {name: _verdict(kind, entry[name]["r@1"]) for name in _sets(entry)}}
+        tests = {name: entry[name]["r@1"] for name in _sets(entry)}
+        entry |= {"claim": claim, "verdicts": {name: _verdict(kind, test) for name, test in tests.items()}}
     return shown
 
 
@@ -79,7 +80,8 @@ def _controls_of(row: Row, rows: Sequence[Row]) -> list[Key]:
     for other in rows:
         name = other.merge.compressor
         trained_alike = (other.trained is None) == (row.trained is None)
-        same_size = name == "none" or other.merge.num_regions == row.merge.num_regions
+        own_size = other.merge.num_regions == row.merge.num_regions and row.merge.compressor != "none"
+        same_size = name == "none" or own_size
         if trained_alike and same_size and other.section in ("untouched", "adapted", "budgets"):
             found.setdefault(name, other)
     same = row.merge, row.trained
@@ -109,10 +111,17 @@ def _claims(rows: Sequence[Row]) -> list[tuple[str, str, Key, Key]]:
 
 
 def _verdict(kind: str, test: dict) -> str:
-    """`yes`, `no` or `undecided`, by the interval of the difference."""
+    """`yes`, `no` or `undecided`, by the interval of the difference; of trained rows every seed must agree.
+
+    The interval is over images, for the trainings that were run: it does not hold what another seed would change, so
+    one seed decides nothing.
+    """
     low, high = test["interval"]
-    holds = low >= -MARGIN if kind == "level" else low > 0
-    return "yes" if holds else "no" if high < 0 else "undecided"
+    least = -MARGIN if kind == "level" else 0.0
+    verdict = "yes" if (low >= least if kind == "level" else low > 0) else "no" if high < least else "undecided"
+    seeds = test.get("seeds", [])
+    agree = len(seeds) > 1 and all(value >= least if verdict == "yes" else value < least for value in seeds)
+    return verdict if agree or not seeds else "undecided"
 
 
 def _test(
@@ -128,6 +137,7 @@ def _test(
     if not pairs:
         return found
     needed = {key for pair in pairs for key in pair}
+    trained = {row_key(row) for row in rows if row.trained}
     runs = {row_key(row): runs_of(row, measured, seeds) for row in rows if row_key(row) in needed}
     owner = own_images(records)
     sets = {"captions": ("", np.ones(len(owner), dtype=bool), owner)}
@@ -138,6 +148,18 @@ def _test(
             # one row of values per compared row: seeds averaged
             means = {key: np.mean([r[prefix + metric][chosen] for r in own], axis=0) for key, own in runs.items()}
             differences = np.stack([means[of] - means[minus] for of, minus in pairs], axis=1)  # (Q, C)
+            single = {key: [float(r[prefix + metric][chosen].mean()) for r in own] for key, own in runs.items()}
             for pair, test in zip(pairs, tested(differences, groups[chosen])):
-                found[pair].setdefault(name, {})[metric] = test
+                found[pair].setdefault(name, {})[metric] = test | _by_seed(
+                    *(single[key] for key in pair), pair, trained
+                )
     return found
+
+
+def _by_seed(of: Sequence[float], minus: Sequence[float], pair: tuple[Key, Key], trained: set[Key]) -> dict:
+    """`seeds`: the difference of each, where one of two rows was trained; an untouched row is the same for all."""
+    if not trained.intersection(pair):
+        return {}
+    count = max(len(of), len(minus))
+    both = (list(values) * (count // len(values)) for values in (of, minus))
+    return {"seeds": [round(a - b, 4) for a, b in zip(*both)]}

@@ -12,7 +12,8 @@ PLAIN = tuple[str, str, list[str], list[list[str]]]  # title, note, head, rows
 HOW = (
     "R@1 of the first row minus that of the second on the same queries, seeds averaged; 95 % interval and two-sided p "
     "by a paired bootstrap over images (10,000 resamples), p not corrected for the number of comparisons. An interval "
-    "that holds 0 is no evidence for a difference, and none against one."
+    "that holds 0 is no evidence for a difference, and none against one. It is for the trainings that were run: "
+    "a verdict on trained rows asks that all seeds agree, and none is given for one seed."
 )
 
 
@@ -59,7 +60,9 @@ def discriminates(rows: Sequence[dict], section: str, queries: str, budget: int)
     can = "can" if len(seen) == len(own) else f"can tell only {seen[0]} from all tokens" if seen else "can't"
     how = "with the projection untouched" if section == "untouched" else "after the same training"
     tell = "" if can.startswith("can tell") else " tell compressors apart"
-    return f"{SETS[queries].capitalize()} {can}{tell} at K = {budget}, {how}."
+    alone = [name for name, found in by.items() if found == ["ndcg@10"]]
+    by_one = f" ({' and '.join(alone)} by nDCG@10 alone)" if can == "can" and alone else ""
+    return f"{SETS[queries].capitalize()} {can}{tell} at K = {budget}, {how}{by_one}."
 
 
 def _claims(claims: Sequence[dict]) -> PLAIN:
@@ -101,7 +104,8 @@ def against_controls(results: dict) -> list[PLAIN]:
             cells = [_cell(entry[name]["r@1"]) if entry else "" for entry in own]
             body.append([named(of), *cells])
         head = ["", *(f"minus {'all tokens' if control == 'none' else control}" for control in controls)]
-        note = f"Each row minus its controls: the same training, if it is trained, and the same K. {HOW}"
+        how = "trained by the same recipe, each through itself, if it is trained; the same K"
+        note = f"Each row minus its controls: {how}. {HOW}"
         found.append((f"Against the controls, {SETS[name]}", note, head, body))
     return found
 
@@ -116,11 +120,12 @@ def phrase_tables(results: dict) -> list[PLAIN]:
     note = (
         f"{about['count']:,} phrases that have boxes, as typed (lower case, no leading article), of which one image "
         f"holds {about['of_one_image']:,}; the commonest is held by {about['most_images']:,}. Relevant is every image "
-        "whose annotation holds the phrase, with or without a box. Others may show it unnamed by their annotators, and "
-        "count as wrong: the likelier, the more images hold a phrase. So those that at most "
-        f"{about['rare_images']} images hold ({about['rare']:,}) are also given by themselves as rare. R@k: a relevant "
-        "image is among the first k; nDCG@10: binary relevance of all relevant images; MRR: reciprocal rank of the "
-        "first relevant one. Intervals: phrases of one image (the first that holds them) together."
+        "whose annotation holds the phrase or one that ends in it (a brown dog is a dog; a hot dog counts, too), "
+        "with or without a box. Others may show it unnamed by their annotators, and count as wrong: the likelier, the "
+        f"more images hold a phrase. So those that at most {about['rare_images']} images hold ({about['rare']:,}) are "
+        "also given by themselves as rare. R@k: a relevant image is among the first k; nDCG@10: relevance of all "
+        "relevant images is binary; MRR: reciprocal rank of the first relevant one. Intervals: phrases of one image "
+        "(the first that holds them) together."
     )
     head = ["", "R@1", "R@5", "R@10", "nDCG@10", "MRR", *(["R@1, rare", "nDCG@10, rare", "MRR, rare"] if rare else [])]
     body = []
