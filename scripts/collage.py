@@ -8,9 +8,12 @@ what Debian packages freely (apt-get download PACKAGE; dpkg-deb -x PACKAGE*.deb 
 python scripts/collage.py --out outputs/collage \\
     --cutouts tuxpaint-stamps-default/usr/share/tuxpaint/stamps \\
     --backgrounds mate-backgrounds/usr/share/backgrounds/mate/nature \\
-        plasma-workspace-wallpapers/usr/share/wallpapers/{BytheWater,ColdRipple,ColorfulCups,DarkestHour,EveningGlow} \\
+        plasma-workspace-wallpapers/usr/share/wallpapers/{BytheWater,ColdRipple,DarkestHour,EveningGlow} \\
         plasma-workspace-wallpapers/usr/share/wallpapers/{FallenLeaf,Grey,Kite,OneStandsOut,Path,summer_1am} \\
-    --skip cartoon symbols flags easter 'grave-[b-i]' button confetti hard_candy 'party-*' stocking menorah
+    --skip cartoon symbols flags easter 'grave-[b-i]' button confetti hard_candy 'party-*' stocking menorah \\
+        YellowFlower FreshFlower Garden LadyBird TwoWings
+
+The last ones are backgrounds that show what cut-outs are named after.
 """
 
 import sys

@@ -28,7 +28,10 @@ def photographs(root: str | Path, wanted: Sequence[str]) -> list[ImageRecord]:
         InputError: an id that is in no split.
     """
     reader = make_reader("flickr")
-    records = {each.image_id: each for split in SPLITS for each in reader.load_split(root, split, boxes=True)}
+    records: dict[str, ImageRecord] = {}
+    for split in SPLITS:
+        if not set(wanted) <= records.keys():
+            records |= {each.image_id: each for each in reader.load_split(root, split, boxes=True)}
     for image_id in wanted:
         if image_id not in records:
             raise InputError(f"--images {image_id}: in no split of {root}; give an id that is in one")

@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter
 
+from samer.config import InputError
 from samer.world.collage_captions import Seen, Told, colour_shares, tell
 from samer.world.collage_names import related
 from samer.world.collage_sources import SOLID, Background, Cutout
@@ -145,12 +146,13 @@ def make_group(studio: Studio, group: Group) -> tuple[Collage, Collage]:
     shadows = bool(rng.random() < 0.5)
     sharp = sharpness(ground, np.ones(ground.shape[:2], bool))
     reach = largest_size([studio.cutouts[k] for k in group.cutouts])
-    while True:
+    for _ in range(1000):
         sizes = draw_sizes(rng, reach)
         for _ in range(12):
             layers = _lay_out(rng, studio, group, sizes, sharp)
             if layers:
                 return _twins(rng, studio, group, layers, ground, (crop, shadows))
+    raise InputError("cut-outs: too few names that are not kinds of each other (red bus, bus); give more")
 
 
 def draw_sizes(rng: np.random.Generator, largest: float) -> list[float]:

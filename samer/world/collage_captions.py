@@ -8,7 +8,7 @@ not counted as wrong for a hair's breadth.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
@@ -140,6 +140,10 @@ def tell(
     # of two things that stand to each other somehow, a place would be read as the second's
     free = picked[2:] if relation else picked
     mentions = [_mention(rng, things[k], k, size, k in free) for k in picked]
+    if not relation:  # "a yak and a bear on the right" is read as both of them on the right
+        for k in range(1, count):
+            if not mentions[k - 1].place:
+                mentions[k] = replace(mentions[k], place="")
     phrases = [_phrase(things[m.thing].name, m, chains[m.thing]) for m in mentions]
     if relation:
         parts = [*phrases[0], (relation, None, ""), *phrases[1]]
@@ -164,6 +168,8 @@ def _phrase(name: Name, mention: Mention, chain: tuple[int, str]) -> list[tuple[
 def _mention(rng: np.random.Generator, thing: Seen, number: int, size: int, free: bool) -> Mention:
     """What is said of a thing: of all that clearly holds, some."""
     words = set(thing.name.key.split())
+    # of "the baby of a gnu" or "grandma's doll" an adjective could be the other's
+    owned = words & {"of"} or "'s " in thing.name.key
     sizes = [word for word, (low, high, _, _) in SIZES.items() if low <= thing.area <= high]
     said_size = sizes[int(rng.integers(len(sizes)))] if sizes and rng.random() < 0.5 else ""
     colour = next(iter(thing.colours), "")
@@ -175,8 +181,8 @@ def _mention(rng: np.random.Generator, thing: Seen, number: int, size: int, free
     said_place = places[int(rng.integers(len(places)))] if places and free and rng.random() < 0.7 else ""
     return Mention(
         number,
-        "" if words & _SAYS_SIZE else said_size,
-        colour if clear and not words & _SAYS_COLOUR else "",
+        "" if owned or words & _SAYS_SIZE else said_size,
+        colour if clear and not owned and not words & _SAYS_COLOUR else "",
         said_place,
     )
 

@@ -24,6 +24,12 @@ _QUOTES = str.maketrans(dict.fromkeys("\u201c\u201d\u201e", '"') | dict.fromkeys
 _END = re.compile(r"[.!?](?=\s|$)|[.!?]{2,}|[;:\u2013\u2014]|\s-+\s")
 
 
+# names that are not what their last word alone says, and things that are also called by another word
+_OTHER_THINGS = {"sea lion", "rubber duck", "roast turkey", "red plastic flower", "edward bear", "american football"}
+_ALSO = {"seagull": {"silver gull"}, "silver gull": {"seagull"}, "cow": {"bull"}, "duck": {"drake"}}
+_ALSO |= {"flower": {"daffodil", "rose", "iris", "hibiscus", "marigold"}, "hibiscus": {"hibiscus flower"}}
+
+
 @dataclass(frozen=True)
 class Name:
     """What a cut-out shows.
@@ -55,6 +61,8 @@ def parse_name(line: str) -> Name | None:
     text = " ".join(line.translate(_QUOTES).split())
     if text.startswith('"'):  # what is written on a sign, not what it is
         return None
+    if any(letter in "[]" or not letter.isprintable() for letter in text):  # brackets are markup of captions
+        return None
     sentence = bool(_END.search(text))
     text = re.sub(r"\([^)]*\)?", " ", text.replace('"', ""))
     end = _END.search(text)
@@ -84,8 +92,12 @@ def related(one: str, other: str) -> bool:
 
 
 def covers(general: str, key: str) -> bool:
-    """Whether a thing of that key may be called by the more general one: its last words are the general one's."""
-    return key == general or key.endswith(f" {general}")
+    """Whether a thing of that key may be called by the more general one, as a rule by its last words.
+
+    Not "lion" of a sea lion, nor "gnu" of the baby of a gnu; but "flower" of a daffodil.
+    """
+    ends = key.endswith(f" {general}") and key not in _OTHER_THINGS and " of " not in key
+    return key == general or ends or any(key == word or key.endswith(f" {word}") for word in _ALSO.get(general, ()))
 
 
 def _before_comma(text: str) -> list[str]:

@@ -30,7 +30,9 @@ _MOST_FLAT = 0.35  # share of pixels like both neighbours from which a cut-out i
 _SAME = 0.985  # correlation of two backgrounds that are one picture
 _THUMB = 16
 _VERSION = re.compile(r"[ _-]*\d{3,5}x\d{3,5}$")  # of one picture in several sizes: hills_1920x1080.jpg
-_LICENCE = re.compile(r"(licen[cs]e|copying|copyright)s?([._-].*)?", re.IGNORECASE)
+_LICENCE = re.compile(
+    r"(licen[cs]e|copying|copyright|authors|credits)s?([._-].*)?|metadata\.(json|desktop)", re.IGNORECASE
+)
 _TYPES = {"people": "people", "clothes": "clothing", "clothing": "clothing", "animals": "animals"}
 _TYPES |= {"vehicles": "vehicles", "instruments": "instruments", "music": "instruments"}
 

@@ -55,7 +55,7 @@ from samer.world.collage_sources import (
 )
 from samer.world.write import annotation, markup
 
-VERSION = 1
+VERSION = 2
 QUALITY = 90  # of JPEG
 LEAST_SIZE = 96  # pixels: below it the smallest things are of a few
 FEWEST_NAMES = 2 * MOST
@@ -105,16 +105,20 @@ def write_collages(root: str | Path, order: Order, *, workers: int | None = None
     backgrounds = find_files(order.backgrounds, order.skip)
     check_folders(cutouts, backgrounds)
     stamp = _stamp(order, cutouts, backgrounds)
-    there = exists(root) and (not is_dir(root) or any(path.name != ".lock" for path in listing(root)))
+    there = exists(root) and (not is_dir(root) or any(not _stray(path) for path in listing(root)))
     if there and not (is_file(root / "collage.json") and read_json(root / "collage.json") == stamp):
         raise InputError(f"{root} exists and holds something else; name another folder or remove it")
     if is_file(root / "scenes.json"):
         shutil.rmtree(root / _DONE, ignore_errors=True)  # of a run that was ended in its last moment
         return False
     with only_writer(root):
-        write_json(root / "collage.json", stamp)
-        _write_all(root, order, cutouts, backgrounds, workers or min(8, os.cpu_count() or 1))
+        _write_all(root, order, cutouts, backgrounds, stamp, workers or min(8, os.cpu_count() or 1))
     return True
+
+
+def _stray(path: Path) -> bool:
+    """Whether a file is a lock, or half written by an earlier run that was killed."""
+    return path.name == ".lock" or (path.name.startswith(".") and path.name.endswith(TEMPORARY))
 
 
 def _check(order: Order) -> None:
@@ -146,7 +150,7 @@ def _stamp(order: Order, cutouts: Files, backgrounds: Files) -> dict[str, Any]:
     }
 
 
-def _write_all(root: Path, order: Order, cutouts: Files, backgrounds: Files, workers: int) -> None:
+def _write_all(root: Path, order: Order, cutouts: Files, backgrounds: Files, stamp: dict, workers: int) -> None:
     with tempfile.TemporaryDirectory(prefix="samer-collage-") as place, _pool(workers) as pool:
         things, left = take_cutouts(cutouts, Path(place), order.size, pool)
         left_out = [*cutouts.left_out, *left]
@@ -157,6 +161,7 @@ def _write_all(root: Path, order: Order, cutouts: Files, backgrounds: Files, wor
         groups = _groups(order, things, grounds)
         studio = Studio(tuple(things), tuple(grounds), order.size, order.seed)
         _tell_plan(root, order, studio, groups, workers)
+        write_json(root / "collage.json", stamp)  # from here on the folder is this order's: nothing refuses it any more
         _write_groups(root, order, studio, groups, pool)
     splits = {split: list(chain.from_iterable(groups)) for split, groups in _ids(order).items()}
     relevant: dict[str, list[list[str]]] = {}
@@ -165,9 +170,10 @@ def _write_all(root: Path, order: Order, cutouts: Files, backgrounds: Files, wor
         own = {each: {"split": split, **read_json(root / _DONE / f"{each}.json")} for each in ids}
         relevant |= relevant_images(own, order.size)
         scenes |= own
+    write_json(root / "annotations" / "relevant.json", relevant)  # before the lists that make a split of it
+    for split, ids in splits.items():
         with atomic_path(root / "annotations" / f"{split}.txt") as temporary:
             temporary.write_text("".join(f"{each}\n" for each in ids), encoding="utf-8")
-    write_json(root / "annotations" / "relevant.json", relevant)
     _write_sources(root, order)
     _write_manifest(root, order, studio, scenes, {"cutouts": left_out, "backgrounds": left_grounds})
     shutil.rmtree(root / _DONE)
@@ -251,12 +257,10 @@ def _shared(items: list, counts: list[int]) -> list[list]:
 def _write_groups(root: Path, order: Order, studio: Studio, groups: list[Group], pool: ProcessPoolExecutor) -> None:
     for folder in ("images/Images", "annotations/Sentences", "annotations/Annotations", _DONE):
         (root / folder).mkdir(parents=True, exist_ok=True)
-        strays = [
-            path for path in listing(root / folder) if path.name.startswith(".") and path.name.endswith(TEMPORARY)
-        ]
-        for stray in strays:  # half written when an earlier run was killed
+        for stray in filter(_stray, listing(root / folder)):
             stray.unlink()
-    done = {path.stem for path in listing(root / _DONE)}
+    pictures = {path.stem for path in listing(root / "images/Images")}
+    done = {path.stem for path in listing(root / _DONE)} & pictures
     if done:
         print(f"{len(done):,} scenes kept from an earlier try", flush=True)
     # in order of backgrounds, so that a worker opens one once
