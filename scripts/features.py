@@ -42,6 +42,8 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=assets/retriever")
     options = parser.parse_args(argv)
     splits, overrides = split_words(parser, options.splits, options.overrides)
+    import torch
+
     from samer.config import load_config
 
     config = load_config(options.config, overrides)
@@ -59,6 +61,7 @@ def main(argv=None):
             device,
             local_files_only=config.model.local_files_only,
             revision=config.model.revision,
+            dtype=torch.float32 if options.towers else None,  # the adapters' own
         )
         if options.towers:
             from samer.features.towers import StoredTowers

@@ -41,7 +41,7 @@ def main(argv=None):
     parser.add_argument("--vision", help="vision tower, a hub id or a folder (facebook/dinov2-small)")
     parser.add_argument("--text", help="text tower, likewise (sentence-transformers/all-MiniLM-L6-v2)")
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448], help="pixels of a picture's side (224 448)")
-    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"], help="of the trained rows (0 1 2)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the trained rows (0 1 2)")
     parser.add_argument("--sections", nargs="+", default=[], help="of scripts/compare.py (all)")
     parser.add_argument("--methods", nargs="+", default=[], help="compressors (all; from 512 patches on the main ones)")
     parser.add_argument("--cutouts", nargs="+", default=[], help="folders of cut-outs with names, for collages")
@@ -51,6 +51,9 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if bool(options.cutouts) != bool(options.backgrounds):
         parser.error("--cutouts and --backgrounds go together")
+    from samer.compare.plan import SECTIONS, check_request
+
+    check_request(options.sections or SECTIONS, options.seeds, (), options.methods)
     out, tables = Path(options.out), []
     tables += every_size(out / "photographs", options.data_root, options)
     if options.cutouts:
@@ -89,7 +92,8 @@ def evidence(place, data_root, size, options, start):
     words += [*start, *options.align]
     announce(place, config, [*towers, *words], options)
     step(f"align the towers, {size} pixels", align, "--config", config, *towers, *words)
-    words = ("--data-root", data_root, "--dtype", "float16", "--phrases")
+    stored = [word.partition("=")[2] for word in options.align if word.startswith("align.features_dtype=")]
+    words = ("--data-root", data_root, "--dtype", *(stored[-1:] or ["float16"]), "--phrases")
     own = ("--out", retriever / "features", *words, f"model.name={retriever / 'towers'}")
     step("what the towers give for all splits, once", features, *own)
     words = ("--out", aligned, "--towers", retriever / "features", *words, f"model.name={retriever}")
@@ -124,7 +128,14 @@ def comparisons(patches, options):
     """By folder: at K = N / 16, and of the main rows at N / 128, where compressors differ most."""
     many = patches > MANY
     methods = options.methods or (MAIN if many else ())
-    found = {"compare": Comparison(max(1, patches // 16), options.sections, methods, [64, 32, 16] if many else [])}
+    found = {
+        "compare": Comparison(
+            max(1, patches // 16),
+            options.sections,
+            methods,
+            [patches // share for share in (16, 32, 64)] if many else [],
+        )
+    }
     if few := [name for name in FEW if name in (options.sections or FEW)]:
         found["compare_few"] = Comparison(max(2, patches // 128), few, methods or MAIN, [])
     return found
@@ -162,6 +173,7 @@ def announce(place, align_file, words, options):
         trainings=trainings,
         steps=recipe.num_train_epochs * captions // recipe.train_batch_size + 1,
         captions=recipe.train_batch_size,
+        patches=config.align.patches,
     )
     seconds = forecast(model, work, pick_device())
     parts = ", ".join(f"{name} {spoken(value)}" for name, value in seconds.items())

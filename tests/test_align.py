@@ -182,6 +182,63 @@ def one_of_two(rank, config, place):
             torch.save(last_gradients(run), place["file"])
 
 
+def test_outputs_of_other_towers_left_by_a_killed_run_are_refused(config, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "StoredTowers", killed)
+    with pytest.raises(KeyboardInterrupt):
+        align(config, CPU)
+    monkeypatch.undo()
+    assert not (Path(config.align.output_dir) / "align.yaml").exists()
+    larger = replace(config, towers=replace(config.towers, image_size=2 * SIDE))
+    with pytest.raises(InputError, match=r"made with towers\.image_size"):
+        align(larger, CPU)
+    save_text(tmp_path / "other", seed=1)
+    others = replace(config, towers=replace(config.towers, text=str(tmp_path / "other")))
+    with pytest.raises(InputError, match=r"made with towers\.text"):
+        align(others, CPU)
+    assert align(of(config, epochs=1), CPU)
+
+
+def test_a_swin_tower_is_aligned_and_compared_without_what_needs_attention(config, world, tmp_path, script, capsys):
+    vision = str(save_vision(tmp_path / "swin", "swin"))
+    folder = align(of(replace(config, towers=replace(config.towers, vision=vision)), epochs=1), CPU)
+    store = tmp_path / "features"
+    words = [
+        "--out",
+        str(store),
+        "--data-root",
+        str(world),
+        "--towers",
+        str(folder / "features"),
+        f"model.name={folder}",
+    ]
+    script("features").main([*words, "--splits", "train", "val"])
+    words = ["--data-root", str(world), "--features", str(store), "--config", str(CONFIG), "--split", "val"]
+    words += ["--sections", "untouched", "--", f"model.name={folder}", "merge.num_regions=2"]
+    script("compare").main(["--out", str(tmp_path / "compare"), *words])
+    assert "sap-mean, sap-max left out" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "compare" / "results.json").read_text())["rows"]
+    assert {"samer, raster", "kmeans"} < {row["name"] for row in rows}
+    assert not {"sap-mean", "sap-max"} & {row["name"] for row in rows}
+
+
+def test_a_relative_tower_is_kept_by_its_real_path(config, tmp_path, monkeypatch):
+    vision = Path(config.towers.vision)
+    monkeypatch.chdir(vision.parent)
+    folder = align(of(replace(config, towers=replace(config.towers, vision=vision.name)), epochs=1), CPU)
+    monkeypatch.chdir(tmp_path)
+    assert Retriever.load(str(folder)).model.config.vision == str(vision.resolve())
+
+
+def test_a_store_without_phrases_is_refused_where_they_are_asked(config, tmp_path, world, script):
+    folder = align(of(config, epochs=1, phrases=0), CPU)
+    shared = replace(config, data=replace(config.data, features=str(folder / "features")))
+    with pytest.raises(InputError, match="--phrases"):
+        align(of(shared, output_dir=str(tmp_path / "asks")), CPU)
+
+
 def test_two_processes_train_as_one_does(config, tmp_path):
     config = of(config, dropout=0.0, learning_rate=1e-5)
     run = alignment(config)
@@ -220,8 +277,11 @@ def test_it_starts_from_another_retriever_of_the_same_towers(config, tmp_path):
     assert max((own[name] - other[name]).abs().max() for name in own) < 1e-6
     temperatures = [Retriever.load(str(place)).model.config.temperature for place in (folder, first)]
     assert temperatures[0] == pytest.approx(temperatures[1])
+    split = replace(config, towers=replace(config.towers, heads=8))
+    with pytest.raises(InputError, match=r"towers\.heads=4, now 8"):
+        align(of(split, output_dir=str(tmp_path / "split"), start=str(first)), CPU)
     wider = replace(config, towers=replace(config.towers, embedding_dim=4))
-    with pytest.raises(InputError, match="another size"):
+    with pytest.raises(InputError, match=r"towers\.embedding_dim=8, now 4"):
         align(of(wider, output_dir=str(tmp_path / "wider"), start=str(first)), CPU)
     save_text(tmp_path / "text", seed=1)
     others = replace(config, towers=replace(config.towers, text=str(tmp_path / "text")))

@@ -95,7 +95,7 @@ def test_killed_at_any_step_it_goes_on_to_the_same_retriever(run_through, words,
         while not mark.exists() and job.poll() is None:
             time.sleep(0.02)
         job.send_signal(signal.SIGKILL)
-        job.wait()
+        assert job.wait() == -signal.SIGKILL
     assert subprocess.run(line, check=False, **quiet).returncode == 0
     first, second = (load_file(each / "retriever" / "model.safetensors") for each in (run_through, place))
     assert first.keys() == second.keys()

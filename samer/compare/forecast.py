@@ -27,6 +27,7 @@ class Work:
         trainings: projectors to train.
         steps: of one training.
         captions: of one step.
+        patches: of a picture that a step of the alignment looks at; 0: all.
     """
 
     pictures: int
@@ -34,6 +35,7 @@ class Work:
     trainings: int
     steps: int
     captions: int
+    patches: int = 0
 
 
 def forecast(model: TowerRetriever, work: Work, device: torch.device) -> dict[str, float]:
@@ -52,7 +54,7 @@ def forecast(model: TowerRetriever, work: Work, device: torch.device) -> dict[st
     with torch.inference_mode():
         tower = _seconds(lambda: model.vision_states(pictures), device) / len(pictures)
         patches, width = model.vision_states(pictures).shape[1:]
-    states = torch.randn(8, patches, width, device=device)
+    states = torch.randn(8, min(work.patches or patches, patches), width, device=device)
     adapter = _seconds(lambda: model.vision_adapter(states).sum().backward(), device) / len(states)
     hidden = torch.randn(work.captions, patches, model.config.hidden_size, device=device)
     asked = torch.randn(work.captions, QUERY_TOKENS, model.config.embedding_dim, device=device)

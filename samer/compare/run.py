@@ -28,7 +28,7 @@ from samer.compare.plan import Row, budgets, check_request, plan, settings_of, s
 from samer.compare.queries import CAPTIONS_ONLY, RARE, Asked, caption_positives, phrase_queries
 from samer.compare.significance import significance
 from samer.compare.summarise import Measured, Values, named_objects, summarise
-from samer.compressors import COMPRESSORS
+from samer.compressors import COMPRESSORS, make_compressor
 from samer.config import Config, InputError, MergeConfig
 from samer.data import make_reader
 from samer.data.records import ImageRecord
@@ -37,6 +37,7 @@ from samer.evaluation import check_described
 from samer.features.read import FeatureStore
 from samer.grounding import size_thirds
 from samer.report.gallery import Shown
+from samer.retrievers.attention import NoSignals
 from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import load_projector
 from samer.runtime.files import is_file, write_json
@@ -136,6 +137,7 @@ def compare(
         raise InputError(f"budgets {list(at_budgets)}: an image has {most} tokens at most; give smaller ones")
     at_budgets = list(at_budgets) or budgets(tokens_per_image)
     rows = [row for row in plan(config.merge, tokens_per_image, at_budgets, methods) if row.section in sections]
+    rows = _with_signals(store, records, rows)
     asked = _asked(config, store, records, rows, split, "phrases" in sections)
     jobs: Jobs = {}
     for row in rows:
@@ -176,6 +178,19 @@ def compare(
     }
     write_json(folder / "results.json", results)
     return results
+
+
+def _with_signals(store: FeatureStore, records: Sequence[ImageRecord], rows: list[Row]) -> list[Row]:
+    """The rows whose attention signals the store has; of others a note says that they are left out."""
+    wanting = [row for row in rows if any(make_compressor(m).needs for m in (row.merge, row.trained) if m)]
+    needs = sorted({name for row in wanting for name in make_compressor(row.merge).needs})
+    try:
+        store.image_states(store.record_inputs(records[:1]), needs)
+    except NoSignals as error:
+        left = dict.fromkeys(row.merge.compressor for row in wanting)
+        print0(f"note: {', '.join(left)} left out, which need attention ({error})")
+        return [row for row in rows if row not in wanting]
+    return rows
 
 
 def _load(config: Config, split: str, limit: int | None, *, boxes: bool) -> list[ImageRecord]:

@@ -71,7 +71,8 @@ def write_comparison(
     asked = {"seeds": seeds, "sections": sections, "split": split, "at_budgets": at_budgets, "methods": methods}
     results = compare(config, out, store, **asked)
     files = [out / "results.json", *write_tables(results, out), out / "report.html"]
-    shown, regions = shown_methods(config.merge, out, store, sections, seeds[0], methods)
+    compared = list({row["merge"]["compressor"]: None for row in results["rows"]})  # some may have been left out
+    shown, regions = shown_methods(config.merge, out, store, sections, seeds[0], compared)
     gallery = make_gallery(store, records, shown, regions, batch_size=config.train.eval_batch_size)
     _write_page(files[-1], results, gallery, config.data.root, seeds)
     print0(f"{time.monotonic() - started:.0f} s; wrote {', '.join(map(str, files))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from samer.config import InputError
 
@@ -13,7 +14,7 @@ def split_part(split: str) -> tuple[str, slice]:
     """What a name of a split or a part of it says, such as `train`, `train[:50%]`, `train[50%:]`, `train[:1000]`.
 
     Returns:
-        The split's own name, and bounds in images, in the split's order; as shares where they are floats.
+        The split's own name, and bounds in images, in the split's order; as shares where they are fractions.
 
     Raises:
         InputError: brackets that hold something else.
@@ -27,10 +28,14 @@ def split_part(split: str) -> tuple[str, slice]:
     return match[1], slice(first, last)
 
 
-def _bound(text: str | None) -> int | float | None:
+def _bound(text: str | None) -> int | Fraction | None:
     if not text:
         return None
-    return float(text[:-1]) / 100 if text.endswith("%") else int(text)
+    if not text.endswith("%"):
+        return int(text)
+    if int(text[:-1]) > 100:
+        raise InputError(f"a part of a split ends at 100%, not at {text}")
+    return Fraction(int(text[:-1]), 100)
 
 
 def take_part(items: list, part: slice, split: str) -> list:
@@ -39,7 +44,7 @@ def take_part(items: list, part: slice, split: str) -> list:
     Raises:
         InputError: nothing is left.
     """
-    bounds = (int(len(items) * b) if isinstance(b, float) else b for b in (part.start, part.stop))
+    bounds = (int(len(items) * b) if isinstance(b, Fraction) else b for b in (part.start, part.stop))
     found = items[slice(*bounds)]
     if not found:
         raise InputError(f"split {split}: that part of {len(items):,} images is empty")

@@ -18,7 +18,7 @@ from samer.data.contents import check_contents, named
 from samer.data.records import ImageRecord
 from samer.data.stamps import FILE, Stamps
 from samer.features.manifest import DTYPES, StoreManifest, read_store_manifest
-from samer.retrievers.attention import ATTENTION, check_signals
+from samer.retrievers.attention import ATTENTION, NoSignals, check_signals
 from samer.retrievers.base import NO_OFFSET, Encoder, image_seeds
 from samer.retrievers.hf import Retriever, identify
 from samer.retrievers.identity import ModelIdentity, fingerprint, model_folder
@@ -261,6 +261,8 @@ class FeatureStore(Encoder):
         """What `record_inputs` read, hidden states and signals, on the device."""
         check_signals(needs)
         attention = inputs["attention"].to(self.device) if needs else None
+        if needs and bool(attention[inputs["attention_mask"].bool().to(self.device)].isnan().any()):
+            raise NoSignals(f"{self.folder}: {self.manifest.base_model} gave no attention over the whole picture")
         return self.hidden_states(inputs), {name: attention[..., ATTENTION.index(name)] for name in needs}
 
 

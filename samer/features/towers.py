@@ -52,6 +52,8 @@ class StoredTowers(Retriever):
         """
         if not isinstance(retriever.model, TowerRetriever):
             raise InputError(f"{retriever.name}: no tower retriever; --towers is for one made by scripts/align.py")
+        if retriever.model.dtype != torch.float32:
+            raise InputError(f"{retriever.name}: loaded in {retriever.model.dtype}; adapters compute in float32")
         with TemporaryDirectory() as bare:
             without_adapters(retriever.model.config, Path(bare))
             store = FeatureStore(folder, bare, retriever.device)

@@ -36,7 +36,7 @@ from samer.data import make_reader
 from samer.data.contents import Contents
 from samer.data.records import ImageRecord, phrase_texts
 from samer.features.manifest import DTYPES, StoredShard, StoredSplit, StoreManifest, read_store_manifest
-from samer.retrievers.attention import ATTENTION
+from samer.retrievers.attention import ATTENTION, NoSignals
 from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import write_projector
 from samer.runtime.files import about, exists, is_dir, is_file, listing, only_writer
@@ -297,7 +297,11 @@ def _as_now(contents: Contents | None, records: Sequence[ImageRecord], found: di
 def _encode_images(records: Sequence[ImageRecord], retriever: Retriever) -> dict[str, Tensor]:
     """What a shard holds of a batch of images: per token (sum N, ...), per patch (sum P,), per image (B, ...)."""
     inputs = retriever.record_inputs(records)
-    hidden, attention = retriever.image_states(inputs, ATTENTION)
+    try:
+        hidden, attention = retriever.image_states(inputs, ATTENTION)
+    except NoSignals:
+        hidden = retriever.hidden_states(inputs)
+        attention = dict.fromkeys(ATTENTION, torch.full(hidden.shape[:2], torch.nan, device=hidden.device))
     layout = retriever.image_layout(inputs)
     mask = inputs["attention_mask"].bool()
     # a token's number counts its own image's tokens: padding, which may stand on the left, is not stored

@@ -21,6 +21,10 @@ from samer.config import InputError
 ATTENTION = ("middle_mean", "middle_max", "last")
 
 
+class NoSignals(InputError):
+    """A model whose attention says nothing of the whole picture."""
+
+
 def signal_layers(count: int) -> list[int]:
     """Layers whose attention is read, of a language model with `count`: floor(0.4 L)..floor(0.6 L), then the last."""
     return [*range(int(count * 2 // 5), min(int(count * 3 // 5), count - 1) + 1), count - 1]

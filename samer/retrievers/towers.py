@@ -33,13 +33,16 @@ from torch import Tensor, nn
 
 from samer.config import InputError, build_dataclass
 from samer.coords import grid_layout
+from samer.retrievers.attention import NoSignals
 from samer.retrievers.base import NO_OFFSET
 from samer.retrievers.family import Family
 from samer.retrievers.identity import content_hash, fingerprint, model_folder
-from samer.runtime.files import atomic_path, read_json, write_json
+from samer.runtime.files import atomic_path, is_dir, read_json, write_json
+from samer.runtime.hub import hub_folder
 from samer.tokens import ImageLayout
 
 MODEL_TYPE = "samer_towers"
+NO_BOUND = 1_000_000
 NO_TOKEN = -1  # a picture's tokens have no ids
 WHERE = ("vision", "text", "vision_revision", "text_revision")  # of a config: where the towers are
 
@@ -185,7 +188,7 @@ class TowerRetriever(nn.Module):
         Raises:
             InputError: a tower that is not there or has changed, or weights that are not those of the settings.
         """
-        folder = _folder_of(name, revision)
+        folder = _folder_of(name, revision, local_files_only)
         config = read_tower_config(folder / "config.json")
         model = cls(config, *load_towers(config, local_files_only=local_files_only))
         model.load_own(folder / "model.safetensors")
@@ -223,8 +226,12 @@ class TowerRetriever(nn.Module):
         Raises:
             InputError: not there, of other towers, or of other sizes.
         """
-        folder = _folder_of(name, "main")
+        folder = _folder_of(name)
         config = read_tower_config(folder / "config.json")
+        for setting in ("hidden_size", "embedding_dim", "vision_layers", "text_layers", "heads"):
+            own, other = getattr(self.config, setting), getattr(config, setting)
+            if own != other:
+                raise InputError(f"{name} has towers.{setting}={other}, now {own}; set it alike, or start without it")
         for kind in ("vision_hash", "text_hash"):
             own, other = getattr(self.config, kind), getattr(config, kind)
             if own and other and own != other:
@@ -261,12 +268,20 @@ class TowerProcessor:
         """The towers' own, told to stretch pictures to `image_size` instead of cutting them."""
         from transformers import AutoImageProcessor, AutoTokenizer
 
-        pictures = AutoImageProcessor.from_pretrained(
-            config.vision, revision=config.vision_revision, backend="pil", **where
-        )
+        try:
+            pictures = AutoImageProcessor.from_pretrained(
+                config.vision, revision=config.vision_revision, backend="pil", **where
+            )
+        except Exception as error:  # many types
+            raise _unusable("vision", config.vision, "has no picture processor", error) from None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(config.text, revision=config.text_revision, **where)
+        except Exception as error:
+            raise _unusable("text", config.text, "has no tokenizer", error) from None
+        for key in ("is_local", "local_files_only"):  # how it was found, not what it is
+            tokenizer.init_kwargs.pop(key, None)
         pictures.size = {"height": config.image_size, "width": config.image_size}
         pictures.do_resize, pictures.do_center_crop = True, False
-        tokenizer = AutoTokenizer.from_pretrained(config.text, revision=config.text_revision, **where)
         return cls(pictures, tokenizer, config.image_size, config.max_text_tokens)
 
     @classmethod
@@ -296,12 +311,11 @@ class TowerProcessor:
                 truncation=True,
                 max_length=self.max_text_tokens,
                 return_offsets_mapping=True,
+                return_attention_mask=True,  # which SigLIP's leaves out
                 return_tensors="pt",
             )
         )
         inputs.pop("token_type_ids", None)
-        if "attention_mask" not in inputs:
-            raise InputError(f"the text tower's tokenizer {type(self.tokenizer).__name__} gives no attention mask")
         reached = inputs["offset_mapping"][..., 1].amax(1).tolist()
         self.cut |= {text for end, text in zip(reached, texts) if end < len(text.rstrip())}
         return inputs
@@ -326,7 +340,7 @@ class Towers(Family):
 
     @classmethod
     def load_processor(cls, name: str, **where: Any) -> TowerProcessor:
-        folder = _folder_of(name, where.get("revision", "main"))
+        folder = _folder_of(name, where.get("revision", "main"), where.get("local_files_only", False))
         return TowerProcessor.of_folder(str(folder), read_tower_config(folder / "config.json"))
 
     @classmethod
@@ -351,12 +365,12 @@ class Towers(Family):
         """The vision tower's.
 
         Raises:
-            InputError: one that attends within windows.
+            NoSignals: one that attends within windows.
         """
         tower = self.model.vision_tower
         found = [module for module in tower.modules() if hasattr(module, "is_causal")]
         if not found or hasattr(tower.config, "window_size"):
-            raise InputError(f"{type(tower).__name__} has no attention over the whole picture; such signals need it")
+            raise NoSignals(f"{type(tower).__name__} has no attention over the whole picture; such signals need it")
         return tower.config, found
 
     def attended(self, patches: Tensor) -> Tensor:
@@ -377,8 +391,11 @@ class Towers(Family):
             InputError: a picture that has less than a pixel per patch.
         """
         for number, image in enumerate(images):
-            if min(image.size) < 2:
-                raise InputError(f"picture {number} of the batch is {image.width} x {image.height} pixels; too small")
+            if min(image.size) < self.model.side:
+                raise InputError(
+                    f"picture {number} of the batch is {image.width} x {image.height} pixels, which are stretched to "
+                    f"{self.model.side} x {self.model.side} patches; it is too small"
+                )
         inputs = self.processor.image_inputs(images)
         return {**inputs, "attention_mask": torch.ones(len(images), self.model.side**2, dtype=torch.long)}
 
@@ -410,6 +427,7 @@ def without_adapters(config: TowerConfig, folder: Path) -> None:
     bare = TowerConfig(
         **where, **same, **hashes, hidden_size=max(map(_width, towers)), heads=1, vision_layers=0, text_layers=0
     )
+    bare = replace(bare, max_text_tokens=min(bare.max_text_tokens, text_positions(towers[1])))
     model = TowerRetriever(bare, *towers)
     with torch.no_grad():
         model.projection.weight.copy_(torch.eye(*model.projection.weight.shape))
@@ -437,11 +455,6 @@ def load_towers(config: TowerConfig, *, local_files_only: bool = False) -> tuple
     towers = []
     for kind in ("vision", "text"):
         name, revision = getattr(config, kind), getattr(config, f"{kind}_revision")
-        wanted, now = getattr(config, f"{kind}_hash"), tower_hash(name, revision)
-        if wanted and now and wanted != now:
-            raise InputError(
-                f"{kind} tower {name}: its files are not those that this retriever was aligned with; restore them"
-            )
         try:
             found, report = AutoModel.from_pretrained(
                 name,
@@ -453,14 +466,30 @@ def load_towers(config: TowerConfig, *, local_files_only: bool = False) -> tuple
                 output_loading_info=True,
             )
         except Exception as error:  # many types
-            reason = " ".join(str(error).split())[:240]
-            raise InputError(f"{kind} tower {name!r} can't be loaded ({reason}); name a folder or a hub id") from None
+            raise _unusable(kind, name, "can't be loaded", error) from None
+        wanted, now = getattr(config, f"{kind}_hash"), tower_hash(name, revision)  # of what was just loaded
+        if wanted and now and wanted != now:
+            raise InputError(
+                f"{kind} tower {name}: its files are not those that this retriever was aligned with; restore them"
+            )
         tower = getattr(found, f"{kind}_model", found)  # of a model of both, such as SigLIP
+        if kind == "text" and getattr(tower.config, "is_encoder_decoder", False):
+            tower = tower.get_encoder()
         lost = [key for key in report["missing_keys"] if "pooler" not in key]
         if lost:
             raise InputError(f"{kind} tower {name!r} lacks {len(lost)} weights, first {lost[0]}; they would be random")
         towers.append(tower.eval().requires_grad_(False))
     return towers[0], towers[1]
+
+
+def text_positions(text: nn.Module) -> int:
+    """The longest text that a tower has positions for; a large number where it has no bound."""
+    most = getattr(text.config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return NO_BOUND
+    # RoBERTa's count on from its padding's id
+    offset = (text.config.pad_token_id or 0) + 1 if "roberta" in text.config.model_type else 0
+    return most - offset
 
 
 def tower_hash(name: str, revision: str = "main") -> str:
@@ -469,11 +498,16 @@ def tower_hash(name: str, revision: str = "main") -> str:
     return fingerprint(folder).weights if folder else ""
 
 
-def _folder_of(name: str, revision: str) -> Path:
-    folder = model_folder(name, revision)
-    if folder is None:
-        raise InputError(f"{name}: no such folder, and not in the hub's cache")
-    return folder
+def _folder_of(name: str, revision: str = "main", local_files_only: bool = False) -> Path:
+    """The folder itself, or that of a hub id, whose files are fetched."""
+    if is_dir(name):
+        return Path(name)
+    return hub_folder(name, ["*.json", "*.safetensors"], revision=revision, local_files_only=local_files_only)
+
+
+def _unusable(kind: str, name: str, what: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:240]
+    return InputError(f"{kind} tower {name!r} {what} ({reason}); name a folder that holds one, or a hub id")
 
 
 def _width(tower: nn.Module) -> int:

@@ -11,6 +11,7 @@ The towers' outputs are computed once and read from the store; what is trained o
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,18 +22,20 @@ import yaml
 from samer.config import InputError, build_dataclass, load_yaml
 from samer.data import make_reader
 from samer.data.parts import split_part
-from samer.data.records import ImageRecord
+from samer.data.records import ImageRecord, phrase_texts
 from samer.features.read import FeatureStore, open_encoder
 from samer.features.towers import StoredTowers
 from samer.features.write import write_features
 from samer.retrievers.towers import (
+    TowerConfig,
     TowerProcessor,
     TowerRetriever,
     load_towers,
     read_tower_config,
+    tower_hash,
     without_adapters,
 )
-from samer.runtime.files import atomic_path, is_file, only_writer, write_json
+from samer.runtime.files import atomic_path, is_dir, is_file, listing, only_writer, write_json
 from samer.runtime.processes import gather_objects, print0, rank
 from samer.runtime.signals import stoppable
 from samer.training.align_settings import AlignConfig
@@ -56,20 +59,30 @@ def align(config: AlignConfig, device: torch.device) -> Path:
 
 def _align(config: AlignConfig, device: torch.device) -> Path:
     output = Path(config.align.output_dir)
+    towers = {kind: _place(getattr(config.towers, kind)) for kind in ("vision", "text")}
+    config = replace(config, towers=replace(config.towers, **towers))
     if not config.data.root:
         raise InputError("data.root is not set; give the data set's folder as data.root=DIR (DATA_ROOT=DIR)")
     _check_output(output, config)
     if is_file(output / "config.json"):
+        for left in listing(output) if rank() == 0 else ():  # of a run that was killed in its last moment
+            if left.name.startswith("epoch-"):
+                left.unlink()
         print0(f"{output} holds this retriever, finished; nothing is left to train")
         return output
     records, validation = _records(config)
     store = _tower_outputs(config, output, device)
     store.check_records([*records, *validation])
+    if lacking := store.lacking(phrase_texts(records)) if config.align.phrases else []:
+        raise InputError(
+            f"{store.folder}: no features of {len(lacking):,} phrases, first {lacking[0]!r}; compute them with "
+            "scripts/features.py --phrases, or set align.phrases=0"
+        )
     towers = load_towers(config.towers)
     torch.manual_seed(config.align.seed)
     made = read_tower_config(output / "towers" / "config.json")
-    hashes = {"vision_hash": made.vision_hash, "text_hash": made.text_hash}
-    model = TowerRetriever(replace(config.towers, **hashes), *towers)
+    same = {name: getattr(made, name) for name in ("vision_hash", "text_hash", "max_text_tokens")}
+    model = TowerRetriever(replace(config.towers, **same), *towers)
     if config.align.start:
         model.start_from(config.align.start)
     processor = TowerProcessor.of_towers(model.config)
@@ -87,6 +100,12 @@ def _align(config: AlignConfig, device: torch.device) -> Path:
         run.clear()
     gather_objects(None)
     return output
+
+
+def _place(name: str) -> str:
+    """A folder's real path, so that the retriever is used from anywhere; a hub id as it is."""
+    folder = os.path.expanduser(name)
+    return os.path.realpath(folder) if is_dir(folder) else name
 
 
 def _check_output(output: Path, config: AlignConfig) -> None:
@@ -123,12 +142,29 @@ def _records(config: AlignConfig) -> tuple[list[ImageRecord], list[ImageRecord]]
     return kept, load(data.eval_split, boxes=False, limit_images=data.limit_eval_images)
 
 
+def _check_towers(output: Path, made: TowerConfig, asked: TowerConfig) -> None:
+    """Refuses a folder whose outputs are of other towers, or of pictures of another size."""
+    differs = [] if made.image_size == asked.image_size else ["image_size"]
+    differs += ["max_text_tokens"] if made.max_text_tokens > asked.max_text_tokens else []
+    for kind in ("vision", "text"):
+        now = tower_hash(getattr(asked, kind), getattr(asked, f"{kind}_revision"))
+        if now != getattr(made, f"{kind}_hash") if now else getattr(asked, kind) != getattr(made, kind):
+            differs.append(kind)
+    if differs:
+        name = differs[0]
+        raise InputError(
+            f"{output / 'towers'} was made with towers.{name}={getattr(made, name)!r}, now {getattr(asked, name)!r} or "
+            "other files; name another align.output_dir, or remove it to start anew"
+        )
+
+
 def _tower_outputs(config: AlignConfig, output: Path, device: torch.device) -> FeatureStore:
     """The store of what the towers give for both splits, computed where it is not there yet."""
     bare, data = output / "towers", config.data
     if rank() == 0 and not is_file(bare / "config.json"):
         without_adapters(config.towers, bare)
     gather_objects(None)
+    _check_towers(output, read_tower_config(bare / "config.json"), config.towers)
     if data.features:
         return FeatureStore(data.features, str(bare), device)
     splits = dict.fromkeys(split_part(split)[0] for split in (data.train_split, data.eval_split) if split)

@@ -91,7 +91,8 @@ class Alignment:
         self.stamp = asdict(config)
         for key in ("output_dir", "batch_size"):
             del self.stamp["align"][key]
-        del self.stamp["data"]["features"]
+        for key in ("features", "strict"):
+            del self.stamp["data"][key]
         self.stamp["made"] = asdict(model.config)
 
     @property
@@ -323,4 +324,5 @@ class Alignment:
             with torch.no_grad():
                 parameter.copy_(tensors[name])
             moments = {part: tensors[f"adamw.{part}.{name}"].to(parameter) for part in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": tensors[f"adamw.step.{name}"][0], **moments}
+            step = tensors[f"adamw.step.{name}"][0].to(parameter.device, torch.float32)  # where AdamW, fused, wants it
+            self.optimizer.state[parameter] = {"step": step, **moments}
