@@ -44,6 +44,8 @@ def main(argv=None):
         parser.error("--size must be at least 1")
     if options.batch_size < 1:
         parser.error("--batch-size must be at least 1")
+    if options.texts and (options.split or options.reader):
+        parser.error("--split and --reader go with --data-root")
     from samer.data import make_reader
     from samer.features.read import open_encoder
     from samer.index.settings import adapter_config
@@ -57,7 +59,11 @@ def main(argv=None):
     else:
         split = options.split or config.data.train_split
         reader = make_reader(options.reader or config.data.reader)
-        texts = captions_of(reader.load_split(options.data_root, split, boxes=False, strict=config.data.strict))
+        limit = config.data.limit_train_images if split == config.data.train_split else None  # as in training
+        records = reader.load_split(
+            options.data_root, split, boxes=False, limit_images=limit, strict=config.data.strict
+        )
+        texts = captions_of(records)
         source = f"captions of {split} in {options.data_root}"
     encoder = open_encoder(
         config.model.name,

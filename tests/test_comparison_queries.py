@@ -645,13 +645,16 @@ def test_a_run_asks_phrases_of_every_row(run, base, stored, records, tmp_path, m
     assert "nothing left to train or measure" in capsys.readouterr().out
 
 
-def test_measurements_without_phrases_stay_usable_and_are_made_anew_with_them(run, tmp_path, monkeypatch):
+def test_measurements_without_phrases_stay_usable_and_are_made_anew_with_them(run, tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(compare_run, "measure", lambda *words: calls.append(words[4].phrases) or measure(*words))
     words = ("--sections", "untouched", "--methods", "none", "kmeans")
     first = run(tmp_path / "out", *words)
+    capsys.readouterr()
     assert run(tmp_path / "out", *words) == first
+    assert "nothing left to train or measure" in capsys.readouterr().out
     second = run(tmp_path / "out", "--sections", "untouched", "phrases", *words[2:])
+    assert "2 measurements to go" in capsys.readouterr().out
     assert [phrases is None for phrases in calls] == [True, False]
     assert [row["r@1"] for row in second["rows"]] == [row["r@1"] for row in first["rows"]]
 

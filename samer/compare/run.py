@@ -42,7 +42,7 @@ from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import load_projector
 from samer.runtime.files import is_file, write_json
 from samer.runtime.processes import print0
-from samer.runtime.shards import finished_shard, load_shard, unreadable, write_shard
+from samer.runtime.shards import finished_shard, load_header, load_shard, unreadable, write_shard
 from samer.runtime.signals import stop_here, stoppable
 from samer.training.loop import train
 
@@ -259,7 +259,7 @@ def _train_and_measure(
     config: Config, folder: Path, store: FeatureStore, records: Sequence[ImageRecord], jobs: Jobs, asked: Asked
 ) -> Measured:
     """Values of all rows, projector by projector; what is finished in `folder` is kept."""
-    pace, measured = _pace(folder, jobs), {}
+    pace, measured = _pace(folder, jobs, [record.image_id for record in records], asked), {}
     with stoppable():
         for number, ((name, seed), (through, merges)) in enumerate(jobs.items(), 1):
             stop_here()
@@ -283,14 +283,20 @@ def _places(folder: Path, name: str, seed: int) -> tuple[Path, Path]:
     return folder / "projectors" / f"{name}-seed{seed}", folder / "measured" / f"{name}-seed{seed}.safetensors"
 
 
-def _pace(folder: Path, jobs: Jobs) -> Pace:
-    """What of the jobs is not in `folder` yet."""
+def _pace(folder: Path, jobs: Jobs, ids: list[str], asked: Asked) -> Pace:
+    """What of the jobs is not in `folder` yet, or was measured of other images, rows or queries."""
     trainings, measurements = {}, {}
     for (name, seed), (through, merges) in jobs.items():
         place, path = _places(folder, name, seed)
         if through is not None and not is_file(place / "projector.safetensors"):
             trainings[name, seed] = 1
-        if not is_file(path):
+        wanted = {"ids": ids, "merges": {key: settings_of(merge) for key, merge in merges.items()}}
+        wanted |= asked.stamp(any(map(_needs_bank, merges.values())))
+        try:
+            held = load_header(path)["stamp"] if is_file(path) else {}
+        except (OSError, SafetensorError, ValueError, KeyError):
+            held = {}
+        if any(held.get(key) != wanted.get(key) for key in ("ids", "merges", "phrases", "relevant", "bank")):
             measurements[name, seed] = len(merges)
     return Pace(trainings, measurements)
 

@@ -108,7 +108,7 @@ from samer.retrievers.banks import Bank
 from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import read_projector, write_projector
 from samer.runtime.files import FileTrouble, exists, is_dir, is_file, listing, lookup, only_writer
-from samer.runtime.processes import from_first, gather_objects, rank
+from samer.runtime.processes import from_first, gather_objects, print0, rank
 from samer.runtime.progress import Progress, batched, prefetched
 from samer.runtime.shards import finished_shard, in_order, joined, load_header, shared_out, write_shard
 from samer.runtime.signals import stop_here, stoppable
@@ -166,6 +166,11 @@ def build_index(
     }
     retriever.check_records([record for rows in records.values() for record in rows])
     if make_compressor(merge).needs_queries and bank is None:
+        if bank_split in splits:
+            print0(
+                f"note: the query bank is made of captions of {bank_split}, which are this index's queries, too; recall "
+                "on it tests nothing"
+            )
         bank = held_bank(folder) or bank_of_captions(data_root, bank_split, reader, retriever, merge, batch_size)
     with writing(folder, retriever, merge, batch_size, dtype, assignments, bank) as writer:
         summaries = []
