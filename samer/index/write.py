@@ -168,7 +168,7 @@ def build_index(
     if make_compressor(merge).needs_queries and bank is None:
         if bank_split in splits:
             print0(
-                f"note: the query bank is made of captions of {bank_split}, which are this index's queries, too; recall "
+                f"note: the query bank is made of captions of {bank_split}, which are this index's queries; recall "
                 "on it tests nothing"
             )
         bank = held_bank(folder) or bank_of_captions(data_root, bank_split, reader, retriever, merge, batch_size)
