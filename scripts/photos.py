@@ -4,9 +4,10 @@ bash bash/photos.sh /data/flickr30k_entities                  (results in output
 bash bash/photos.sh DATA_ROOT --vision DIR --text DIR --sizes 224 --seeds 0
 
 One half of train aligns the towers, the other trains projectors; val picks the retriever's epoch, test is measured.
-Larger pictures start from the retriever of the first size. With --cutouts and --backgrounds all of it is done on
-collages as well, with a retriever of their own that starts from that of the photographs: there objects have the sizes
-that were asked for, while photographs are as they are. Run again, it goes on where it stopped.
+Larger pictures start from the retriever of the first size. With --cutouts and --backgrounds the main rows are compared
+on collages as well: there objects have the sizes that were asked for, while photographs are as they are. Scenes are few
+and their captions simple, so their retriever has no layers of its own, and it and the projectors train on all of train.
+Run again, it goes on where it stopped.
 """
 
 import sys
@@ -55,7 +56,7 @@ def main(argv=None):
 
     check_request(options.sections or SECTIONS, options.seeds, (), options.methods)
     out, tables = Path(options.out), []
-    tables += every_size(out / "photographs", options.data_root, options)
+    tables += every_size(out / "photographs", options.data_root, options, PHOTOGRAPHS)
     if options.cutouts:
         from scripts import collage
 
@@ -63,23 +64,21 @@ def main(argv=None):
         words = ("--out", scenes, "--cutouts", *options.cutouts, "--backgrounds", *options.backgrounds)
         words += ("--skip", *options.skip) if options.skip else ()
         step("collages", collage, *words)
-        start = out / "photographs" / str(options.sizes[0]) / "retriever"
-        tables += every_size(out / "collages", scenes, options, (f"align.start={start}",))
+        tables += every_size(out / "collages", scenes, options, SCENES)
     print("\n" + "\n".join(f"tables: {table}" for table in tables))
     return tables
 
 
-def every_size(place, data_root, options, start=()):
+def every_size(place, data_root, options, kind):
     """The pages of tables; the first size's retriever is where the others start, for a quarter of its epochs."""
-    pages = []
+    pages, start = [], ()
     for size in options.sizes:
-        pages += evidence(place / str(size), data_root, size, options, start)
-        if size == options.sizes[0]:
-            start = (f"align.start={place / str(size) / 'retriever'}", "align.epochs=5")
+        pages += evidence(place / str(size), data_root, size, options, kind, start)
+        start = start or (f"align.start={place / str(size) / 'retriever'}", "align.epochs=5")
     return pages
 
 
-def evidence(place, data_root, size, options, start):
+def evidence(place, data_root, size, options, kind, start):
     """A retriever for pictures of that size, what it gives, and the comparison; returns the pages of tables."""
     from samer.retrievers.hf import Retriever
     from scripts import align, compare, features
@@ -88,9 +87,9 @@ def evidence(place, data_root, size, options, start):
     towers = [f"towers.{name}={value}" for name in ("vision", "text") if (value := getattr(options, name))]
     config = ROOT / "configs" / ("towers_448.yaml" if size > 336 else "towers_224.yaml")
     towers.append(f"towers.image_size={size}")
-    words = [f"data.root={data_root}", "data.train_split=train[:50%]", f"align.output_dir={retriever}"]
-    words += [*start, *options.align]
-    announce(place, config, [*towers, *words], options)
+    words = [f"data.root={data_root}", f"data.train_split={kind.aligned_on}", f"align.output_dir={retriever}"]
+    words += [*kind.align, *start, *options.align]
+    announce(place, config, [*towers, *words], options, kind)
     step(f"align the towers, {size} pixels", align, "--config", config, *towers, *words)
     stored = [word.partition("=")[2] for word in options.align if word.startswith("align.features_dtype=")]
     words = ("--data-root", data_root, "--dtype", *(stored[-1:] or ["float16"]), "--phrases")
@@ -100,12 +99,40 @@ def evidence(place, data_root, size, options, start):
     step("what the adapters make of it", features, *words)
     rows, columns = Retriever.load(str(retriever)).grid
     pages = []
-    for name, asked in comparisons(rows * columns, options).items():
+    for name, asked in comparisons(rows * columns, options, kind).items():
         own = ("--data-root", data_root, "--out", place / name, "--features", aligned, "--config", CONFIG)
         title = f"compare at K = {asked.regions} of {rows * columns}"
-        step(title, compare, *own, f"model.name={retriever}", *asked.words(options.seeds))
+        step(
+            title,
+            compare,
+            *own,
+            f"data.train_split={kind.trained_on}",
+            f"model.name={retriever}",
+            *asked.words(options.seeds),
+        )
         pages.append(place / name / "results.md")
     return pages
+
+
+class Kind(NamedTuple):
+    """What differs between photographs and scenes: on what is aligned and trained, how, and which sections are run."""
+
+    aligned_on: str
+    trained_on: str
+    align: Sequence[str]
+    sections: Sequence[str]
+
+
+PHOTOGRAPHS = Kind("train[:50%]", "train[50%:]", (), ())
+SCENES = Kind(
+    "train",
+    "train",
+    (
+        *("towers.vision_layers=0", "towers.text_layers=0", "align.captions=3", "align.phrases=2", "align.epochs=14"),
+        *("align.patches=128", "align.learning_rate=2e-3", "align.images_per_step=32", "align.phrase_weight=1"),
+    ),
+    FEW,
+)
 
 
 class Comparison(NamedTuple):
@@ -124,37 +151,32 @@ class Comparison(NamedTuple):
         return words
 
 
-def comparisons(patches, options):
+def comparisons(patches, options, kind):
     """By folder: at K = N / 16, and of the main rows at N / 128, where compressors differ most."""
-    many = patches > MANY
-    methods = options.methods or (MAIN if many else ())
-    found = {
-        "compare": Comparison(
-            max(1, patches // 16),
-            options.sections,
-            methods,
-            [patches // share for share in (16, 32, 64)] if many else [],
-        )
-    }
-    if few := [name for name in FEW if name in (options.sections or FEW)]:
+    many, sections = patches > MANY, options.sections or kind.sections
+    methods = options.methods or (MAIN if many or kind.sections else ())
+    budgets = [patches // share for share in (16, 32, 64)] if many else []
+    found = {"compare": Comparison(max(1, patches // 16), sections, methods, budgets)}
+    if few := [name for name in FEW if name in (sections or FEW)]:
         found["compare_few"] = Comparison(max(2, patches // 128), few, methods or MAIN, [])
     return found
 
 
-def announce(place, align_file, words, options):
+def announce(place, align_file, words, options, kind):
     """Says how long a size will take, by a few probes of this machine; nothing where all of it is done."""
     from samer.compare.forecast import Work, forecast
     from samer.compare.pace import spoken
     from samer.compare.plan import SECTIONS, plan, slug
     from samer.config import load_config
     from samer.data import make_reader
+    from samer.data.parts import split_part, take_part
     from samer.retrievers.towers import TowerRetriever, load_towers
     from samer.runtime.commands import pick_device
     from samer.training.align_settings import AlignConfig
 
     config = load_config(align_file, words, AlignConfig)
     model = TowerRetriever(config.towers, *load_towers(config.towers))
-    asked = comparisons(model.side**2, options)
+    asked = comparisons(model.side**2, options, kind)
     if all((place / name / "results.md").is_file() for name in asked):
         return
     trainings = 0
@@ -165,11 +187,11 @@ def announce(place, align_file, words, options):
         trainings += len(through) * len(options.seeds)
     read = make_reader(config.data.reader).load_split
     splits = {name: read(config.data.root, name, boxes=False) for name in ("train", "val", "test")}
-    half = len(splits["train"]) // 2
-    recipe, captions = load_config(CONFIG, []).train, sum(len(record.captions) for record in splits["train"][half:])
+    aligned, trained = (take_part(splits["train"], split_part(part)[1], part) for part in kind[:2])
+    recipe, captions = load_config(CONFIG, []).train, sum(len(record.captions) for record in trained)
     work = Work(
         pictures=sum(map(len, splits.values())),
-        aligned=half * config.align.epochs,
+        aligned=len(aligned) * config.align.epochs,
         trainings=trainings,
         steps=recipe.num_train_epochs * captions // recipe.train_batch_size + 1,
         captions=recipe.train_batch_size,

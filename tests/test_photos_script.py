@@ -66,7 +66,7 @@ def test_it_ends_with_tables_and_a_retriever(run_through):
     assert Retriever.load(str(run_through / "retriever")).grid == (8, 8)
 
 
-def test_larger_pictures_and_collages_start_from_the_first_retriever(words, script, tmp_path, monkeypatch):
+def test_larger_pictures_start_from_the_first_retriever_and_scenes_have_their_own(words, script, tmp_path, monkeypatch):
     photos, steps = script("photos"), []
     monkeypatch.setattr(photos, "announce", lambda *_: None)
     monkeypatch.setattr(photos, "step", lambda title, _, *words: steps.append((title, [str(word) for word in words])))
@@ -75,7 +75,11 @@ def test_larger_pictures_and_collages_start_from_the_first_retriever(words, scri
     photos.main([*words, *more, "--out", str(tmp_path)])
     starts = [[word for word in words if "align.start" in word] for title, words in steps if "align" in title]
     first, of_collages = (f"align.start={tmp_path / kind / '32' / 'retriever'}" for kind in ("photographs", "collages"))
-    assert starts == [[], [first], [first], [of_collages]]
+    assert starts == [[], [first], [], [of_collages]]
+    scenes = [words for title, words in steps if "align" in title][2]
+    assert {"data.train_split=train", "towers.vision_layers=0"} <= set(scenes)
+    compared = [words for title, words in steps if title.startswith("compare")]
+    assert ["data.train_split=train" in words for words in compared] == [False] * 4 + [True] * 4
     (made,) = (words for title, words in steps if title == "collages")
     assert made[made.index("--skip") :] == ["--skip", "flags"]
 
