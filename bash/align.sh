@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes a retriever of two pretrained towers. Variables (default) and any section.key=value override:
 #   DATA_ROOT (required)   CONFIG (configs/towers_224.yaml)   OUTPUT_DIR (the config's)   NPROC_PER_NODE (1; more: torchrun)
-#   VISION TEXT (the config's; hub ids or folders)   FEATURES_DIR (a store of what the towers give; computed where unset)
+#   VISION TEXT (the config's; hub ids or folders)   FEATURES_DIR (computed, into OUTPUT_DIR/features;
+#   or that of an earlier alignment of the same towers)
 # Example: DATA_ROOT=/data/flickr30k_entities VISION=facebook/dinov2-base bash bash/align.sh align.epochs=30
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"

@@ -5,7 +5,7 @@
 
 The towers stay as they are; adapters and the shared projection are trained on pictures and captions. Writes a folder to
 align.output_dir that every other command takes as model.name; run again, it goes on where it stopped. What the towers
-give is computed once, into OUTPUT_DIR/features or before by scripts/features.py (data.features).
+give is computed once, into OUTPUT_DIR/features; another alignment of the same towers takes it as data.features.
 """
 
 import sys
