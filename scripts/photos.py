@@ -170,7 +170,8 @@ def announce(place, align_file, words, options, kind):
     from samer.config import load_config
     from samer.data import make_reader
     from samer.data.parts import split_part, take_part
-    from samer.retrievers.towers import TowerRetriever, load_towers
+    from samer.retrievers.pretrained import load_towers
+    from samer.retrievers.towers import TowerRetriever
     from samer.runtime.commands import pick_device
     from samer.training.align_settings import AlignConfig
 

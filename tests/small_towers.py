@@ -19,11 +19,15 @@ from transformers import (
     DistilBertConfig,
     DistilBertModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
     SwinConfig,
     SwinModel,
+    T5Config,
+    T5Model,
     ViTConfig,
     ViTImageProcessorPil,
     ViTModel,
@@ -73,6 +77,12 @@ VISION = {  # name: model, picture processor
 }
 TEXT = {
     "bert": lambda vocab: BertModel(BertConfig(vocab_size=vocab, **PLAIN, max_position_embeddings=16)),
+    "roberta": lambda vocab: RobertaModel(
+        RobertaConfig(vocab_size=vocab, **PLAIN, max_position_embeddings=17, pad_token_id=0)
+    ),
+    "t5": lambda vocab: T5Model(
+        T5Config(vocab_size=vocab, d_model=24, d_kv=12, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    ),
     "distilbert": lambda vocab: DistilBertModel(
         DistilBertConfig(vocab_size=vocab, dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=16)
     ),

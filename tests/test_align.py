@@ -18,7 +18,7 @@ from samer.data import flickr
 from samer.features.read import FeatureStore
 from samer.features.towers import StoredTowers
 from samer.retrievers.hf import Retriever
-from samer.retrievers.towers import TowerConfig
+from samer.retrievers.pretrained import TowerConfig
 from samer.runtime.signals import Stopped
 from samer.search.models import Models
 from samer.search.open_index import SearchIndex

@@ -15,7 +15,8 @@ from transformers import AutoModel
 from samer.config import InputError
 from samer.data.records import ImageRecord
 from samer.retrievers.hf import Retriever, identify
-from samer.retrievers.towers import TowerConfig, TowerProcessor, TowerRetriever, load_towers, tower_hash
+from samer.retrievers.pretrained import TowerConfig, load_towers, tower_hash
+from samer.retrievers.towers import TowerProcessor, TowerRetriever, without_adapters
 
 SMALL = {"hidden_size": 32, "embedding_dim": 8, "heads": 4, "max_text_tokens": 12}
 TEXTS = ["a red dog on the boat", "tree"]
@@ -78,7 +79,7 @@ def test_any_vision_tower_gives_its_patches_row_by_row_at_any_size(kind, size, s
     assert torch.allclose(visual.tokens, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "t5"])
 def test_texts_are_encoded_with_offsets_and_padding_changes_nothing(kind, towers, tmp_path):
     text = save_text(tmp_path / "text", kind)
     retriever = Retriever.load(str(make(tmp_path / "retriever", towers[0], text)))
@@ -90,6 +91,32 @@ def test_texts_are_encoded_with_offsets_and_padding_changes_nothing(kind, towers
     assert words == TEXTS[0].split()
     assert both.offsets[0, 0].tolist() == [-1, -1]
     assert both.offsets[1, 3:].eq(-1).all()
+
+
+def test_a_tower_with_fewer_positions_than_its_tokenizer_says_cuts_there(towers, tmp_path):
+    text = save_text(tmp_path / "text", "roberta")
+    told = json.loads((text / "tokenizer_config.json").read_text())
+    (text / "tokenizer_config.json").write_text(json.dumps({**told, "model_max_length": 512}))
+    config = TowerConfig(str(towers[0]), str(text), image_size=SIDE, hidden_size=24, heads=2, max_text_tokens=64)
+    without_adapters(config, tmp_path / "bare")
+    retriever = Retriever.load(str(tmp_path / "bare"))
+    inputs = retriever.query_inputs(["dog " * 30])
+    assert inputs["attention_mask"].sum(1).tolist() == [16]  # 17 positions, of which RoBERTa's padding takes one
+    assert retriever.encode_queries(inputs).tokens.isfinite().all()
+
+
+def test_a_tower_without_a_tokenizer_or_picture_processor_is_named(towers, tmp_path):
+    for kind, file, words in (
+        ("text", "tokenizer*", "has no tokenizer"),
+        ("vision", "preprocessor_config.json", "has no picture processor"),
+    ):
+        lost = tmp_path / kind
+        shutil.copytree(towers[("vision", "text").index(kind)], lost)
+        for path in lost.glob(file):
+            path.unlink()
+        where = {"vision": str(towers[0]), "text": str(towers[1]), kind: str(lost)}
+        with pytest.raises(InputError, match=f"{kind} tower .* {words}"):
+            TowerProcessor.of_towers(TowerConfig(**where))
 
 
 def test_a_long_caption_is_cut_and_counted(folder):

@@ -139,10 +139,7 @@ def compare(
     rows = [row for row in plan(config.merge, tokens_per_image, at_budgets, methods) if row.section in sections]
     rows = _with_signals(store, records, rows)
     asked = _asked(config, store, records, rows, split, "phrases" in sections)
-    jobs: Jobs = {}
-    for row in rows:
-        for seed in seeds if row.trained else [0]:
-            jobs.setdefault((slug(row.trained), seed), (row.trained, {}))[1][slug(row.merge)] = row.merge
+    jobs = _jobs(rows, seeds)
     trained = sum(through is not None for through, _ in jobs.values())
     measurements = sum(len(merges) for _, merges in jobs.values())
     print0(
@@ -178,6 +175,15 @@ def compare(
     }
     write_json(folder / "results.json", results)
     return results
+
+
+def _jobs(rows: Sequence[Row], seeds: Sequence[int]) -> Jobs:
+    """Rows by the projector that they are measured with."""
+    jobs: Jobs = {}
+    for row in rows:
+        for seed in seeds if row.trained else [0]:
+            jobs.setdefault((slug(row.trained), seed), (row.trained, {}))[1][slug(row.merge)] = row.merge
+    return jobs
 
 
 def _with_signals(store: FeatureStore, records: Sequence[ImageRecord], rows: list[Row]) -> list[Row]:

@@ -18,9 +18,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,67 +30,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from samer.config import InputError, build_dataclass
+from samer.config import InputError
 from samer.coords import grid_layout
 from samer.retrievers.attention import NoSignals
 from samer.retrievers.base import NO_OFFSET
 from samer.retrievers.family import Family
-from samer.retrievers.identity import content_hash, fingerprint, model_folder
-from samer.runtime.files import atomic_path, is_dir, read_json, write_json
-from samer.runtime.hub import hub_folder
+from samer.retrievers.identity import content_hash
+from samer.retrievers.pretrained import (
+    MODEL_TYPE,
+    WHERE,
+    TowerConfig,
+    folder_of,
+    load_towers,
+    read_tower_config,
+    text_positions,
+    tower_grid,
+    tower_hash,
+    tower_width,
+    unusable,
+)
+from samer.runtime.files import atomic_path, write_json
 from samer.tokens import ImageLayout
 
-MODEL_TYPE = "samer_towers"
-NO_BOUND = 1_000_000
 NO_TOKEN = -1  # a picture's tokens have no ids
-WHERE = ("vision", "text", "vision_revision", "text_revision")  # of a config: where the towers are
-
-
-@dataclass(frozen=True)
-class TowerConfig:
-    """What a tower retriever is made of.
-
-    Attributes:
-        vision, text: the towers, on the hub or folders.
-        vision_revision, text_revision: on the hub.
-        vision_hash, text_hash: of config.json and the weights of each; "" is not known.
-        image_size: pixels per side that pictures are stretched to, whatever their shape, so that boxes stay shares.
-        hidden_size: H, what the projection is applied to.
-        embedding_dim: D.
-        vision_layers, text_layers: of the adapters; 0: the tower's own output.
-        heads: of the adapters' attention.
-        temperature: that similarities were divided by in training.
-        max_text_tokens: longer texts are cut.
-    """
-
-    vision: str = "facebook/dinov2-small"
-    text: str = "sentence-transformers/all-MiniLM-L6-v2"
-    vision_revision: str = "main"
-    text_revision: str = "main"
-    vision_hash: str = ""
-    text_hash: str = ""
-    image_size: int = 224
-    hidden_size: int = 384
-    embedding_dim: int = 128
-    vision_layers: int = 1
-    text_layers: int = 1
-    heads: int = 6
-    temperature: float = 0.05
-    max_text_tokens: int = 64
-    architectures: tuple[str, ...] = ("TowerRetriever",)
-    model_type: str = MODEL_TYPE
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "hidden_size", "embedding_dim", "heads", "max_text_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"towers.{name} must be at least 1; it is {getattr(self, name)}")
-        for name in ("vision_layers", "text_layers"):
-            if getattr(self, name) < 0:
-                raise InputError(f"towers.{name} must be at least 0; it is {getattr(self, name)}")
-        if self.hidden_size % self.heads:
-            raise InputError(f"towers.hidden_size {self.hidden_size} is no multiple of towers.heads {self.heads}")
-        if not 0 < self.temperature < float("inf"):
-            raise InputError(f"towers.temperature must be a number above 0; it is {self.temperature}")
 
 
 class Adapter(nn.Module):
@@ -132,11 +93,11 @@ class TowerRetriever(nn.Module):
         super().__init__()
         self.config = config
         self.vision_tower, self.text_tower = vision, text
-        widths = _width(vision), _width(text)
+        widths = tower_width(vision), tower_width(text)
         self.vision_adapter = Adapter(widths[0], config.hidden_size, config.vision_layers, config.heads)
         self.text_adapter = Adapter(widths[1], config.hidden_size, config.text_layers, config.heads)
         self.projection = nn.Linear(config.hidden_size, config.embedding_dim)
-        self.side, self.specials = _grid_of(vision, config.image_size)
+        self.side, self.specials = tower_grid(vision, config.image_size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -188,7 +149,7 @@ class TowerRetriever(nn.Module):
         Raises:
             InputError: a tower that is not there or has changed, or weights that are not those of the settings.
         """
-        folder = _folder_of(name, revision, local_files_only)
+        folder = folder_of(name, revision, local_files_only)
         config = read_tower_config(folder / "config.json")
         model = cls(config, *load_towers(config, local_files_only=local_files_only))
         model.load_own(folder / "model.safetensors")
@@ -226,7 +187,7 @@ class TowerRetriever(nn.Module):
         Raises:
             InputError: not there, of other towers, or of other sizes.
         """
-        folder = _folder_of(name)
+        folder = folder_of(name)
         config = read_tower_config(folder / "config.json")
         for setting in ("hidden_size", "embedding_dim", "vision_layers", "text_layers", "heads"):
             own, other = getattr(self.config, setting), getattr(config, setting)
@@ -266,18 +227,21 @@ class TowerProcessor:
     @classmethod
     def of_towers(cls, config: TowerConfig, **where: Any) -> TowerProcessor:
         """The towers' own, told to stretch pictures to `image_size` instead of cutting them."""
-        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
         try:
             pictures = AutoImageProcessor.from_pretrained(
                 config.vision, revision=config.vision_revision, backend="pil", **where
             )
         except Exception as error:  # many types
-            raise _unusable("vision", config.vision, "has no picture processor", error) from None
+            raise unusable("vision", config.vision, "has no picture processor", error) from None
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.text, revision=config.text_revision, **where)
+            words = AutoConfig.from_pretrained(config.text, revision=config.text_revision, **where).get_text_config()
+            if len(tokenizer) < words.vocab_size / 2:  # without its files transformers makes an empty one
+                raise ValueError(f"{len(tokenizer):,} words, and the model knows {words.vocab_size:,}")
         except Exception as error:
-            raise _unusable("text", config.text, "has no tokenizer", error) from None
+            raise unusable("text", config.text, "has no tokenizer", error) from None
         for key in ("is_local", "local_files_only"):  # how it was found, not what it is
             tokenizer.init_kwargs.pop(key, None)
         pictures.size = {"height": config.image_size, "width": config.image_size}
@@ -340,7 +304,7 @@ class Towers(Family):
 
     @classmethod
     def load_processor(cls, name: str, **where: Any) -> TowerProcessor:
-        folder = _folder_of(name, where.get("revision", "main"), where.get("local_files_only", False))
+        folder = folder_of(name, where.get("revision", "main"), where.get("local_files_only", False))
         return TowerProcessor.of_folder(str(folder), read_tower_config(folder / "config.json"))
 
     @classmethod
@@ -425,7 +389,7 @@ def without_adapters(config: TowerConfig, folder: Path) -> None:
     towers = load_towers(config)
     hashes = {f"{kind}_hash": tower_hash(where[kind], where[f"{kind}_revision"]) for kind in ("vision", "text")}
     bare = TowerConfig(
-        **where, **same, **hashes, hidden_size=max(map(_width, towers)), heads=1, vision_layers=0, text_layers=0
+        **where, **same, **hashes, hidden_size=max(map(tower_width, towers)), heads=1, vision_layers=0, text_layers=0
     )
     bare = replace(bare, max_text_tokens=min(bare.max_text_tokens, text_positions(towers[1])))
     model = TowerRetriever(bare, *towers)
@@ -433,113 +397,3 @@ def without_adapters(config: TowerConfig, folder: Path) -> None:
         model.projection.weight.copy_(torch.eye(*model.projection.weight.shape))
         model.projection.bias.zero_()
     model.save(folder, TowerProcessor.of_towers(bare))
-
-
-def read_tower_config(file: Path) -> TowerConfig:
-    """The settings of a folder.
-
-    Raises:
-        InputError: not readable, or not those of a tower retriever.
-    """
-    return build_dataclass(TowerConfig, read_json(file), str(file))
-
-
-def load_towers(config: TowerConfig, *, local_files_only: bool = False) -> tuple[nn.Module, nn.Module]:
-    """Both towers, frozen, in float32.
-
-    Raises:
-        InputError: one can't be loaded, or its files are not those that the retriever was aligned with.
-    """
-    from transformers import AutoModel
-
-    towers = []
-    for kind in ("vision", "text"):
-        name, revision = getattr(config, kind), getattr(config, f"{kind}_revision")
-        try:
-            found, report = AutoModel.from_pretrained(
-                name,
-                revision=revision,
-                local_files_only=local_files_only,
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except Exception as error:  # many types
-            raise _unusable(kind, name, "can't be loaded", error) from None
-        wanted, now = getattr(config, f"{kind}_hash"), tower_hash(name, revision)  # of what was just loaded
-        if wanted and now and wanted != now:
-            raise InputError(
-                f"{kind} tower {name}: its files are not those that this retriever was aligned with; restore them"
-            )
-        tower = getattr(found, f"{kind}_model", found)  # of a model of both, such as SigLIP
-        if kind == "text" and getattr(tower.config, "is_encoder_decoder", False):
-            tower = tower.get_encoder()
-        lost = [key for key in report["missing_keys"] if "pooler" not in key]
-        if lost:
-            raise InputError(f"{kind} tower {name!r} lacks {len(lost)} weights, first {lost[0]}; they would be random")
-        towers.append(tower.eval().requires_grad_(False))
-    return towers[0], towers[1]
-
-
-def text_positions(text: nn.Module) -> int:
-    """The longest text that a tower has positions for; a large number where it has no bound."""
-    most = getattr(text.config, "max_position_embeddings", None)
-    if not isinstance(most, int) or most < 1:
-        return NO_BOUND
-    # RoBERTa's count on from its padding's id
-    offset = (text.config.pad_token_id or 0) + 1 if "roberta" in text.config.model_type else 0
-    return most - offset
-
-
-def tower_hash(name: str, revision: str = "main") -> str:
-    """Hash of a tower's config and weights; "" where they are not on this machine."""
-    folder = model_folder(name, revision)
-    return fingerprint(folder).weights if folder else ""
-
-
-def _folder_of(name: str, revision: str = "main", local_files_only: bool = False) -> Path:
-    """The folder itself, or that of a hub id, whose files are fetched."""
-    if is_dir(name):
-        return Path(name)
-    return hub_folder(name, ["*.json", "*.safetensors"], revision=revision, local_files_only=local_files_only)
-
-
-def _unusable(kind: str, name: str, what: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:240]
-    return InputError(f"{kind} tower {name!r} {what} ({reason}); name a folder that holds one, or a hub id")
-
-
-def _width(tower: nn.Module) -> int:
-    """Width of a tower's last hidden states."""
-    config = tower.config
-    width = getattr(config, "hidden_size", None) or getattr(config, "dim", None)
-    if not isinstance(width, int):
-        raise InputError(f"{type(tower).__name__} has no hidden_size; it can't be a tower")
-    return width
-
-
-@torch.no_grad()
-def _grid_of(vision: nn.Module, image_size: int) -> tuple[int, int]:
-    """Patches per side, and how many special tokens come before them, by trying.
-
-    Raises:
-        InputError: no model of patch tokens, or one that does not take this size.
-    """
-    more = {}
-    if "interpolate_pos_encoding" in inspect.signature(vision.forward).parameters:
-        more["interpolate_pos_encoding"] = True
-    try:
-        states = vision(pixel_values=torch.zeros(1, 3, image_size, image_size), **more).last_hidden_state
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0][:160]
-        raise InputError(f"the vision tower does not take pictures of {image_size} pixels ({reason})") from None
-    if states.ndim != 3:
-        raise InputError("the vision tower gives no sequence of patch tokens")
-    count, patch = states.shape[1], getattr(vision.config, "patch_size", 0)
-    side = image_size // patch if isinstance(patch, int) and patch else count
-    if side * side > count:  # a pyramid, such as Swin: fewer tokens than patches, and no special ones
-        side = math.isqrt(count)
-        if side * side != count:
-            raise InputError(f"the vision tower gives {count} tokens of {image_size} pixels, which are no square")
-    return side, count - side * side

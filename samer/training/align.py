@@ -26,15 +26,8 @@ from samer.data.records import ImageRecord, phrase_texts
 from samer.features.read import FeatureStore, open_encoder
 from samer.features.towers import StoredTowers
 from samer.features.write import write_features
-from samer.retrievers.towers import (
-    TowerConfig,
-    TowerProcessor,
-    TowerRetriever,
-    load_towers,
-    read_tower_config,
-    tower_hash,
-    without_adapters,
-)
+from samer.retrievers.pretrained import TowerConfig, load_towers, read_tower_config, tower_hash
+from samer.retrievers.towers import TowerProcessor, TowerRetriever, without_adapters
 from samer.runtime.files import atomic_path, is_dir, is_file, listing, only_writer, write_json
 from samer.runtime.processes import gather_objects, print0, rank
 from samer.runtime.signals import stoppable

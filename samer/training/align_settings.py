@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from samer.config import DataConfig, InputError
-from samer.retrievers.towers import TowerConfig
+from samer.retrievers.pretrained import TowerConfig
 
 
 @dataclass(frozen=True)
