@@ -35,15 +35,22 @@ def main(argv=None):
     parser.add_argument("--split", default="test", help="what is measured on (test)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the trained rows (0 1 2)")
     parser.add_argument(
-        "--sections", nargs="+", help="some of: untouched adapted budgets components crossed phrases cost (all)"
+        "--sections", nargs="+", help="some of: untouched adapted budgets components crossed banks phrases cost (all)"
     )
     parser.add_argument("--budgets", nargs="+", type=int, default=[], help="K of budgets and cost (N/2 to N/32)")
     parser.add_argument("--methods", nargs="+", default=[], help="compressors, e.g. none samer kmeans hpool (all)")
+    parser.add_argument(
+        "--banks", nargs="+", default=[], metavar="NAME=FILE", help="of other texts (scripts/bank.py), for querybank"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
     given = options.sections or []
     words = [*given, *options.methods]  # argparse takes overrides that follow for these
     overrides = [*(word for word in words if "=" in word), *options.overrides]
+    overrides += [word for word in options.banks if word.partition("=")[0].count(".")]
+    if lone := [word for word in options.banks if "=" not in word]:
+        parser.error(f"--banks {lone[0]}: give it a name, as NAME={lone[0]}")
+    banks = dict(word.partition("=")[::2] for word in options.banks if word not in overrides)
     from dataclasses import replace
 
     from samer.config import load_config
@@ -59,9 +66,9 @@ def main(argv=None):
 
     sections = None if options.sections is None else [word for word in given if "=" not in word]
     methods = [word for word in options.methods if "=" not in word]
-    check_request(SECTIONS if sections is None else sections, options.seeds, options.budgets, methods)
+    check_request(SECTIONS if sections is None else sections, options.seeds, options.budgets, methods, banks)
     asked = {"seeds": options.seeds, "sections": sections, "split": options.split}
-    asked |= {"at_budgets": options.budgets, "methods": methods}
+    asked |= {"at_budgets": options.budgets, "methods": methods, "banks": banks}
     with only_writer(options.out):
         return write_comparison(config, options.out, **asked, device=pick_device())
 

@@ -21,6 +21,7 @@ if __name__ == "__main__":
     heed_interrupts()
 
 import argparse
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,76 +56,33 @@ def main(argv=None):
     from samer.compare.plan import SECTIONS, check_request
 
     check_request(options.sections or SECTIONS, options.seeds, (), options.methods)
-    out, tables = Path(options.out), []
-    tables += every_size(out / "photographs", options.data_root, options, PHOTOGRAPHS)
-    if options.cutouts:
+    out = Path(options.out)
+    scenes = out / "collages" / "scenes" if options.cutouts else None
+    if scenes:
         from scripts import collage
 
-        scenes = out / "collages" / "scenes"
         words = ("--out", scenes, "--cutouts", *options.cutouts, "--backgrounds", *options.backgrounds)
-        words += ("--skip", *options.skip) if options.skip else ()
-        step("collages", collage, *words)
-        tables += every_size(out / "collages", scenes, options, SCENES)
+        step("collages", collage, *words, *(("--skip", *options.skip) if options.skip else ()))
+    tables = every_size(out / "photographs", PHOTOGRAPHS._replace(root=options.data_root, other=scenes), options)
+    if scenes:
+        tables += every_size(out / "collages", SCENES._replace(root=scenes, other=options.data_root), options)
     print("\n" + "\n".join(f"tables: {table}" for table in tables))
     return tables
 
 
-def every_size(place, data_root, options, kind):
-    """The pages of tables; the first size's retriever is where the others start, for a quarter of its epochs."""
-    pages, start = [], ()
-    for size in options.sizes:
-        pages += evidence(place / str(size), data_root, size, options, kind, start)
-        start = start or (f"align.start={place / str(size) / 'retriever'}", "align.epochs=5")
-    return pages
-
-
-def evidence(place, data_root, size, options, kind, start):
-    """A retriever for pictures of that size, what it gives, and the comparison; returns the pages of tables."""
-    from samer.retrievers.hf import Retriever
-    from scripts import align, compare, features
-
-    retriever, aligned = place / "retriever", place / "features"
-    towers = [f"towers.{name}={value}" for name in ("vision", "text") if (value := getattr(options, name))]
-    config = ROOT / "configs" / ("towers_448.yaml" if size > 336 else "towers_224.yaml")
-    towers.append(f"towers.image_size={size}")
-    words = [f"data.root={data_root}", f"data.train_split={kind.aligned_on}", f"align.output_dir={retriever}"]
-    words += [*kind.align, *start, *options.align]
-    announce(place, config, [*towers, *words], options, kind)
-    step(f"align the towers, {size} pixels", align, "--config", config, *towers, *words)
-    stored = [word.partition("=")[2] for word in options.align if word.startswith("align.features_dtype=")]
-    words = ("--data-root", data_root, "--dtype", *(stored[-1:] or ["float16"]), "--phrases")
-    own = ("--out", retriever / "features", *words, f"model.name={retriever / 'towers'}")
-    step("what the towers give for all splits, once", features, *own)
-    words = ("--out", aligned, "--towers", retriever / "features", *words, f"model.name={retriever}")
-    step("what the adapters make of it", features, *words)
-    rows, columns = Retriever.load(str(retriever)).grid
-    pages = []
-    for name, asked in comparisons(rows * columns, options, kind).items():
-        own = ("--data-root", data_root, "--out", place / name, "--features", aligned, "--config", CONFIG)
-        title = f"compare at K = {asked.regions} of {rows * columns}"
-        step(
-            title,
-            compare,
-            *own,
-            f"data.train_split={kind.trained_on}",
-            f"model.name={retriever}",
-            *asked.words(options.seeds),
-        )
-        pages.append(place / name / "results.md")
-    return pages
-
-
-class Kind(NamedTuple):
-    """What differs between photographs and scenes: on what is aligned and trained, how, and which sections are run."""
+class Pictures(NamedTuple):
+    """A set of pictures: where it lies, another one, what is aligned and trained on and how, and the sections run."""
 
     aligned_on: str
     trained_on: str
-    align: Sequence[str]
-    sections: Sequence[str]
+    align: Sequence[str] = ()
+    sections: Sequence[str] = ()
+    root: str | Path = ""
+    other: str | Path | None = None  # whose captions make a query bank of another domain
 
 
-PHOTOGRAPHS = Kind("train[:50%]", "train[50%:]", (), ())
-SCENES = Kind(
+PHOTOGRAPHS = Pictures("train[:50%]", "train[50%:]")
+SCENES = Pictures(
     "train",
     "train",
     (
@@ -135,26 +93,103 @@ SCENES = Kind(
 )
 
 
+def every_size(place, pictures, options):
+    """The pages of tables; the first size's retriever is where the others start, for a quarter of its epochs."""
+    pages, start = [], ()
+    for size in options.sizes:
+        pages += evidence(place / str(size), pictures, size, options, start)
+        start = start or (f"align.start={place / str(size) / 'retriever'}", "align.epochs=5")
+    return pages
+
+
+def evidence(place, pictures, size, options, start):
+    """A retriever for pictures of that size, what it gives, and the comparison; returns the pages of tables."""
+    from samer.retrievers.hf import Retriever
+    from scripts import align, compare, features
+
+    retriever, aligned = place / "retriever", place / "features"
+    towers = [f"towers.{name}={value}" for name in ("vision", "text") if (value := getattr(options, name))]
+    config = ROOT / "configs" / ("towers_448.yaml" if size > 336 else "towers_224.yaml")
+    towers.append(f"towers.image_size={size}")
+    words = [f"data.root={pictures.root}", f"data.train_split={pictures.aligned_on}", f"align.output_dir={retriever}"]
+    words += [*pictures.align, *start, *options.align]
+    announce(place, config, [*towers, *words], options, pictures)
+    step(f"align the towers, {size} pixels", align, "--config", config, *towers, *words)
+    stored = [word.partition("=")[2] for word in options.align if word.startswith("align.features_dtype=")]
+    words = ("--data-root", pictures.root, "--dtype", *(stored[-1:] or ["float16"]), "--phrases")
+    own = ("--out", retriever / "features", *words, f"model.name={retriever / 'towers'}")
+    step("what the towers give for all splits, once", features, *own)
+    words = ("--out", aligned, "--towers", retriever / "features", *words, f"model.name={retriever}")
+    step("what the adapters make of it", features, *words)
+    rows, columns = Retriever.load(str(retriever)).grid
+    asked = comparisons(rows * columns, options, pictures)
+    if "banks" in (options.sections or ("banks",)):
+        given = [f"{name}={file}" for name, file in banks(place / "banks", pictures, retriever).items()]
+        asked["compare_banks"] = Comparison(max(2, rows * columns // 128), ("banks", "phrases"), banks=given)
+    pages = []
+    for name, each in asked.items():
+        words = ("--data-root", pictures.root, "--out", place / name, "--features", aligned, "--config", CONFIG)
+        words += (f"model.name={retriever}", f"data.train_split={pictures.trained_on}", *each.words(options.seeds))
+        step(f"compare at K = {each.regions} of {rows * columns}", compare, *words)
+        pages.append(place / name / "results.md")
+    return pages
+
+
+def banks(place, pictures, retriever):
+    """Query banks that don't match what is asked: of few vectors, without half the words, of the other captions."""
+    from samer.data import make_reader
+    from samer.retrievers.banks import captions_of
+    from samer.runtime.files import atomic_path
+    from scripts import bank
+
+    texts = {"own": captions_of(make_reader("flickr").load_split(pictures.root, pictures.trained_on, boxes=False))}
+    texts["half its words"] = without_half(texts["own"])
+    if pictures.other:
+        texts["other pictures"] = captions_of(make_reader("flickr").load_split(pictures.other, "train", boxes=False))
+    place.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name, size in (("half its words", 2048), ("256 vectors", 256), ("other pictures", 2048)):
+        if (lines := texts.get(name, texts["own"] if size == 256 else None)) is None:
+            continue
+        files[name] = place / f"{name.replace(' ', '_')}.safetensors"
+        source = files[name].with_suffix(".txt")
+        with atomic_path(source) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        words = ("--texts", source, "--size", size, "--out", files[name], f"model.name={retriever}")
+        step(f"a query bank: {name}", bank, *words)
+    return files
+
+
+def without_half(texts):
+    """The texts without half of their vocabulary, which its hash chooses."""
+    words = sorted({word for text in texts for word in text.lower().split()})
+    words.sort(key=lambda word: hashlib.sha256(word.encode()).digest())
+    gone = set(words[: len(words) // 2])
+    found = (" ".join(word for word in text.split() if word.lower() not in gone) for text in texts)
+    return [text for text in found if text]
+
+
 class Comparison(NamedTuple):
     """What is compared: as arguments of scripts/compare.py, of which empty ones mean all."""
 
     regions: int
-    sections: Sequence[str]
-    methods: Sequence[str]
-    budgets: Sequence[int]
+    sections: Sequence[str] = ()
+    methods: Sequence[str] = ()
+    budgets: Sequence[int] = ()
+    banks: Sequence[str] = ()
 
     def words(self, seeds):
         words = [f"merge.num_regions={self.regions}", "--seeds", *seeds]
-        for name in ("sections", "methods", "budgets"):
+        for name in ("sections", "methods", "budgets", "banks"):
             if value := getattr(self, name):
                 words += [f"--{name}", *value]
         return words
 
 
-def comparisons(patches, options, kind):
+def comparisons(patches, options, pictures):
     """By folder: at K = N / 16, and of the main rows at N / 128, where compressors differ most."""
-    many, sections = patches > MANY, options.sections or kind.sections
-    methods = options.methods or (MAIN if many or kind.sections else ())
+    many, sections = patches > MANY, options.sections or pictures.sections
+    methods = options.methods or (MAIN if many or pictures.sections else ())
     budgets = [patches // share for share in (16, 32, 64)] if many else []
     found = {"compare": Comparison(max(1, patches // 16), sections, methods, budgets)}
     if few := [name for name in FEW if name in (sections or FEW)]:
@@ -162,7 +197,7 @@ def comparisons(patches, options, kind):
     return found
 
 
-def announce(place, align_file, words, options, kind):
+def announce(place, align_file, words, options, pictures):
     """Says how long a size will take, by a few probes of this machine; nothing where all of it is done."""
     from samer.compare.forecast import Work, forecast
     from samer.compare.pace import spoken
@@ -177,7 +212,7 @@ def announce(place, align_file, words, options, kind):
 
     config = load_config(align_file, words, AlignConfig)
     model = TowerRetriever(config.towers, *load_towers(config.towers))
-    asked = comparisons(model.side**2, options, kind)
+    asked = comparisons(model.side**2, options, pictures)
     if all((place / name / "results.md").is_file() for name in asked):
         return
     trainings = 0
@@ -188,7 +223,7 @@ def announce(place, align_file, words, options, kind):
         trainings += len(through) * len(options.seeds)
     read = make_reader(config.data.reader).load_split
     splits = {name: read(config.data.root, name, boxes=False) for name in ("train", "val", "test")}
-    aligned, trained = (take_part(splits["train"], split_part(part)[1], part) for part in kind[:2])
+    aligned, trained = (take_part(splits["train"], split_part(part)[1], part) for part in pictures[:2])
     recipe, captions = load_config(CONFIG, []).train, sum(len(record.captions) for record in trained)
     work = Work(
         pictures=sum(map(len, splits.values())),

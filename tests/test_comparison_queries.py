@@ -713,6 +713,9 @@ def test_scenes_that_satisfy_a_caption_are_stated(run, world, records, tmp_path)
     [
         (["--sections", "phrases", "cost"], "sections phrases: they are asked of the rows of other sections"),
         (["--methods", "none", "magic"], "methods magic: use some of none, samer"),
+        (["--sections", "banks"], "sections banks: there is none; give them as --banks NAME=FILE"),
+        (["--banks", "a/b=bank.safetensors"], "--banks 'a/b': a name is up to 40 letters"),
+        (["--sections", "banks", "--banks", "lost=/nowhere/bank.safetensors"], "there is no such file"),
         (["--budgets", "8", "8"], r"budgets \[8, 8\]: give each once"),
         (["--budgets", "0"], r"budgets \[0\]: give each once, none below 1"),
         (["--sections", "budgets", "--budgets", "8", "70"], r"budgets \[8, 70\]: an image has 70 tokens at most"),
@@ -732,9 +735,9 @@ def test_a_bank_of_queries_is_of_the_captions_trained_on(run, world, tmp_path, m
         monkeypatch.setitem(registry, "banked", Banked)
     banks, fitted = [], compare_measure.fitted_compressor
 
-    def spy(encoder, records, merge, batch_size, bank_texts):
+    def spy(encoder, records, merge, batch_size, bank_texts, bank):
         banks.append(bank_texts)
-        return fitted(encoder, records, merge, batch_size, bank_texts)
+        return fitted(encoder, records, merge, batch_size, bank_texts, bank)
 
     monkeypatch.setattr(compare_measure, "fitted_compressor", spy)
     words = ("--sections", "untouched", "--methods", "banked")
@@ -747,6 +750,34 @@ def test_a_bank_of_queries_is_of_the_captions_trained_on(run, world, tmp_path, m
         run(tmp_path / "out", *words, "--split", "train")
     with pytest.raises(InputError, match="captions of val, of which the bank of queries is made"):
         run(tmp_path / "out", *words, "data.train_split=val")
+
+
+def test_banks_of_other_texts_are_measured_beside_the_own_one(run, world, base, stored, tmp_path, script):
+    """A given bank of the training captions gives what the own one gives, and that of one text something else."""
+    (tmp_path / "one.txt").write_text("a red circle .\n")
+    for name, source in (
+        ("same", ("--data-root", world, "--split", "train", "--features", stored / "phrases")),
+        ("one", ("--texts", tmp_path / "one.txt")),
+    ):
+        words = (*source, "--out", tmp_path / f"{name}.safetensors", f"model.name={base}")
+        script("bank").main([str(word) for word in words])
+    banks = [f"{name}={tmp_path / name}.safetensors" for name in ("same", "one")]
+    results = run(tmp_path / "out", "--sections", "banks", "phrases", "--banks", *banks, "merge.num_regions=3")
+    rows = {row["name"]: row for row in results["rows"]}
+    assert list(rows) == ["none", "kmeans", "querybank", "querybank, same", "querybank, one"]
+    assert rows["querybank, same"]["ndcg@10"] == rows["querybank"]["ndcg@10"]
+    assert rows["querybank, one"]["osr"] < rows["querybank"]["osr"]
+    assert results["about"]["banks"]["querybank, one"].startswith("9 vectors of 1 texts")
+    controls = {tuple(entry["of"]): [] for entry in results["against"]}
+    for entry in results["against"]:
+        controls[tuple(entry["of"])].append(entry["minus"][1])
+    assert controls["banks", "querybank, one"] == ["none", "kmeans", "querybank"]
+    assert "## Banks of other texts" in (tmp_path / "out" / "results.md").read_text()
+    (tmp_path / "one.txt").write_text("a blue square .\n")
+    words = ("--texts", tmp_path / "one.txt", "--out", tmp_path / "one.safetensors", f"model.name={base}")
+    script("bank").main([str(word) for word in words])
+    again = run(tmp_path / "out", "--sections", "banks", "phrases", "--banks", *banks, "merge.num_regions=3")
+    assert again["rows"][4]["osr"] != results["rows"][4]["osr"]  # measured anew
 
 
 def test_a_trained_query_bank_is_measured_as_an_index_with_its_projector(run, world, base, tmp_path):

@@ -1,5 +1,6 @@
 """scripts/photos.py with small towers on the generated world: from towers to tables, killed on the way, run again."""
 
+import json
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ def words(world, tmp_path_factory):
     towers = ["--vision", str(save_vision(place / "vision")), "--text", str(save_text(place / "text"))]
     settings = ["align.images_per_step=3", "align.epochs=2", "align.captions=0", "towers.hidden_size=24"]
     settings += ["towers.embedding_dim=8"]
-    asked = ["--sizes", "32", "--seeds", "0", "--sections", "untouched", "phrases"]
+    asked = ["--sizes", "32", "--seeds", "0", "--sections", "untouched", "banks", "phrases"]
     return [str(world), *towers, *asked, "--align", *settings]
 
 
@@ -53,7 +54,7 @@ def test_every_training_is_counted_beforehand(words, script, tmp_path, monkeypat
     photos = script("photos")
     monkeypatch.setattr(photos, "step", lambda *words: None)
     monkeypatch.setattr("samer.retrievers.hf.Retriever.load", lambda *_: SimpleNamespace(grid=(8, 8)))
-    every = [word for word in words if word not in ("--sections", "untouched", "phrases")]
+    every = [word for word in words if word not in ("--sections", "untouched", "banks", "phrases")]
     photos.main([*every, "--seeds", "0", "1", "--out", str(tmp_path)])
     assert found[0].trainings == 2 * (13 + 2 + 2 * 4 + 11)
 
@@ -64,6 +65,18 @@ def test_it_ends_with_tables_and_a_retriever(run_through):
     assert "K = 2" in (run_through / "compare_few" / "results.md").read_text()
     assert "can these queries tell compressors apart" in page.lower()
     assert Retriever.load(str(run_through / "retriever")).grid == (8, 8)
+    rows = json.loads((run_through / "compare_banks" / "results.json").read_text())["rows"]
+    assert [row["name"] for row in rows[2:]] == ["querybank", "querybank, half its words", "querybank, 256 vectors"]
+
+
+def test_half_of_the_vocabulary_is_left_out(script):
+    texts = ["A red dog runs .", "a blue cat runs", "red"]
+    left = script("photos").without_half(texts)
+    before, after = ({word for text in some for word in text.lower().split()} for some in (texts, left))
+    assert after < before
+    assert len(after) == len(before) - len(before) // 2
+    kept = [" ".join(word for word in text.split() if word.lower() in after) for text in texts]
+    assert left == [text for text in kept if text]
 
 
 def test_larger_pictures_start_from_the_first_retriever_and_scenes_have_their_own(words, script, tmp_path, monkeypatch):
@@ -71,6 +84,7 @@ def test_larger_pictures_start_from_the_first_retriever_and_scenes_have_their_ow
     monkeypatch.setattr(photos, "announce", lambda *_: None)
     monkeypatch.setattr(photos, "step", lambda title, _, *words: steps.append((title, [str(word) for word in words])))
     monkeypatch.setattr("samer.retrievers.hf.Retriever.load", lambda *_: SimpleNamespace(grid=(8, 8)))
+    monkeypatch.setattr(photos, "banks", lambda place, pictures, _: {"other pictures": pictures.other})
     more = ["--sizes", "32", "64", "--cutouts", "cutouts", "--backgrounds", "behind", "--skip", "flags"]
     photos.main([*words, *more, "--out", str(tmp_path)])
     starts = [[word for word in words if "align.start" in word] for title, words in steps if "align" in title]
@@ -79,7 +93,10 @@ def test_larger_pictures_start_from_the_first_retriever_and_scenes_have_their_ow
     scenes = [words for title, words in steps if "align" in title][2]
     assert {"data.train_split=train", "towers.vision_layers=0"} <= set(scenes)
     compared = [words for title, words in steps if title.startswith("compare")]
-    assert ["data.train_split=train" in words for words in compared] == [False] * 4 + [True] * 4
+    assert ["data.train_split=train" in words for words in compared] == [False] * 6 + [True] * 6
+    others = [word for words in compared for word in words if word.startswith("other pictures=")]
+    scenes = f"other pictures={tmp_path / 'collages' / 'scenes'}"
+    assert others == [scenes, scenes, f"other pictures={words[0]}", f"other pictures={words[0]}"]
     (made,) = (words for title, words in steps if title == "collages")
     assert made[made.index("--skip") :] == ["--skip", "flags"]
 

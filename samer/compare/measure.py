@@ -67,7 +67,7 @@ def measure(
         records: of the split, with boxes; compression does not see them.
         merges: key -> settings.
         batch_size: images, and captions, at a time.
-        asked: which other images answer a caption, the phrases asked, the bank of queries.
+        asked: which other images answer a caption, the phrases asked, the banks of queries.
 
     Returns:
         Per key: `r@1 r@5 r@10 ndcg@10` (Q,) text to image and `back:r@1` (I,) image to text, in percent; `box_mass`,
@@ -83,7 +83,8 @@ def measure(
     flat = [tokens[mask] for query in queries for tokens, mask in zip(query.tokens, query.mask)]
     index = PhraseIndex(records, queries)
     compressors = {
-        key: fitted_compressor(encoder, records, merge, batch_size, asked.bank_texts) for key, merge in merges.items()
+        key: fitted_compressor(encoder, records, merge, batch_size, asked.bank_texts, asked.banks.get(key))
+        for key, merge in merges.items()
     }
     everything = make_compressor(MergeConfig(compressor="none"))
     needs = sorted({name for compressor in compressors.values() for name in compressor.needs})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import load_projector
 
 SHARES = (2, 4, 8, 16, 32)  # budgets are N / share
-SECTIONS = ("untouched", "adapted", "budgets", "components", "crossed", "phrases", "cost")
+SECTIONS = ("untouched", "adapted", "budgets", "components", "crossed", "banks", "phrases", "cost")
 BESIDE = ("phrases", "cost")  # sections without rows of their own; phrases are asked of all rows of the others
+_BANK = re.compile(r"[\w][\w -]{0,39}")
 NO_BOXES = "without boxes"
 HARD = 1e-4  # a temperature at which the soft assignment is all but hard
 CENTRES = ("raster", "farthest")
@@ -31,6 +33,12 @@ class Row:
     merge: MergeConfig
     trained: MergeConfig | None = None
     projector: str = ""  # its name among the measurements; empty: that of `trained`
+    bank: str = ""  # of queries, by the name it was given; empty: that of the training captions
+
+    @property
+    def key(self) -> str:
+        """The compression's name among those measured with a projector."""
+        return f"{slug(self.merge)}-{self.bank}" if self.bank else slug(self.merge)
 
     @property
     def measured_with(self) -> str:
@@ -54,7 +62,11 @@ def variants(base: MergeConfig) -> dict[str, MergeConfig]:
 
 
 def plan(
-    base: MergeConfig, tokens_per_image: int, at_budgets: Sequence[int] = (), methods: Sequence[str] = ()
+    base: MergeConfig,
+    tokens_per_image: int,
+    at_budgets: Sequence[int] = (),
+    methods: Sequence[str] = (),
+    banks: Sequence[str] = (),
 ) -> list[Row]:
     """The rows of the published tables and figures, and the crossings that take the gain apart.
 
@@ -63,8 +75,9 @@ def plan(
         tokens_per_image: N, of which the budgets are shares.
         at_budgets: K of the section budgets; empty: those shares.
         methods: compressors whose rows are wanted, be it that they compress or are trained through; empty: all.
+        banks: names of banks of queries that querybank is measured with beside its own.
     """
-    rows = _every_row(base, at_budgets or budgets(tokens_per_image))
+    rows = _every_row(base, at_budgets or budgets(tokens_per_image)) + _bank_rows(base, banks)
     wanted = set(methods or COMPRESSORS)
     return [row for row in rows if {merge.compressor for merge in (row.merge, row.trained) if merge} <= wanted]
 
@@ -98,6 +111,13 @@ def _every_row(base: MergeConfig, at_budgets: Sequence[int]) -> list[Row]:
         rows.append(Row("crossed", f"{through}, hard assignment", hard[init], merge))
     rows.append(Row("crossed", "trained with all tokens, hpool", every["hpool"], every["none"]))
     return rows
+
+
+def _bank_rows(base: MergeConfig, banks: Sequence[str]) -> list[Row]:
+    """Query banks of other texts, and what they are held against; none where no bank is given."""
+    every = variants(base)
+    named = [Row("banks", f"querybank, {name}", every["querybank"], bank=name) for name in banks]
+    return [*(Row("banks", name, every[name]) for name in ("none", "kmeans", "querybank")), *named] if banks else []
 
 
 def shown_methods(
@@ -162,13 +182,18 @@ def slug(merge: MergeConfig | None) -> str:
 
 
 def check_request(
-    sections: Sequence[str], seeds: Sequence[int], at_budgets: Sequence[int] = (), methods: Sequence[str] = ()
+    sections: Sequence[str],
+    seeds: Sequence[int],
+    at_budgets: Sequence[int] = (),
+    methods: Sequence[str] = (),
+    banks: Iterable[str] = (),
 ) -> None:
     """Refuses what can't be run, before anything long is done.
 
     Raises:
         InputError: an unknown section, none at all, or phrases with nothing to ask them of; no seed or one given twice;
-            a budget below 1 or given twice; an unknown method.
+            a budget below 1 or given twice; an unknown method; the section banks alone without one, or a bank's name
+            that is none.
     """
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown or not sections:
@@ -179,6 +204,11 @@ def check_request(
         raise InputError(f"seeds {list(seeds)}: give at least one, each once, none below 0")
     if len(set(at_budgets)) != len(at_budgets) or min(at_budgets, default=1) < 1:
         raise InputError(f"budgets {list(at_budgets)}: give each once, none below 1")
+    if set(sections) - set(BESIDE) == {"banks"} and not banks:
+        raise InputError("sections banks: there is none; give them as --banks NAME=FILE (scripts/bank.py makes one)")
+    wrong = [name for name in banks if not _BANK.fullmatch(name)]
+    if wrong:
+        raise InputError(f"--banks {wrong[0][:40]!r}: a name is up to 40 letters, digits, blanks and hyphens")
     unknown = [name for name in methods if name not in COMPRESSORS]
     if unknown:
         raise InputError(f"methods {', '.join(unknown)}: use some of {', '.join(COMPRESSORS)}")

@@ -11,15 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from samer.config import InputError
+from samer.compressors import COMPRESSORS
+from samer.config import InputError, MergeConfig
 from samer.data.records import ImageRecord, phrase_texts, told_phrases
 from samer.grounding import box_coverage
+from samer.retrievers.banks import Bank
 
 RARE = 5  # images of a split that hold a phrase, at most, where it is taken as rare
 NAMELESS = {"one", "ones", "two", "three", "four", "five", "both", "all", "some", "each", "another", "other", "others"}
@@ -75,21 +78,26 @@ class Asked:
         positives: (Q, I) bool, images that answer each caption; None: its own alone.
         phrases: None: none are asked.
         bank_texts: what a compressor that needs a bank of queries takes it from.
+        banks: that are given instead, by the key of the compression (`Row.key`).
     """
 
     positives: Tensor | None = None
     phrases: Phrases | None = None
     bank_texts: tuple[str, ...] = ()
+    banks: dict[str, Bank] = field(default_factory=dict)
 
-    def stamp(self, banked: bool) -> dict[str, str]:
-        """What a measurement depends on of it, if at all; `banked`: whether a compressor needs the bank."""
-        found = {}
+    def stamp(self, merges: dict[str, MergeConfig]) -> dict[str, Any]:
+        """What a measurement of some compressions depends on of it, if at all."""
+        found: dict[str, Any] = {}
         if self.positives is not None:
             found["relevant"] = _hash(self.positives.nonzero().tolist())
         if self.phrases is not None:
             found["phrases"] = _hash([self.phrases.texts, self.phrases.positives.nonzero().tolist()])
+        banked = [key for key, merge in merges.items() if COMPRESSORS[merge.compressor].needs_queries]
         if banked:
             found["bank"] = _hash(self.bank_texts)
+        if given := {key: self.banks[key].hash for key in banked if key in self.banks}:
+            found["banks"] = given
         return found
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from samer.features.read import FeatureStore
 from samer.grounding import size_thirds
 from samer.report.gallery import Shown
 from samer.retrievers.attention import NoSignals
+from samer.retrievers.banks import load_bank
 from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import load_projector
 from samer.runtime.files import is_file, write_json
@@ -107,6 +108,7 @@ def compare(
     split: str,
     at_budgets: Sequence[int] = (),
     methods: Sequence[str] = (),
+    banks: Mapping[str, str] | None = None,
 ) -> dict:
     """Trains and measures every row and writes `results.json`; finished projectors and measurements are kept.
 
@@ -119,6 +121,7 @@ def compare(
         split: measured on.
         at_budgets: K of the sections budgets and cost; empty: N/2 to N/32.
         methods: compressors whose rows are wanted; empty: all.
+        banks: files of banks of queries by name, of the untouched projector, for the section banks.
 
     Returns:
         The results, as written.
@@ -126,8 +129,8 @@ def compare(
     Raises:
         InputError: an unknown section, no seed, bad data, or a projector of another making in `folder`.
     """
-    folder, batch_size = Path(folder), config.train.eval_batch_size
-    check_request(sections, seeds, at_budgets, methods)
+    folder, batch_size, banks = Path(folder), config.train.eval_batch_size, banks or {}
+    check_request(sections, seeds, at_budgets, methods, banks)
     records = _load(config, split, config.data.limit_eval_images, boxes=True)
     check_described(records)
     store.check_records(records)
@@ -136,9 +139,10 @@ def compare(
     if max(at_budgets, default=0) >= most:
         raise InputError(f"budgets {list(at_budgets)}: an image has {most} tokens at most; give smaller ones")
     at_budgets = list(at_budgets) or budgets(tokens_per_image)
-    rows = [row for row in plan(config.merge, tokens_per_image, at_budgets, methods) if row.section in sections]
+    planned = plan(config.merge, tokens_per_image, at_budgets, methods, list(banks))
+    rows = [row for row in planned if row.section in sections]
     rows = _with_signals(store, records, rows)
-    asked = _asked(config, store, records, rows, split, "phrases" in sections)
+    asked = _asked(config, store, records, rows, split, "phrases" in sections, banks)
     jobs = _jobs(rows, seeds)
     trained = sum(through is not None for through, _ in jobs.values())
     measurements = sum(len(merges) for _, merges in jobs.values())
@@ -169,7 +173,7 @@ def compare(
             "merge": asdict(config.merge),
             "train": {name: getattr(config.train, name) for name in shown},
             "seeds": list(seeds),
-            **_about_queries(asked, len(records)),
+            **_about_queries(asked, rows),
         },
         **results,
     }
@@ -182,7 +186,7 @@ def _jobs(rows: Sequence[Row], seeds: Sequence[int]) -> Jobs:
     jobs: Jobs = {}
     for row in rows:
         for seed in seeds if row.trained else [0]:
-            jobs.setdefault((slug(row.trained), seed), (row.trained, {}))[1][slug(row.merge)] = row.merge
+            jobs.setdefault((slug(row.trained), seed), (row.trained, {}))[1][row.key] = row.merge
     return jobs
 
 
@@ -211,11 +215,13 @@ def _asked(
     rows: Sequence[Row],
     split: str,
     phrases: bool,
+    banks: Mapping[str, str],
 ) -> Asked:
     """What is asked beside the captions of the split measured; all of it is looked for before anything is trained.
 
     Raises:
-        InputError: phrases or a bank that are not stored, or a bank of captions of the images measured.
+        InputError: phrases or a bank that are not stored, a bank of captions of the images measured, or one of another
+            model or projector.
     """
     positives = caption_positives(records, make_reader(config.data.reader).relevant(config.data.root))
     queries = phrase_queries(records) if phrases else None
@@ -225,7 +231,7 @@ def _asked(
             "features with --phrases for that split, or name the --sections without phrases"
         )
     bank: tuple[str, ...] = ()
-    if any(map(_needs_bank, (row.merge for row in rows))):
+    if any(COMPRESSORS[row.merge.compressor].needs_queries for row in rows):
         train_split = config.data.train_split
         bank_records = _load(config, train_split, config.data.limit_train_images, boxes=False)
         if {record.image_id for record in bank_records} & {record.image_id for record in records}:
@@ -236,16 +242,15 @@ def _asked(
                 f"{store.folder}: no features of {len(missing):,} of {len(bank):,} captions of {train_split}, of which "
                 "the bank of queries is made; run features for that split"
             )
-    return Asked(positives, queries, bank)
+    given = {name: load_bank(file, store) for name, file in banks.items()}
+    return Asked(positives, queries, bank, {row.key: given[row.bank] for row in rows if row.bank})
 
 
-def _needs_bank(merge: MergeConfig) -> bool:
-    return COMPRESSORS[merge.compressor].needs_queries
-
-
-def _about_queries(asked: Asked, images: int) -> dict:
-    """How many phrases are asked and how ambiguous they are; captions that other images satisfy, too."""
+def _about_queries(asked: Asked, rows: Sequence[Row]) -> dict:
+    """How many phrases are asked and how ambiguous they are; captions that other images satisfy, too; banks given."""
     about: dict = {}
+    if asked.banks:
+        about["banks"] = {row.name: asked.banks[row.key].describe() for row in rows if row.bank}
     if asked.positives is not None:
         others = asked.positives.sum(1) - 1
         about["relevant"] = {"captions": int((others > 0).sum()), "others": int(others.sum())}
@@ -297,12 +302,12 @@ def _pace(folder: Path, jobs: Jobs, ids: list[str], asked: Asked) -> Pace:
         if through is not None and not is_file(place / "projector.safetensors"):
             trainings[name, seed] = 1
         wanted = {"ids": ids, "merges": {key: settings_of(merge) for key, merge in merges.items()}}
-        wanted |= asked.stamp(any(map(_needs_bank, merges.values())))
+        wanted |= asked.stamp(merges)
         try:
             held = load_header(path)["stamp"] if is_file(path) else {}
         except (OSError, SafetensorError, ValueError, KeyError):
             held = {}
-        if any(held.get(key) != wanted.get(key) for key in ("ids", "merges", "phrases", "relevant", "bank")):
+        if any(held.get(key) != wanted.get(key) for key in ("ids", "merges", "phrases", "relevant", "bank", "banks")):
             measurements[name, seed] = len(merges)
     return Pace(trainings, measurements)
 
@@ -326,7 +331,7 @@ def _measured(
         "texts": hashlib.sha256("\n".join(c.text for r in records for c in r.captions).encode()).hexdigest(),
         "boxes": hashlib.sha256(boxes.encode()).hexdigest(),
         "batch_size": batch_size,
-        **asked.stamp(any(map(_needs_bank, merges.values()))),
+        **asked.stamp(merges),
     }
     contents = hashlib.sha256(repr(store.contents(records, Stamps())).encode()).hexdigest()
     stamp = {**older, "contents": contents}

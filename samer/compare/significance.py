@@ -17,6 +17,7 @@ from samer.compare.summarise import Key, Measured, phrase_sets, runs_of, tested
 from samer.data.records import ImageRecord
 
 CONTROLS = ("none", "kmeans", "hpool", "sap-mean")
+CONTROLLING = ("untouched", "adapted", "budgets", "banks")  # sections that controls are taken from
 CRUDE = ("random", "grid")  # what loses where queries can tell compressors apart
 TESTED = ("r@1", "ndcg@10")
 OTHERS = {
@@ -82,11 +83,12 @@ def _controls_of(row: Row, rows: Sequence[Row]) -> list[Key]:
         trained_alike = (other.trained is None) == (row.trained is None)
         own_size = other.merge.num_regions == row.merge.num_regions and row.merge.compressor != "none"
         same_size = name == "none" or own_size
-        if trained_alike and same_size and other.section in ("untouched", "adapted", "budgets"):
+        if trained_alike and same_size and not other.bank and other.section in CONTROLLING:
             found.setdefault(name, other)
     same = row.merge, row.trained
     others = [found[name] for name in CONTROLS if name in found]
-    return [row_key(other) for other in others if (other.merge, other.trained) != same]
+    own_bank = [other for other in rows if row.bank and other.section == row.section and other.name == "querybank"]
+    return [row_key(other) for other in [*others, *own_bank] if row.bank or (other.merge, other.trained) != same]
 
 
 def _claims(rows: Sequence[Row]) -> list[tuple[str, str, Key, Key]]:

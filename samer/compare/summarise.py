@@ -12,7 +12,7 @@ from dataclasses import asdict
 import numpy as np
 
 from samer.compare.measure import METRICS
-from samer.compare.plan import CENTRES, NO_BOXES, Row, slug
+from samer.compare.plan import CENTRES, NO_BOXES, Row
 from samer.compare.queries import RARE, SIZE_EDGES, Phrases, covered, own_images, size_bins
 from samer.compressors import COMPRESSORS
 from samer.data.records import ImageRecord
@@ -27,7 +27,7 @@ Measured = dict[tuple[str, int], dict[str, Values]]  # by projector's name and s
 
 def runs_of(row: Row, measured: Measured, seeds: Sequence[int]) -> list[Values]:
     """What was measured of a row, seed by seed."""
-    return [measured[row.measured_with, seed][slug(row.merge)] for seed in (seeds if row.trained else [0])]
+    return [measured[row.measured_with, seed][row.key] for seed in (seeds if row.trained else [0])]
 
 
 def summarise(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,13 +40,14 @@ def write_comparison(
     device: torch.device,
     at_budgets: Sequence[int] = (),
     methods: Sequence[str] = (),
+    banks: Mapping[str, str] | None = None,
 ) -> dict:
     """Runs what is not there yet, and writes `results.json`, `results.md`, plots and `report.html`.
 
     Args:
         config: `data.root` is set; without `data.features` they are computed into `out`/features.
         out: folder of everything.
-        seeds, split, at_budgets, methods: as `compare` takes them.
+        seeds, split, at_budgets, methods, banks: as `compare` takes them.
         sections: as `compare` takes them; None: all, without phrases where data.features has none.
         device: to compute on.
 
@@ -68,7 +69,14 @@ def write_comparison(
         if given and store.lacking(phrase_texts(records)):
             sections = [name for name in SECTIONS if name != "phrases"]
             print0(f"note: {store.folder} holds no phrases of {split}, so none are asked; run features with --phrases")
-    asked = {"seeds": seeds, "sections": sections, "split": split, "at_budgets": at_budgets, "methods": methods}
+    asked = {
+        "seeds": seeds,
+        "sections": sections,
+        "split": split,
+        "at_budgets": at_budgets,
+        "methods": methods,
+        "banks": banks,
+    }
     results = compare(config, out, store, **asked)
     files = [out / "results.json", *write_tables(results, out), out / "report.html"]
     compared = list({row["merge"]["compressor"]: None for row in results["rows"]})  # some may have been left out

@@ -190,6 +190,11 @@ def _crossed_table(rows: Sequence[dict], results: dict) -> list[str]:
     )
 
 
+def _bank_table(rows: Sequence[dict], results: dict) -> list[str]:
+    told = [f"`{name}`: {what}." for name, what in results["about"].get("banks", {}).items()]
+    return [" ".join(told), "", *_crossed_table(rows, results)]
+
+
 def plain_tables(results: dict) -> list[tuple[str, str, list[str], list[list[str]]]]:
     """What the report shows of a comparison: (title, note, head, rows) of all but recall, where measured."""
     found = [*findings(results), *phrase_tables(results)]
@@ -289,6 +294,11 @@ SECTION_TITLES: dict[str, tuple[str, str, Callable[[Sequence[dict], dict], list[
         "Projectors trained one way, images compressed another: what is the merge's part, what the training's; and "
         "hard instead of soft assignment when the index is made.",
         _crossed_table,
+    ),
+    "banks": (
+        "Banks of other texts",
+        "The projection untouched; `querybank` by captions of the training split, and by banks that were given.",
+        _bank_table,
     ),
 }
 
