@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "photos.yaml"
 MANY = 512  # patches, from which on only the main rows are compared
 FEW = ("untouched", "adapted", "phrases")  # sections of the comparison at few vectors
+CRUDE = ("grid", "random")
 MAIN = ("none", "samer", "querybank", "kmeans", "hpool", "sap-mean", "grid", "random")
 
 
@@ -187,13 +188,25 @@ class Comparison(NamedTuple):
 
 
 def comparisons(patches, options, pictures):
-    """By folder: at K = N / 16, and of the main rows at N / 128, where compressors differ most."""
-    many, sections = patches > MANY, options.sections or pictures.sections
-    methods = options.methods or (MAIN if many or pictures.sections else ())
-    budgets = [patches // share for share in (16, 32, 64)] if many else []
-    found = {"compare": Comparison(max(1, patches // 16), sections, methods, budgets)}
-    if few := [name for name in FEW if name in (sections or FEW)]:
-        found["compare_few"] = Comparison(max(2, patches // 128), few, methods or MAIN, [])
+    """By folder: at K = N / 16, and of the main rows at N / 128, where compressors differ most.
+
+    Of many patches the main rows only: at N / 16 trained and not, and not trained at N / 32 and N / 64. H-Pool, whose
+    tree takes 0.2 s for a picture of 1,024, is not trained through.
+    """
+    sections = options.sections or pictures.sections
+    if patches <= MANY:
+        methods = options.methods or (MAIN if pictures.sections else ())
+        found = {"compare": Comparison(max(1, patches // 16), sections, methods)}
+        if few := [name for name in FEW if name in (sections or FEW)]:
+            found["compare_few"] = Comparison(max(2, patches // 128), few, options.methods or MAIN)
+        return found
+    trained = [name for name in ("untouched", "adapted") if name in (options.sections or ("untouched", "adapted"))]
+    quick = [name for name in MAIN if name in (options.methods or MAIN) and name not in ("hpool", *CRUDE)]
+    found = {"compare": Comparison(patches // 16, trained, quick)} if trained else {}
+    if "untouched" in trained:
+        for share in (16, 32, 64):
+            methods = [name for name in MAIN if name in (options.methods or MAIN)]
+            found[f"compare_{patches // share}"] = Comparison(patches // share, ("untouched",), methods)
     return found
 
 

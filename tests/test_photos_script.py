@@ -101,6 +101,19 @@ def test_larger_pictures_start_from_the_first_retriever_and_scenes_have_their_ow
     assert made[made.index("--skip") :] == ["--skip", "flags"]
 
 
+def test_of_many_patches_the_main_rows_are_compared(script):
+    photos = script("photos")
+    options = SimpleNamespace(sections=[], methods=[], seeds=[0])
+    found = photos.comparisons(1024, options, photos.PHOTOGRAPHS)
+    assert {name: asked.regions for name, asked in found.items()} == {
+        "compare": 64, "compare_64": 64, "compare_32": 32, "compare_16": 16,
+    }  # fmt: skip
+    assert "hpool" not in found["compare"].methods
+    assert "hpool" in found["compare_64"].methods
+    assert [list(asked.sections) for asked in found.values()][1:] == [["untouched"]] * 3
+    assert photos.comparisons(1024, SimpleNamespace(sections=["cost"], methods=[]), photos.PHOTOGRAPHS) == {}
+
+
 def test_killed_at_any_step_it_goes_on_to_the_same_retriever(run_through, words, tmp_path):
     out = tmp_path / "photos"
     place = out / "photographs" / "32"
