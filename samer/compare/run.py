@@ -48,6 +48,7 @@ from samer.runtime.signals import stop_here, stoppable
 from samer.training.loop import train
 
 VERSION = 1
+RECIPE = ("train_batch_size", "grad_accum_steps", "learning_rate", "temperature", "num_train_epochs")  # as shown
 
 # by projector's name and seed: what it is trained through (None: untouched), and the compressions measured with it
 Jobs = dict[tuple[str, int], tuple[MergeConfig | None, dict[str, MergeConfig]]]
@@ -158,7 +159,6 @@ def compare(
     results |= significance(rows, measured, records, seeds, asked.phrases)
     if "cost" in sections:
         results["cost"] = cost(store, records, config.merge, [most, *at_budgets], batch_size)
-    shown = ("train_batch_size", "grad_accum_steps", "learning_rate", "temperature", "num_train_epochs")
     results = {
         "version": VERSION,
         "about": {
@@ -171,7 +171,7 @@ def compare(
             "tokens_range": [fewest, most],
             "embedding_dim": store.embedding_dim,
             "merge": asdict(config.merge),
-            "train": {name: getattr(config.train, name) for name in shown},
+            "train": {name: getattr(config.train, name) for name in RECIPE},
             "seeds": list(seeds),
             **_about_queries(asked, rows),
         },
