@@ -27,6 +27,15 @@ class _Gather(torch.autograd.Function):
         return gradient[start : start + ctx.count]
 
 
+def largest(count: int, device: torch.device) -> int:
+    """The largest of all processes' counts; `device` is one that the job's processes exchange tensors on."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return count
+    found = torch.tensor(count, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
 def gather_with_grad(tensor: Tensor) -> Tensor:
     """Rows of all processes in rank order, (W * B, ...); gradient flows back to the process each row came from.
 
