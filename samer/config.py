@@ -49,7 +49,7 @@ def whole_number(key: str, value: object) -> int:
     return _coerce(value, int, key)
 
 
-def budget(key: str, value: object) -> Budget:
+def as_budget(key: str, value: object) -> Budget:
     """`value` as K, or as a share of N: 64 and 64.0, "1/16" and "2/32" are some; "64", 0.0625 and "16/16" are none.
 
     Raises:
@@ -267,7 +267,7 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a number of numpy's or torch's
         value = value.item()
     if kind == Budget:
-        return budget(key, value)
+        return as_budget(key, value)
     if isinstance(kind, types.UnionType):
         inner = [k for k in typing.get_args(kind) if k is not type(None)]
         return None if value is None else _coerce(value, inner[0], key)
@@ -381,7 +381,7 @@ def _spread_budgets(values: Any, where: str) -> Any:
         return values
     if not regions:
         raise InputError(f"{where}: merge.num_regions must be a whole number, a share, or a list of such; it is []")
-    regions = [budget(f"{where}: merge.num_regions", k) for k in regions]
+    regions = [as_budget(f"{where}: merge.num_regions", k) for k in regions]
     train = values.get("train") or {}
     if isinstance(train, dict):  # else it is refused by name when the settings are built
         train = {**train, "budgets": regions}

@@ -10,7 +10,6 @@ from dataclasses import replace
 from fractions import Fraction
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +19,7 @@ from samer.losses import multi_positive_t2i_loss
 from samer.objects import object_diagnostics
 from samer.retrievers.banks import QueryStates
 from samer.retrievers.base import Encoder, Projection
-from samer.runtime.gather import gather_with_grad, largest
+from samer.runtime.gather import gather_ragged, gather_with_grad
 from samer.scoring import maxsim
 from samer.tokens import MergedTokens, VisualTokens
 
@@ -47,9 +46,8 @@ class ProjectorModel(nn.Module):
         self.merge = merge
         every = [replace(merge, num_regions=k) for k in budgets or (merge.num_regions,)]
         self.compressors = [make_compressor(each).for_training() for each in every]
-        self.largest = max(
-            self.compressors, key=lambda each: Fraction(each.settings.num_regions)
-        )  # what diagnostics look at
+        # what diagnostics look at
+        self.largest = max(self.compressors, key=lambda each: Fraction(each.settings.num_regions))
         self.queries = queries
         self.temperature = temperature
         self.gather_negatives = gather_negatives
@@ -109,7 +107,6 @@ class ProjectorModel(nn.Module):
         positives = (image_numbers[:, None] == numbers[scored][None]) | ~real[:, None]
         queries = self.projection(query_hidden)  # (B, M, D)
         count = image_hidden.shape[1]
-        widest = largest(count, image_hidden.device) if self.gather_negatives else count  # grids may differ
         losses = []
         for compressor in self.compressors:
 
@@ -124,9 +121,7 @@ class ProjectorModel(nn.Module):
             width = image_hidden.shape[2] + 3 * queries.shape[2] + 4 * compressor.places(count)
             images, valid = _in_chunks(regions, CHUNK_ELEMENTS // (count * width), image_of, labels)
             if self.gather_negatives:
-                missing = compressor.places(widest) - images.shape[1]
-                images, valid = F.pad(images, (0, 0, 0, missing)), F.pad(valid, (0, missing))
-                images, valid = gather_with_grad(images), gather_with_grad(valid.to(torch.uint8)).bool()
+                images, valid = gather_ragged(images, valid)
             if not scored.all():
                 images, valid = images[scored], valid[scored]
 
