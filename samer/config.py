@@ -88,8 +88,10 @@ class MergeConfig:
         assignment_temperature: tau_a of the soft assignment.
         object_penalty: eta, weight of the instance inconsistency (training with labels only).
         center_init: "raster" (published) or "farthest".
-        compressor: a name in `samer.compressors.COMPRESSORS`; all but "samer" take `num_regions` only.
+        compressor: a name in `samer.compressors.COMPRESSORS`; all but "samer" take `num_regions` and what names them.
         bank_size: R, the most query tokens in a bank ("querybank" only).
+        sap_layers: first and last layer whose attention is averaged, such as "11-14" ("sap-mean", "sap-max" only);
+            empty: the middle ones. `samer.retrievers.retention` finds those of SAP's second version.
 
     Raises:
         InputError: a value outside its range.
@@ -103,6 +105,7 @@ class MergeConfig:
     center_init: str = "raster"
     compressor: str = "samer"
     bank_size: int = 2048
+    sap_layers: str = ""
 
     def __post_init__(self) -> None:
         _settle(self, "merge.")
@@ -113,6 +116,10 @@ class MergeConfig:
             _require(math.isfinite(value) and value >= 0, f"merge.{name}", "a finite number >= 0", value)
         value = self.assignment_temperature
         _require(math.isfinite(value) and value > 0, "merge.assignment_temperature", "a finite number > 0", value)
+        ends = re.fullmatch(r"([0-9]{1,4})-([0-9]{1,4})", self.sap_layers)
+        rule = "first and last layer, such as 11-14, or empty"
+        right = not self.sap_layers or (bool(ends) and int(ends[1]) <= int(ends[2]))
+        _require(right, "merge.sap_layers", rule, self.sap_layers)
         rule = "'raster' or 'farthest'"
         _require(self.center_init in ("raster", "farthest"), "merge.center_init", rule, self.center_init)
 

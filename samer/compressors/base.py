@@ -144,9 +144,8 @@ class Compressor:
 
 def _rows(visual: VisualTokens, rows: Tensor | slice) -> VisualTokens:
     """Some images of a batch as `compress` gets it."""
-    signals = {name: value[rows] for name, value in visual.attention.items()}
-    sides = [None if value is None else value[rows] for value in (visual.mask, visual.patches, visual.seeds)]
-    return VisualTokens(visual.tokens[rows], visual.coords[rows], *sides, signals)
+    own = {name: value[rows] for name, value in vars(visual).items() if isinstance(value, Tensor)}
+    return VisualTokens(**own, attention={name: value[rows] for name, value in visual.attention.items()})
 
 
 def keep_best(visual: VisualTokens, salience: Tensor, regions: int) -> MergedTokens:
