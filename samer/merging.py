@@ -14,18 +14,21 @@ are the product of the assignment with a.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samer.config import InputError, MergeConfig
+from samer.config import InputError, MergeConfig, vectors_of
 from samer.objects import instance_inconsistency
 from samer.tokens import MergedTokens, check_tensor
 
 LENGTH_ERROR = 0.05  # unit tokens may be off so much; in bfloat16 they are off by 0.004
 MOST_LABELS = 2**16  # instances of an image; the prior counts each in every region
 
-__all__ = ["MergeConfig", "check_tokens", "check_unit", "keep_short", "keep_tokens", "merge_tokens"]
+__all__ = ["MergeConfig", "check_tokens", "check_unit", "each_budget", "keep_short", "keep_tokens", "merge_tokens"]
 
 
 def merge_tokens(
@@ -49,7 +52,8 @@ def merge_tokens(
         instance_labels: (B, N) long, 0 is background: adds the object prior. Training only.
 
     Returns:
-        `MergedTokens` with K = min(config.num_regions, N); `assignments` are those of the last clustering iteration.
+        `MergedTokens` with K = min(config.num_regions, N), or of a share the K of N, padding counted: an image fills as
+        many as its own tokens give. `assignments` are those of the last clustering iteration.
 
     Raises:
         InputError: anything but tensors; shapes, dtypes or devices that do not fit; an image without a valid token; a
@@ -60,6 +64,15 @@ def merge_tokens(
         raise InputError(f"config must be a MergeConfig, such as MergeConfig(num_regions=64); it is {config!r:.80}")
     if config.compressor != "samer":
         raise InputError(f"merge_tokens is samer's; for {config.compressor!r} use samer.compressors.make_compressor")
+    if isinstance(config.num_regions, str):
+        coords = coords.expand(len(tokens), -1, -1)
+
+        def merge(regions: int, rows: Tensor | slice) -> MergedTokens:
+            own_mask, labels = (None if value is None else value[rows] for value in (mask, instance_labels))
+            fixed = replace(config, num_regions=regions)
+            return merge_tokens(tokens[rows], coords[rows], fixed, mask=own_mask, instance_labels=labels)
+
+        return each_budget(config.num_regions, tokens.shape[1], mask, merge)
     dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
     with torch.autocast(tokens.device.type, enabled=False):
         tokens = tokens.to(dtype)
@@ -88,6 +101,39 @@ def merge_tokens(
         visible = assignments if mask is None else assignments.masked_fill(~mask, -1)
         result = MergedTokens(merged, places, full, weights, visible)
         return result if mask is None else keep_short(result, tokens, coords, mask)
+
+
+def each_budget(
+    share: str, count: int, mask: Tensor | None, merge: Callable[[int, Tensor | slice], MergedTokens]
+) -> MergedTokens:
+    """Merges the images of a batch that have the same K together, where K is a share of each image's own tokens.
+
+    Args:
+        share: of `config.Budget`.
+        count: N, padding counted; the result is as wide as an image of so many tokens is, whatever the batch holds.
+        mask: (B, N) bool, False at padding; None if nothing is padded.
+        merge: of K and the rows of the batch that have it; its result has at most K regions.
+    """
+    width = vectors_of(share, count)
+    if mask is None:
+        return merge(width, slice(None))
+    budgets = torch.tensor([vectors_of(share, length) for length in mask.sum(1).tolist()])
+    rows, parts = [], []
+    for regions in budgets.unique().tolist():
+        rows.append((budgets == regions).nonzero()[:, 0].to(mask.device))
+        found = merge(regions, rows[-1])
+        more = width - found.tokens.shape[1]
+        parts.append(
+            (
+                F.pad(found.tokens, (0, 0, 0, more)),
+                F.pad(found.coords, (0, 0, 0, more)),
+                F.pad(found.mask, (0, more)),
+                F.pad(found.weights, (0, more)),
+                found.assignments,
+            )
+        )
+    back = torch.cat(rows).argsort()
+    return MergedTokens(*(torch.cat(column)[back] for column in zip(*parts)))
 
 
 def check_tokens(tokens: Tensor, coords: Tensor, mask: Tensor | None, labels: Tensor | None = None) -> None:

@@ -37,7 +37,9 @@ def main(argv=None):
     parser.add_argument(
         "--sections", nargs="+", help="some of: untouched adapted budgets components crossed banks phrases cost (all)"
     )
-    parser.add_argument("--budgets", nargs="+", type=int, default=[], help="K of budgets and cost (N/2 to N/32)")
+    parser.add_argument(
+        "--budgets", nargs="+", default=[], help="K of budgets and cost, e.g. 64 32, or shares, e.g. 1/16 (N/2 to N/32)"
+    )
     parser.add_argument("--methods", nargs="+", default=[], help="compressors, e.g. none samer kmeans hpool (all)")
     parser.add_argument(
         "--banks", nargs="+", default=[], metavar="NAME=FILE", help="of other texts (scripts/bank.py), for querybank"
@@ -45,7 +47,7 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
     given = options.sections or []
-    words = [*given, *options.methods]  # argparse takes overrides that follow for these
+    words = [*given, *options.methods, *options.budgets]  # argparse takes overrides that follow for these
     overrides = [*(word for word in words if "=" in word), *options.overrides]
     overrides += [word for word in options.banks if word.partition("=")[0].count(".")]
     if lone := [word for word in options.banks if "=" not in word]:
@@ -57,7 +59,7 @@ def main(argv=None):
 
     config = load_config(options.config, overrides)
     config = replace(config, data=replace(config.data, root=options.data_root, features=options.features))
-    from samer.compare.plan import SECTIONS, check_request
+    from samer.compare.plan import SECTIONS, check_request, read_budgets
     from samer.compare.write import write_comparison
     from samer.data.pictures import limit_pixels
     from samer.runtime.files import only_writer
@@ -66,9 +68,10 @@ def main(argv=None):
 
     sections = None if options.sections is None else [word for word in given if "=" not in word]
     methods = [word for word in options.methods if "=" not in word]
-    check_request(SECTIONS if sections is None else sections, options.seeds, options.budgets, methods, banks)
+    budgets = read_budgets(word for word in options.budgets if "=" not in word)
+    check_request(SECTIONS if sections is None else sections, options.seeds, budgets, methods, banks)
     asked = {"seeds": options.seeds, "sections": sections, "split": options.split}
-    asked |= {"at_budgets": options.budgets, "methods": methods, "banks": banks}
+    asked |= {"at_budgets": budgets, "methods": methods, "banks": banks}
     with only_writer(options.out):
         return write_comparison(config, options.out, **asked, device=pick_device())
 

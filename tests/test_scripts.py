@@ -230,7 +230,13 @@ def merge_of(folder):
 def test_overrides_win_over_the_adapter(script, pipeline, world, tmp_path):
     rest = ("--adapter-path", pipeline["folder"] / "out", "merge.num_regions=4", "merge.center_init=raster")
     script("cache").main(cache_words(pipeline, world, tmp_path / "c", *rest))
-    assert merge_of(tmp_path / "c") == {**MERGE, "num_regions": 4, "center_init": "raster", "bank_size": 2048}
+    assert merge_of(tmp_path / "c") == {
+        **MERGE,
+        "num_regions": 4,
+        "center_init": "raster",
+        "bank_size": 2048,
+        "sap_layers": "",
+    }
 
 
 def test_a_config_file_wins_over_the_adapter(script, pipeline, world, base, tmp_path):
@@ -239,7 +245,7 @@ def test_a_config_file_wins_over_the_adapter(script, pipeline, world, base, tmp_
     rest = ("--adapter-path", pipeline["folder"] / "out", "--config", config, "merge.cluster_iters=1")
     script("cache").main(cache_words(pipeline, world, tmp_path / "c", *rest))
     defaults = {"spatial_weight": 0.1, "assignment_temperature": 0.07, "object_penalty": 1.0, "center_init": "raster"}
-    defaults |= {"compressor": "samer", "bank_size": 2048}
+    defaults |= {"compressor": "samer", "bank_size": 2048, "sap_layers": ""}
     assert merge_of(tmp_path / "c") == {"num_regions": 5, "cluster_iters": 1, **defaults}
     manifest = Index(tmp_path / "c").manifest
     assert manifest.projector != manifest.model.base_projector

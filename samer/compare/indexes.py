@@ -16,7 +16,7 @@ from samer.data import make_reader
 from samer.evaluation import both_directions
 from samer.index.read import Index
 from samer.index.settings import encoder_of
-from samer.report.evaluate import check_place
+from samer.report.evaluate import check_place, means_and_totals
 from samer.report.gallery import Shown, check_images, make_gallery, noting_replaced
 from samer.report.page import headline, metrics_table, write_report
 from samer.runtime.files import read_json
@@ -86,6 +86,7 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
         methods.append(_shown(name, indexes[place], scores))
         _, _, vectors, size = indexes[place].size(split)
         figures = both_directions(scores, image_of)
+        figures |= means_and_totals(indexes[place], split)
         measured.append({"name": name, "vectors_per_image": vectors, "bytes_per_image": size, **figures})
     # a row of the table only that is compressed as the baseline is: what training alone does
     controls = [row for row in others if row["cache"]["merge"] == settings_written(first.manifest.merge)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from samer.compare.queries import CAPTIONS_ONLY, Asked, own_images
 from samer.compressors import make_compressor
-from samer.config import MergeConfig
+from samer.config import Budget, MergeConfig
 from samer.data.records import ImageRecord
 from samer.evaluation import encode_texts, fitted_compressor, join_queries
 from samer.grounding import PhraseIndex, ground
@@ -143,12 +143,13 @@ def cost(
     store: Encoder,
     records: Sequence[ImageRecord],
     merge: MergeConfig,
-    budgets: Sequence[int],
+    budgets: Sequence[Budget],
     batch_size: int,
 ) -> dict:
     """Storage, MaxSim operations and measured queries per second at each budget, the first of which is all tokens.
 
-    Operations are 2 * D * sum(M) * sum(vectors), as published. Speed: every image of the split against 256 queries,
+    Vectors, bytes and operations are those of all images together, the latter 2 * D * sum(M) * sum(vectors), as
+    published. Speed: every image of the split against 256 queries,
     float32, on this machine's device; median of 5 passes.
     """
     store.use_projector(store.base_projector)
@@ -170,6 +171,8 @@ def cost(
     rows = [
         {
             "budget": budget,
+            "vectors": int(mask.sum()),
+            "bytes": int(mask.sum()) * store.embedding_dim * 2,
             "gb_per_million_images": round(int(mask.sum()) / len(records) * store.embedding_dim * 2 / 1e3, 4),
             "operations": 2 * store.embedding_dim * query_tokens * int(mask.sum()),
             "queries_per_second": round(len(some.tokens) / statistics.median(seconds[1:]), 1),

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from samer.compressors import COMPRESSORS
-from samer.config import InputError, MergeConfig
+from samer.config import Budget, InputError, MergeConfig, as_budget
 from samer.report.gallery import Shown
 from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import load_projector
@@ -45,9 +45,20 @@ class Row:
         return self.projector or slug(self.trained)
 
 
-def budgets(tokens_per_image: int) -> list[int]:
-    """N / 2 to N / 32, each once, largest first."""
+def budgets(tokens_per_image: int, like: Budget = 0) -> list[Budget]:
+    """N / 2 to N / 32, each once, largest first; `like` a share, they are shares, too."""
+    if isinstance(like, str):
+        return [f"1/{share}" for share in SHARES]
     return list(dict.fromkeys(max(1, tokens_per_image // share) for share in SHARES))
+
+
+def read_budgets(words: Iterable[str]) -> list[Budget]:
+    """Budgets as a command line gives them: 64, or 1/16.
+
+    Raises:
+        InputError: a word that is neither.
+    """
+    return [int(word) if word.isdecimal() else as_budget("--budgets", word) for word in words]
 
 
 def variants(base: MergeConfig) -> dict[str, MergeConfig]:
@@ -64,7 +75,7 @@ def variants(base: MergeConfig) -> dict[str, MergeConfig]:
 def plan(
     base: MergeConfig,
     tokens_per_image: int,
-    at_budgets: Sequence[int] = (),
+    at_budgets: Sequence[Budget] = (),
     methods: Sequence[str] = (),
     banks: Sequence[str] = (),
 ) -> list[Row]:
@@ -77,12 +88,12 @@ def plan(
         methods: compressors whose rows are wanted, be it that they compress or are trained through; empty: all.
         banks: names of banks of queries that querybank is measured with beside its own.
     """
-    rows = _every_row(base, at_budgets or budgets(tokens_per_image)) + _bank_rows(base, banks)
+    rows = _every_row(base, at_budgets or budgets(tokens_per_image, base.num_regions)) + _bank_rows(base, banks)
     wanted = set(methods or COMPRESSORS)
     return [row for row in rows if {merge.compressor for merge in (row.merge, row.trained) if merge} <= wanted]
 
 
-def _every_row(base: MergeConfig, at_budgets: Sequence[int]) -> list[Row]:
+def _every_row(base: MergeConfig, at_budgets: Sequence[Budget]) -> list[Row]:
     every = variants(base)
     samer = {init: every[f"samer, {init}"] for init in CENTRES}
     rows = [Row("untouched", name, merge) for name, merge in every.items()]
@@ -178,13 +189,14 @@ def slug(merge: MergeConfig | None) -> str:
         return "untouched"
     digest = hashlib.sha256(json.dumps(settings_of(merge), sort_keys=True).encode()).hexdigest()[:8]
     centres = f"-{merge.center_init}" if merge.compressor == "samer" else ""
-    return f"{merge.compressor}{centres}-{merge.num_regions}-{digest}"
+    regions = str(merge.num_regions).replace("/", "of")  # a share is no folder
+    return f"{merge.compressor}{centres}-{regions}-{digest}"
 
 
 def check_request(
     sections: Sequence[str],
     seeds: Sequence[int],
-    at_budgets: Sequence[int] = (),
+    at_budgets: Sequence[Budget] = (),
     methods: Sequence[str] = (),
     banks: Iterable[str] = (),
 ) -> None:
@@ -202,7 +214,7 @@ def check_request(
         raise InputError("sections phrases: they are asked of the rows of other sections; name one of these, too")
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise InputError(f"seeds {list(seeds)}: give at least one, each once, none below 0")
-    if len(set(at_budgets)) != len(at_budgets) or min(at_budgets, default=1) < 1:
+    if len(set(at_budgets)) != len(at_budgets) or any(k < 1 for k in at_budgets if isinstance(k, int)):
         raise InputError(f"budgets {list(at_budgets)}: give each once, none below 1")
     if set(sections) - set(BESIDE) == {"banks"} and not banks:
         raise InputError("sections banks: there is none; give them as --banks NAME=FILE (scripts/bank.py makes one)")

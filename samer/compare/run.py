@@ -29,13 +29,14 @@ from samer.compare.queries import CAPTIONS_ONLY, RARE, Asked, caption_positives,
 from samer.compare.significance import significance
 from samer.compare.summarise import Measured, Values, named_objects, summarise
 from samer.compressors import COMPRESSORS, make_compressor
-from samer.config import Config, InputError, MergeConfig
+from samer.config import Budget, Config, InputError, MergeConfig
 from samer.data import make_reader
 from samer.data.records import ImageRecord
 from samer.data.stamps import Stamps
 from samer.evaluation import check_described
 from samer.features.read import FeatureStore
 from samer.grounding import size_thirds
+from samer.report.cells import budget_words
 from samer.report.gallery import Shown
 from samer.retrievers.attention import NoSignals
 from samer.retrievers.banks import load_bank
@@ -84,7 +85,8 @@ def sweep(
         key = method.projector.hash
         own = [Row(section, method.name.removesuffix(", trained"), method.merge, trained, key)]
         if method.name in curves:
-            at = {budget: replace(method.merge, num_regions=budget) for budget in budgets(tokens_per_image)}
+            every = budgets(tokens_per_image, method.merge.num_regions)
+            at = {budget: replace(method.merge, num_regions=budget) for budget in every}
             own += [Row("budgets", f"{method.name} @ {budget}", merge, trained, key) for budget, merge in at.items()]
         _, merges = jobs.setdefault(key, (method.projector, {}))
         merges |= {slug(row.merge): row.merge for row in own}
@@ -107,7 +109,7 @@ def compare(
     seeds: Sequence[int],
     sections: Sequence[str],
     split: str,
-    at_budgets: Sequence[int] = (),
+    at_budgets: Sequence[Budget] = (),
     methods: Sequence[str] = (),
     banks: Mapping[str, str] | None = None,
 ) -> dict:
@@ -120,7 +122,7 @@ def compare(
         seeds: of the trained rows.
         sections: of `SECTIONS`.
         split: measured on.
-        at_budgets: K of the sections budgets and cost; empty: N/2 to N/32.
+        at_budgets: K, or shares, of the sections budgets and cost; empty: N/2 to N/32, shares where K is one.
         methods: compressors whose rows are wanted; empty: all.
         banks: files of banks of queries by name, of the untouched projector, for the section banks.
 
@@ -137,20 +139,19 @@ def compare(
     store.check_records(records)
     size_thirds(named_objects(records)[0])  # data without a box is refused before anything is trained
     fewest, tokens_per_image, most = tokens_of(store, records, batch_size)
-    if max(at_budgets, default=0) >= most:
+    if any(k >= most for k in at_budgets if isinstance(k, int)):
         raise InputError(f"budgets {list(at_budgets)}: an image has {most} tokens at most; give smaller ones")
-    at_budgets = list(at_budgets) or budgets(tokens_per_image)
+    at_budgets = list(at_budgets) or budgets(tokens_per_image, config.merge.num_regions)
     planned = plan(config.merge, tokens_per_image, at_budgets, methods, list(banks))
-    rows = [row for row in planned if row.section in sections]
-    rows = _with_signals(store, records, rows)
+    rows = _with_signals(store, records, [row for row in planned if row.section in sections])
     asked = _asked(config, store, records, rows, split, "phrases" in sections, banks)
     jobs = _jobs(rows, seeds)
     trained = sum(through is not None for through, _ in jobs.values())
     measurements = sum(len(merges) for _, merges in jobs.values())
     print0(
         f"{len(rows)} rows: {trained} projectors to train ({len(seeds)} seeds), {measurements} measurements on "
-        f"{len(records):,} images of {split}, {tokens_per_image} tokens each, K = {config.merge.num_regions}; "
-        f"writing to {folder}"
+        f"{len(records):,} images of {split}, {tokens_per_image} tokens each, "
+        f"K = {budget_words(config.merge.num_regions)}; writing to {folder}"
     )
     if asked.phrases:
         print0(f"asked beside the captions: {len(asked.phrases.texts):,} phrases")

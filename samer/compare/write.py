@@ -16,6 +16,7 @@ from samer.data import make_reader
 from samer.data.records import phrase_texts
 from samer.features.read import FeatureStore, open_encoder
 from samer.features.write import write_features
+from samer.report.cells import budget_words
 from samer.report.gallery import Gallery, make_gallery
 from samer.report.page import Table, write_report
 from samer.report.results import write_tables
@@ -119,7 +120,7 @@ def _write_page(path: Path, results: dict, gallery: Gallery, root: str, seeds: S
         about=[
             ("data", data),
             ("retriever", f"{about['model']}, {about['tokens_per_image']} tokens per image"),
-            ("compressed to", f"{about['merge']['num_regions']} vectors"),
+            ("compressed to", f"{budget_words(about['merge']['num_regions'])} vectors"),
             ("training", ", ".join(f"{name} {value:g}" for name, value in about["train"].items())),
             ("all tables", str(path.with_name("results.md"))),
         ],

@@ -58,8 +58,10 @@ def settings_used(settings: MergeConfig) -> dict[str, Any]:
 
 
 def settings_written(settings: MergeConfig) -> dict[str, Any]:
-    """All settings as files hold them; `bank_size`, which earlier files lack, only where the compressor uses it."""
+    """All settings as files hold them; what earlier files lack only where the compressor uses it."""
     found = asdict(settings)
+    if not settings.sap_layers or "sap_layers" not in settings_used(settings):
+        del found["sap_layers"]
     if "bank_size" not in settings_used(settings):
         del found["bank_size"]
     return found

@@ -5,14 +5,16 @@ Shape letters: B images, N tokens, K regions, D embedding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samer.config import InputError, MergeConfig
-from samer.merging import check_tokens, check_unit, keep_short, keep_tokens
+from samer.config import InputError, MergeConfig, vectors_of
+from samer.merging import check_tokens, check_unit, each_budget, keep_short, keep_tokens
 from samer.tokens import MergedTokens, VisualTokens, check_tensor
 
 
@@ -44,7 +46,7 @@ class Compressor:
 
     def places(self, count: int) -> int:
         """The width of the result for images of `count` tokens."""
-        return min(self.settings.num_regions, count)
+        return min(vectors_of(self.settings.num_regions, count), count)
 
     def fit(self, corpus: Iterable[VisualTokens]) -> None:
         """Learns from a corpus what `compress` needs of it; only where `needs_corpus` says so."""
@@ -71,7 +73,8 @@ class Compressor:
             instance_labels: (B, N) long, for a compressor that `uses_labels`; training only.
 
         Returns:
-            `MergedTokens` with `places(N)` vectors, min(K, N) but for "none"; `mask` says which are filled.
+            `MergedTokens` with `places(N)` vectors, min(K, N) but for "none"; `mask` says which are filled. Where K is
+            a share of N, that of the image's own tokens.
 
         Raises:
             InputError: as `merge_tokens`, tokens that are not of unit length or outside the unit square, a signal that
@@ -96,11 +99,26 @@ class Compressor:
             tokens = torch.where(mask[..., None], tokens, 0)
             coords = torch.where(mask[..., None], coords, 0)
             patches = patches & mask
-        if tokens.shape[1] <= self.settings.num_regions:
-            return keep_tokens(tokens, coords, mask)
+        clean = VisualTokens(tokens, coords, mask, patches, visual.seeds, visual.attention)
         with torch.autocast(tokens.device.type, enabled=False):
-            clean = VisualTokens(tokens, coords, mask, patches, visual.seeds, visual.attention)
-            result = self.compress(clean, instance_labels)
+            share = self.settings.num_regions
+            if isinstance(share, int) or "num_regions" not in self.settings_used:
+                return self._at_most(clean, instance_labels)
+
+            def merge(regions: int, rows: Tensor | slice) -> MergedTokens:
+                fixed = copy.copy(self)  # with what it learned
+                fixed.settings = replace(self.settings, num_regions=regions)
+                labels = None if instance_labels is None else instance_labels[rows]
+                return fixed._at_most(_rows(clean, rows), labels)
+
+            return each_budget(share, tokens.shape[1], mask, merge)
+
+    def _at_most(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
+        """Compresses a batch, as `compress` gets it, at one K; an image that has no more tokens keeps them."""
+        tokens, coords, mask, regions = visual.tokens, visual.coords, visual.mask, self.settings.num_regions
+        if isinstance(regions, int) and tokens.shape[1] <= regions:
+            return keep_tokens(tokens, coords, mask)
+        result = self.compress(visual, instance_labels)
         return result if mask is None else keep_short(result, tokens, coords, mask)
 
     @staticmethod
@@ -117,8 +135,17 @@ class Compressor:
                 raise InputError(f"{name} of shape {tuple(value.shape)} for tokens {tuple(visual.tokens.shape)}")
 
     def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
-        """The work itself, for more than K tokens: float32, padding zeroed, coords (B, N, 2), patches a tensor."""
+        """The work itself, for more than K tokens: float32, padding zeroed, coords (B, N, 2), patches a tensor.
+
+        `settings.num_regions` is K then, never a share.
+        """
         raise NotImplementedError
+
+
+def _rows(visual: VisualTokens, rows: Tensor | slice) -> VisualTokens:
+    """Some images of a batch as `compress` gets it."""
+    own = {name: value[rows] for name, value in vars(visual).items() if isinstance(value, Tensor)}
+    return VisualTokens(**own, attention={name: value[rows] for name, value in visual.attention.items()})
 
 
 def keep_best(visual: VisualTokens, salience: Tensor, regions: int) -> MergedTokens:

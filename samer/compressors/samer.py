@@ -18,7 +18,7 @@ class Samer(Compressor):
     uses_labels = True
     # all of its own, new ones too; the object penalty acts on labels, which only training has, the bank is querybank's
     settings_used = tuple(
-        f.name for f in fields(MergeConfig) if f.name not in ("compressor", "object_penalty", "bank_size")
+        f.name for f in fields(MergeConfig) if f.name not in ("compressor", "object_penalty", "bank_size", "sap_layers")
     )
 
     def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:

@@ -260,6 +260,10 @@ class FeatureStore(Encoder):
     def image_states(self, inputs: dict[str, Tensor], needs: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """What `record_inputs` read, hidden states and signals, on the device."""
         check_signals(needs)
+        if others := [name for name in needs if name not in ATTENTION]:
+            raise NoSignals(
+                f"{self.folder}: a feature store holds no attention of layers {others[0]}; use the pictures"
+            )
         attention = inputs["attention"].to(self.device) if needs else None
         if needs and bool(attention[inputs["attention_mask"].bool().to(self.device)].isnan().any()):
             raise NoSignals(f"{self.folder}: {self.manifest.base_model} gave no attention over the whole picture")

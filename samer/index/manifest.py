@@ -322,16 +322,35 @@ def _check(manifest: IndexManifest) -> None:
 
 def _shard_can_be(shard: Shard, manifest: IndexManifest) -> bool:
     """Whether a shard's entry fits its own numbers and the index's dtype."""
-    dtype, width = manifest.dtype, manifest.embedding_dim
+    dtype = manifest.dtype
     one = shard.version == 3 and dtype == "int8"  # scale for all images
     right = shard.version in (FORMAT_VERSION, *OLDER) and (shard.scale is not None) == one
     right = right and (not one or 0 < shard.scale < float("inf"))
-    stored = {"binary": width // 8, "int8": width}.get(dtype) or width * FLOATS.get(dtype, torch.int8).itemsize
+    stored = vector_bytes(manifest)
     scale = SCALE_BYTES if dtype == "int8" and not one else 0
     right = right and shard.regions >= 1 and shard.bytes == shard.count * (shard.regions * (stored + 1) + scale)
     if not right or (shard.exact is not None) != (dtype == "binary"):
         return False
     return shard.exact is None or (shard.exact.file == shard.file.replace(".", ".exact.", 1) and shard.exact.bytes >= 1)
+
+
+def check_regions(regions: int) -> None:
+    """Refuses more regions than a byte per patch tells apart.
+
+    Raises:
+        InputError: says how many there may be.
+    """
+    if regions > NO_REGION:
+        raise InputError(
+            f"assignments take a byte per patch, so at most {NO_REGION} regions, not {regions}; leave --assignments "
+            "out, or say --no-assignments"
+        )
+
+
+def vector_bytes(making: Making) -> int:
+    """Bytes of a stored vector."""
+    dtype, width = making.dtype, making.embedding_dim
+    return {"binary": width // 8, "int8": width}.get(dtype) or width * FLOATS.get(dtype, torch.int8).itemsize
 
 
 def files_of(manifest: IndexManifest) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from samer.compressors import settings_used
-from samer.config import Config, InputError, ModelConfig, load_config, load_yaml
+from samer.config import Config, InputError, ModelConfig, load_config, load_yaml, vectors_of
 from samer.features.read import open_encoder
 from samer.index.manifest import FLOATS, NO_REGION
 from samer.index.read import Index
@@ -25,6 +25,7 @@ FARTHEST = (
     "clusters start from tokens far apart (merge.center_init=farthest): with an untouched projector that found 54 % "
     "first instead of 44 % on the generated scenes; merge.center_init=raster starts as published"
 )
+MANY_TOKENS = 2000  # no image of the retrievers here has more, as they were trained
 TOO_MANY = f"which region each patch went to is not kept: that takes a byte, so at most {NO_REGION} regions"
 
 
@@ -221,7 +222,7 @@ def _of_new(folder: Path, asked: Asked, dtype: str) -> Settings:
         notes.append(FARTHEST)
     assignments = asked.assignments
     if assignments is None:
-        few = merge.num_regions <= NO_REGION
+        few = vectors_of(merge.num_regions, MANY_TOKENS) <= NO_REGION
         assignments = merge.compressor != "none" and few  # where all tokens are kept, each is its own region
         if not few and merge.compressor != "none":
             notes.append(f"{TOO_MANY}, not {merge.num_regions}")

@@ -97,6 +97,7 @@ from samer.index.manifest import (
     QueryShard,
     Shard,
     Split,
+    check_regions,
     making_from_stamp,
     read_index_manifest,
     stamp_of,
@@ -199,8 +200,8 @@ def check_settings(retriever: Encoder, merge: MergeConfig, batch_size: int, dtyp
         raise InputError(f"index dtype binary needs a width divisible by 8; it is {retriever.embedding_dim}")
     if assignments and merge.compressor == "none":
         raise InputError("all tokens are kept, each is its own region: leave --assignments out")
-    if assignments and merge.num_regions > NO_REGION:
-        raise InputError(f"assignments take a byte per patch, so at most {NO_REGION} regions, not {merge.num_regions}")
+    if assignments and isinstance(merge.num_regions, int):
+        check_regions(merge.num_regions)
 
 
 def write_image_shard(path: Path, tensors: dict[str, Tensor], half: dict[str, Tensor], stamp: dict) -> Shard:
@@ -391,6 +392,8 @@ class _Writer:
     def kept(self, visual: VisualTokens, merged: MergedTokens) -> _Part:
         """What a shard needs of a batch."""
         regions = torch.empty(len(merged.tokens), 0, dtype=torch.long)
+        if self.making.assignments:  # of a share known by the images only
+            check_regions(merged.tokens.shape[1])
         if self.making.has_regions:
             regions = regions_of_patches(merged.assignments, visual.source)
         values = (merged.tokens.float(), merged.mask, visual.grid.to(torch.int32), regions)

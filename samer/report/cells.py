@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from samer.config import Budget
+
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table."""
@@ -17,6 +19,14 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 def number(value: float | None, digits: int = 1) -> str:
     """A figure, or nothing where there is none."""
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def budget_words(regions: Budget) -> str:
+    """K as tables say it: 64, N/16, 3N/16."""
+    if isinstance(regions, int):
+        return str(regions)
+    part, whole = regions.split("/")
+    return f"{part if part != '1' else ''}N/{whole}"
 
 
 def recall(row: dict) -> str:

@@ -16,6 +16,7 @@ from samer.compressors import settings_written
 from samer.config import InputError
 from samer.data import make_reader
 from samer.evaluation import both_directions
+from samer.index.manifest import vector_bytes
 from samer.index.read import Index
 from samer.index.settings import encoder_of
 from samer.report.gallery import Gallery, Shown, check_images, make_gallery, noting_replaced
@@ -82,15 +83,46 @@ def evaluate_index(index: Index, split: str, device: torch.device) -> tuple[dict
         "queries": queries,
         "vectors_per_image": regions,
         "bytes_per_image": size,
+        **means_and_totals(index, split),
         **both_directions(scores, image_of),
         "cache": about,
     }
     return result, scores
 
 
+def means_and_totals(index: Index, split: str) -> dict:
+    """Size and cost of a split whose images differ in their vectors, padding left out; empty where they are all alike.
+
+    Returns:
+        `sizes`: `vectors` {mean, fewest, most, total}; `bytes` {mean, total} of the stored vectors; `operations` of
+        MaxSim, 2 D sum(M) sum(vectors), {mean, total}, whose mean is per query and image.
+    """
+    counts = torch.cat([mask.sum(1) for _, _, mask in index.images(split)])  # (I,)
+    fewest, most, total = int(counts.min()), int(counts.max()), int(counts.sum())
+    if fewest == most:
+        return {}
+    blocks = [query.mask for query, _, _ in index.queries(split)]
+    pairs = len(counts) * sum(map(len, blocks))
+    operations = 2 * index.manifest.embedding_dim * sum(int(mask.sum()) for mask in blocks) * total
+    size = vector_bytes(index.manifest) * total
+    vectors = {"mean": total / len(counts), "fewest": fewest, "most": most, "total": total}
+    sizes = {"bytes": {"mean": size / len(counts), "total": size}}
+    return {"sizes": {"vectors": vectors, **sizes, "operations": {"mean": operations / pairs, "total": operations}}}
+
+
+def size_line(sizes: dict) -> str:
+    """`means_and_totals` in words."""
+    vectors, size, operations = sizes["vectors"], sizes["bytes"], sizes["operations"]
+    return (
+        f"vectors {vectors['fewest']} to {vectors['most']} (mean {vectors['mean']:,.1f}), {vectors['total']:,} in all; "
+        f"their bytes {size['mean']:,.0f} per image, {size['total']:,} in all; MaxSim operations "
+        f"{operations['mean']:,.0f} per query and image, {operations['total']:.4g} in all"
+    )
+
+
 def metric_lines(result: dict) -> list[str]:
     """A line per direction, each metric with its interval."""
-    lines = []
+    lines = [size_line(result["sizes"])] if "sizes" in result else []
     for direction in ("text_to_image", "image_to_text"):
         shown = [
             f"{name} {metric['value']:.1f} [{metric['interval'][0]:.1f}, {metric['interval'][1]:.1f}]"
@@ -154,6 +186,7 @@ def write_index_report(path: str | Path, folder: str, result: dict, gallery: Gal
             ("retriever", about["base_model"]),
             ("merge", ", ".join(f"{key} {value}" for key, value in about["merge"].items())),
             ("stored as", about["dtype"]),
+            *([("size and cost", size_line(result["sizes"]))] if "sizes" in result else []),
         ],
         tiles=headline(row, row),
         tables=[metrics_table([row])],

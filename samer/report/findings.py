@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from samer.report.cells import difference, label, markdown_table, named, number, recall
+from samer.config import Budget
+from samer.report.cells import budget_words, difference, label, markdown_table, named, number, recall
 
 SETS = {"captions": "captions", "phrases": "phrases", "rare_phrases": "rare phrases"}
 PLAIN = tuple[str, str, list[str], list[list[str]]]  # title, note, head, rows
@@ -52,7 +53,7 @@ def _discrimination(results: dict) -> PLAIN:
     return "Can these queries tell compressors apart?", note, head, body
 
 
-def discriminates(rows: Sequence[dict], section: str, queries: str, budget: int) -> str:
+def discriminates(rows: Sequence[dict], section: str, queries: str, budget: Budget) -> str:
     """A sentence on whether a set of queries tells the crude compressors of a section from all tokens."""
     own = [row for row in rows if row["of"][0] == section]
     by = {row["minus"][1]: [m for m in ("r@1", "ndcg@10") if row[queries][m]["interval"][0] > 0] for row in own}
@@ -62,7 +63,7 @@ def discriminates(rows: Sequence[dict], section: str, queries: str, budget: int)
     tell = "" if can.startswith("can tell") else " tell compressors apart"
     alone = [name for name, found in by.items() if found == ["ndcg@10"]]
     by_one = f" ({' and '.join(alone)} by nDCG@10 alone)" if can == "can" and alone else ""
-    return f"{SETS[queries].capitalize()} {can}{tell} at K = {budget}, {how}{by_one}."
+    return f"{SETS[queries].capitalize()} {can}{tell} at K = {budget_words(budget)}, {how}{by_one}."
 
 
 def _claims(claims: Sequence[dict]) -> PLAIN:

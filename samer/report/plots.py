@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 
-from samer.report.cells import label
-from samer.report.tables import budget_lines, stored_bytes
+from samer.config import vectors_of
+from samer.report.cells import budget_words, label
+from samer.report.tables import budget_lines, budgets_of, stored_bytes
 
 # Okabe and Ito's colours, told apart with the common colour vision deficiencies; and markers, for print
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#7F7F7F", "#B8A000")
@@ -101,11 +102,12 @@ def _draw_lines(axes, results: dict, place: Callable[[dict], float], queries: st
 
 
 def _recall_by_budget(axes, results: dict, queries: str = "") -> bool:
-    if not _draw_lines(axes, results, lambda row: row["merge"]["num_regions"], queries):
+    tokens = results["about"]["tokens_per_image"]
+    if not _draw_lines(axes, results, lambda row: vectors_of(row["merge"]["num_regions"], tokens), queries):
         return False
-    budgets = sorted({row["merge"]["num_regions"] for rows in budget_lines(results).values() for row in rows})
-    axes.set_xticks(budgets, [str(budget) for budget in budgets])
-    axes.set_xlabel(f"K, vectors per image at most (of {results['about']['tokens_per_image']})")
+    budgets = budgets_of(results)
+    axes.set_xticks([vectors_of(k, tokens) for k in budgets], [*map(budget_words, budgets)])
+    axes.set_xlabel(f"K, vectors per image at most (of {tokens})")
     axes.set_title(f"Recall {'of short phrases ' * bool(queries)}against budget, {results['about']['data']}")
     return True
 

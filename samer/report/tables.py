@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from samer.report.cells import difference, label, markdown_table, named, number, recall
+from samer.config import Budget, vectors_of
+from samer.report.cells import budget_words, difference, label, markdown_table, named, number, recall
 from samer.report.findings import against_controls, findings, lines_of, phrase_tables, size_tables
 
 # METHOD section 5: ColPali, K = 64 of 1,030, Flickr30K 1K; by (section, compressor) where the rows are the paper's
@@ -43,7 +44,7 @@ def markdown(results: dict) -> str:
         f"# Compressors compared on {about['data']}",
         "",
         f"{about['images']:,} images and {about['captions']:,} captions of `{about['split']}`, retriever "
-        f"`{about['model']}`, {tokens_in_words(about)} tokens per image compressed to K = {budget} "
+        f"`{about['model']}`, {tokens_in_words(about)} tokens per image compressed to K = {budget_words(budget)} "
         f"(the paper: 1,030 to 64). Trained rows: mean of {seeds} seed{'s' * (seeds != 1)} "
         f"({', '.join(map(str, about['seeds']))}), projection only, through the compressor named; {recipe}. "
         "Recall is in percent, text to image unless said otherwise, with 95 % bootstrap intervals over images; "
@@ -134,13 +135,13 @@ def _adapted_table(rows: Sequence[dict], results: dict) -> list[str]:
     return markdown_table(head, body)
 
 
-def _budget_cells(results: dict, queries: str = "") -> tuple[list[int], list[list[str]]]:
+def _budget_cells(results: dict, queries: str = "") -> tuple[list[Budget], list[list[str]]]:
     """Budgets, largest first, and a row per line of the plot: its name, and recall at each of them.
 
     `queries`: empty for captions, or "phrases".
     """
     lines = budget_lines(results)
-    budgets = sorted({row["merge"]["num_regions"] for rows in lines.values() for row in rows}, reverse=True)
+    budgets = budgets_of(results)[::-1]
     body = []
     for name, rows in lines.items():
         at = {row["merge"]["num_regions"]: row for row in rows}
@@ -151,8 +152,9 @@ def _budget_cells(results: dict, queries: str = "") -> tuple[list[int], list[lis
 def _budget_table(rows: Sequence[dict], results: dict) -> list[str]:
     budgets, own = _budget_cells(results)
     count = results["about"]["tokens_per_image"]
-    published = dict(zip(budgets, PUBLISHED_BUDGETS)) if budgets == [count // share for share in SHARES] else {}
-    head = ["", *(f"K = {budget}" for budget in budgets)]
+    same = budgets in ([count // share for share in SHARES], [f"1/{share}" for share in SHARES])
+    published = dict(zip(budgets, PUBLISHED_BUDGETS)) if same else {}
+    head = ["", *(f"K = {budget_words(k)}" for k in budgets)]
     lines = [["*SaMer, published, at the same shares N/2 to N/32*", *(number(published.get(k)) for k in budgets)]]
     return [*(markdown_table(head, lines) if published else []), "", *markdown_table(head, own)]
 
@@ -163,7 +165,7 @@ def _phrase_budgets(results: dict) -> list[tuple[str, str, list[str], list[list[
         return []
     budgets, body = _budget_cells(results, "phrases")
     note = f"R@1 of phrases by K. {_controls(results, 'phrases')}"
-    return [("Short phrases by budget", note, ["", *(f"K = {k}" for k in budgets)], body)]
+    return [("Short phrases by budget", note, ["", *(f"K = {budget_words(k)}" for k in budgets)], body)]
 
 
 def _controls(results: dict, queries: str = "") -> str:
@@ -210,7 +212,7 @@ def plain_tables(results: dict) -> list[tuple[str, str, list[str], list[list[str
     budgets, body = _budget_cells(results)
     if body:
         note = "R@1, text to image, K vectors per image at most, from float32 vectors."
-        found.append(("Budgets", note, ["", *(f"K = {k}" for k in budgets)], body))
+        found.append(("Budgets", note, ["", *(f"K = {budget_words(k)}" for k in budgets)], body))
     return found
 
 
@@ -262,10 +264,11 @@ def _cost_table(results: dict) -> list[str]:
         "1,030 and 64 vectors."
     )
     head = ["vectors per image", "GB per million images", "operations", "queries per second", "speed-up"]
+    means = ["mean vectors", "mean bytes", "bytes in all", "mean operations"]
     first = cost["rows"][0]["queries_per_second"]
     body = [
         [
-            str(row["budget"]),
+            budget_words(row["budget"]),
             f"{row['gb_per_million_images']:.2f}",
             f"{row['operations']:.2e}",
             f"{row['queries_per_second']:,.0f}",
@@ -273,7 +276,14 @@ def _cost_table(results: dict) -> list[str]:
         ]
         for row in cost["rows"]
     ]
-    return [words, "", *markdown_table(head, body)]
+    if "vectors" not in cost["rows"][0]:  # earlier results
+        return [words, "", *markdown_table(head, body)]
+    for cells, row in zip(body, cost["rows"]):
+        mean = row["operations"] / (cost["queries"] * cost["images"])
+        size = row["bytes"] / cost["images"]
+        cells += [f"{row['vectors'] / cost['images']:,.1f}", f"{size:,.0f}", f"{row['bytes']:,}", f"{mean:,.0f}"]
+    words += " Means are per image, of operations per query and image; in all: of these images, and with these queries."
+    return [words, "", *markdown_table([*head, *means], body)]
 
 
 SECTION_TITLES: dict[str, tuple[str, str, Callable[[Sequence[dict], dict], list[str]]]] = {
@@ -301,6 +311,12 @@ SECTION_TITLES: dict[str, tuple[str, str, Callable[[Sequence[dict], dict], list[
         _bank_table,
     ),
 }
+
+
+def budgets_of(results: dict) -> list[Budget]:
+    """K of the section budgets, smallest first; a share by what it is of the mean number of tokens."""
+    found = {row["merge"]["num_regions"] for rows in budget_lines(results).values() for row in rows}
+    return sorted(found, key=lambda regions: vectors_of(regions, results["about"]["tokens_per_image"]))
 
 
 def budget_lines(results: dict) -> dict[str, list[dict]]:

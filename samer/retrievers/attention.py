@@ -4,6 +4,7 @@ Shape letters: B images, N tokens per image."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from samer.config import InputError
 # How much attention a patch receives from the patches of its image, by name (METHOD section 7): summed over the rows
 # of a layer's attention, mean or max over heads, mean over the middle layers or the last layer alone.
 ATTENTION = ("middle_mean", "middle_max", "last")
+_WINDOW = re.compile(r"(mean|max):([0-9]+)-([0-9]+)")  # other layers than the middle ones, first and last, by heads
 
 
 class NoSignals(InputError):
@@ -30,11 +32,25 @@ def signal_layers(count: int) -> list[int]:
     return [*range(int(count * 2 // 5), min(int(count * 3 // 5), count - 1) + 1), count - 1]
 
 
-def check_signals(needs: Sequence[str]) -> None:
-    """Refuses a name that is not in `ATTENTION`."""
-    unknown = [name for name in needs if name not in ATTENTION]
-    if unknown:
-        raise InputError(f"attention signal {unknown[0]!r} is unknown; there are {', '.join(ATTENTION)}")
+def window_of(name: str) -> tuple[str, list[int]] | None:
+    """How heads are taken together, and the layers, of a signal such as "mean:11-14"; None of those in `ATTENTION`."""
+    found = _WINDOW.fullmatch(name)
+    return found and (found[1], [*range(int(found[2]), int(found[3]) + 1)])
+
+
+def check_signals(needs: Sequence[str], layers: int | None = None) -> None:
+    """Refuses a name that is neither in `ATTENTION` nor such as "mean:11-14", and a layer that is not there.
+
+    Args:
+        needs: names of signals.
+        layers: how many the language model has; None: not known.
+    """
+    for name in needs:
+        window = window_of(name)
+        if name not in ATTENTION and window is None:
+            raise InputError(f"attention signal {name!r} is unknown; there are {', '.join(ATTENTION)}, and mean:11-14")
+        if window and layers is not None and window[1][-1] >= layers:
+            raise InputError(f"merge.sap_layers {name.partition(':')[2]}: the model has {layers} layers, from 0 on")
 
 
 _COLUMNS = "samer_columns"  # an attention of transformers' registry: sdpa, and a look at the chosen layers

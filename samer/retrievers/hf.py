@@ -21,7 +21,7 @@ from samer.config import InputError
 from samer.data.pictures import load_image
 from samer.data.records import ImageRecord
 from samer.retrievers import Family, find_family
-from samer.retrievers.attention import check_signals, column_sums, signal_layers
+from samer.retrievers.attention import check_signals, column_sums, signal_layers, window_of
 from samer.retrievers.base import Encoder, image_seeds, projector_of
 from samer.retrievers.identity import ModelIdentity, check_files, fingerprint, model_folder, processor_hash
 from samer.runtime.files import FileTrouble, is_dir, is_file, read_json
@@ -213,22 +213,38 @@ class Retriever(Encoder):
         """As `Encoder.image_states`; attention is read layer by layer, an image at a time, and never kept."""
         if not needs:
             return self.hidden_states(inputs), {}
-        check_signals(needs)
-        lacking = [name for name in self.family.required if name not in inputs]
-        if lacking:
-            raise InputError(f"attention signals need all that the processor returns, {lacking[0]} too")
-        patches = self.image_layout(inputs).patches.to(self.device)
-        config, attentions = self.family.attentions
-        layers = signal_layers(len(attentions))
-        with column_sums(config, attentions, layers, self.family.attended(patches)) as sums:
-            hidden = self.hidden_states(inputs)
-        *middle, last = (sums[layer][..., -patches.shape[1] :] for layer in layers)
+        count = len(self.family.attentions[1])
+        check_signals(needs, count)
+        windows = {name: window for name in needs if (window := window_of(name))}
+        layers = signal_layers(count)
+        hidden, sums = self._columns(inputs, {*layers, *(k for _, own in windows.values() for k in own)})
+        *middle, last = (sums[layer] for layer in layers)
         signals = {
             "middle_mean": torch.stack([columns.mean(1) for columns in middle]).mean(0),
             "middle_max": torch.stack([columns.amax(1) for columns in middle]).mean(0),
             "last": last.mean(1),
         }
+        for name, (heads, own) in windows.items():
+            parts = [sums[layer].mean(1) if heads == "mean" else sums[layer].amax(1) for layer in own]
+            signals[name] = torch.stack(parts).mean(0)
         return hidden, {name: signals[name] for name in needs}
+
+    def layer_attention(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, N, H), and what patches receive from patches in each layer, (L, B, N), mean of heads."""
+        count = len(self.family.attentions[1])
+        hidden, sums = self._columns(inputs, set(range(count)))
+        return hidden, torch.stack([sums[layer].mean(1) for layer in range(count)])
+
+    def _columns(self, inputs: dict[str, Tensor], layers: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Hidden states, and column sums (B, heads, N) by layer."""
+        lacking = [name for name in self.family.required if name not in inputs]
+        if lacking:
+            raise InputError(f"attention signals need all that the processor returns, {lacking[0]} too")
+        patches = self.image_layout(inputs).patches.to(self.device)
+        config, attentions = self.family.attentions
+        with column_sums(config, attentions, sorted(layers), self.family.attended(patches)) as sums:
+            hidden = self.hidden_states(inputs)
+        return hidden, {layer: columns[..., -patches.shape[1] :] for layer, columns in sums.items()}
 
 
 def identify(name: str, revision: str = "main") -> ModelIdentity | None:

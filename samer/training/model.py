@@ -7,18 +7,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from samer.compressors import Compressor, make_compressor
-from samer.config import MergeConfig
+from samer.config import Budget, MergeConfig
 from samer.losses import multi_positive_t2i_loss
 from samer.objects import object_diagnostics
 from samer.retrievers.banks import QueryStates
 from samer.retrievers.base import Encoder, Projection
-from samer.runtime.gather import gather_with_grad
+from samer.runtime.gather import gather_ragged, gather_with_grad
 from samer.scoring import maxsim
 from samer.tokens import MergedTokens, VisualTokens
 
@@ -35,7 +36,7 @@ class ProjectorModel(nn.Module):
         merge: MergeConfig,
         temperature: float,
         gather_negatives: bool,
-        budgets: Sequence[int] = (),
+        budgets: Sequence[Budget] = (),
         queries: QueryStates | None = None,
     ) -> None:
         """`queries`: the tokens of the query bank, for a compressor that needs one."""
@@ -45,7 +46,8 @@ class ProjectorModel(nn.Module):
         self.merge = merge
         every = [replace(merge, num_regions=k) for k in budgets or (merge.num_regions,)]
         self.compressors = [make_compressor(each).for_training() for each in every]
-        self.largest = max(self.compressors, key=lambda each: each.settings.num_regions)  # what diagnostics look at
+        # what diagnostics look at
+        self.largest = max(self.compressors, key=lambda each: Fraction(each.settings.num_regions))
         self.queries = queries
         self.temperature = temperature
         self.gather_negatives = gather_negatives
@@ -119,7 +121,7 @@ class ProjectorModel(nn.Module):
             width = image_hidden.shape[2] + 3 * queries.shape[2] + 4 * compressor.places(count)
             images, valid = _in_chunks(regions, CHUNK_ELEMENTS // (count * width), image_of, labels)
             if self.gather_negatives:
-                images, valid = gather_with_grad(images), gather_with_grad(valid.to(torch.uint8)).bool()
+                images, valid = gather_ragged(images, valid)
             if not scored.all():
                 images, valid = images[scored], valid[scored]
 
