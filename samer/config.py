@@ -62,6 +62,8 @@ class MergeConfig:
         object_penalty: eta, weight of the instance inconsistency (training with labels only).
         center_init: "raster" (published) or "farthest".
         compressor: a name in `samer.compressors.COMPRESSORS`; all but "samer" take `num_regions` only.
+        global_view: where a retriever sees a page in tiles and once as a whole, "joined" merges the tokens of both with
+            each other, "apart" puts no token of the one into a region of the other.
         bank_size: R, the most query tokens in a bank ("querybank" only).
 
     Raises:
@@ -76,6 +78,7 @@ class MergeConfig:
     center_init: str = "raster"
     compressor: str = "samer"
     bank_size: int = 2048
+    global_view: str = "joined"
 
     def __post_init__(self) -> None:
         _settle(self, "merge.")
@@ -89,6 +92,8 @@ class MergeConfig:
         _require(math.isfinite(value) and value > 0, "merge.assignment_temperature", "a finite number > 0", value)
         rule = "'raster' or 'farthest'"
         _require(self.center_init in ("raster", "farthest"), "merge.center_init", rule, self.center_init)
+        rule = "'joined' or 'apart'"
+        _require(self.global_view in ("joined", "apart"), "merge.global_view", rule, self.global_view)
 
 
 @dataclass(frozen=True)

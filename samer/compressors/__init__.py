@@ -58,8 +58,13 @@ def settings_used(settings: MergeConfig) -> dict[str, Any]:
 
 
 def settings_written(settings: MergeConfig) -> dict[str, Any]:
-    """All settings as files hold them; `bank_size`, which earlier files lack, only where the compressor uses it."""
+    """All settings as files hold them; what earlier files lack, only where it changes something.
+
+    That is `bank_size` where the compressor uses it, and `global_view` where it is not as it was.
+    """
     found = asdict(settings)
+    if settings.global_view == MergeConfig.global_view:
+        del found["global_view"]
     if "bank_size" not in settings_used(settings):
         del found["bank_size"]
     return found

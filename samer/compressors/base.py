@@ -99,16 +99,17 @@ class Compressor:
         if tokens.shape[1] <= self.settings.num_regions:
             return keep_tokens(tokens, coords, mask)
         with torch.autocast(tokens.device.type, enabled=False):
-            clean = VisualTokens(tokens, coords, mask, patches, visual.seeds, visual.attention)
+            clean = VisualTokens(tokens, coords, mask, patches, visual.seeds, visual.attention, views=visual.views)
             result = self.compress(clean, instance_labels)
         return result if mask is None else keep_short(result, tokens, coords, mask)
 
     @staticmethod
     def _check_sides(visual: VisualTokens) -> None:
         batch, count = visual.tokens.shape[:2]
-        sides = {"patches": visual.patches, **{f"attention {name!r}": row for name, row in visual.attention.items()}}
+        signals = {f"attention {name!r}": row for name, row in visual.attention.items()}
+        sides = {"patches": visual.patches, "views": visual.views, **signals}
         expected = dict.fromkeys(sides, (batch, count)) | {"seeds": (batch,)}
-        kinds = {"patches": torch.bool, "seeds": torch.int64}
+        kinds = {"patches": torch.bool, "views": torch.bool, "seeds": torch.int64}
         for name, value in {**sides, "seeds": visual.seeds}.items():
             if value is None:
                 continue

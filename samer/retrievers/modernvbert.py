@@ -58,8 +58,9 @@ class ColModernVBert(Family):
         """As `Family.image_inputs`.
 
         Raises:
-            RefusedPicture: one with a tile whose pixels are all 0, which the model takes for padding and leaves out, so
-                that the tokens of all that follow would get another tile's features.
+            RefusedPicture: one with a tile whose prepared pixels are all 0, which the model takes for padding and
+                leaves out: all that follow would get another tile's features. Black is 0 where the processor does
+                not normalise, or with a mean of 0.
         """
         found = self.processor.process_images(images=list(images))
         inputs = {name: value for name, value in found.items() if name != "labels"}
@@ -70,8 +71,8 @@ class ColModernVBert(Family):
             number, tile = missing.nonzero()[0].tolist()
             raise RefusedPicture(
                 number,
-                f"has a tile (number {tile + 1} of {int(tiles[number])}) that is all black; the model would leave "
-                f"{int(missing[number].sum())} of them out as padding. Leave this picture out, or crop it",
+                f"has {int(missing[number].sum())} of {int(tiles[number])} tiles all black, the first is number "
+                f"{tile + 1}; the model would leave them out as padding. Crop this picture, or leave it out",
             )
         return inputs
 

@@ -44,7 +44,7 @@ class NeoMME(Family):
             InputError: torchvision is not installed.
         """
         if find_spec("torchvision") is None:
-            raise InputError("its pictures are prepared by torchvision, which is not installed: pip install torchvision")
+            raise InputError("torchvision prepares its pictures, and is not installed: pip install torchvision")
         return super().load_processor(name, **where)
 
     @property
