@@ -12,7 +12,7 @@ def _normalise(v):
 
 
 def naive_merge(tokens, coords, config, labels=None, views=None):
-    """One image: tokens (N, D), coords (N, 2), labels (N,), views (N,) or None -> tokens, coords, weights, assignments."""
+    """One image: tokens (N, D), coords (N, 2), labels and views (N,) or None -> the fields of `MergedTokens`."""
     n = len(tokens)
     k_max = config.num_regions
     if n <= k_max:
