@@ -117,7 +117,7 @@ def every_step(base, world, script, tmp_path, capsys, *settings):
         words = [f"model.name={base}", f"data.root={world}", f"train.output_dir={tmp_path / name}", *settings, *more]
         words += ["train.bf16=false", "train.train_batch_size=8", "train.grad_accum_steps=1", "data.eval_split=val"]
         words += ["train.num_train_epochs=2", "train.learning_rate=1e-2", "train.dataloader_num_workers=0"]
-        script("train").main(words + ["train.logging_steps=1", "data.limit_train_images=6"])
+        script("train").main([*words, "train.logging_steps=1", "data.limit_train_images=6"])
         history = json.loads((tmp_path / name / "history.json").read_text())
         losses[name] = torch.tensor([entry["loss"] for entry in history if "loss" in entry])
     torch.testing.assert_close(losses["pixels"], losses["stored"], atol=1e-4, rtol=0)

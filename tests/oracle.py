@@ -42,9 +42,8 @@ def naive_merge(tokens, coords, config, labels=None, views=None):
         rows = []
         for k in range(len(mu)):
             rows.append((1 - (v * mu[k]).sum(-1)) + config.spatial_weight * (p - s[k]).square().sum(-1))
-            for i in range(n):
-                if views[i] in kinds and views[i] != kinds[k]:
-                    rows[-1][i] = float("inf")
+            astray = torch.tensor([view in kinds and view != kinds[k] for view in views])
+            rows[-1] = torch.where(astray, float("inf"), rows[-1])
         return torch.stack(rows, dim=1)  # (N, K)
 
     for _ in range(config.cluster_iters):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     ColModernVBertConfig,
     ColModernVBertForRetrieval,
@@ -29,6 +29,7 @@ def trained_words(specials: list[str], **roles) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=500, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
+    words.decoder = decoders.ByteLevel()
     words.train_from_iterator(page_texts(5, 0), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", **roles)
 
@@ -51,6 +52,7 @@ def save_modernvbert(folder: Path, *, padding_side: str = "right", longest: int 
         "layer_types": ["sliding_attention" if number % 3 else "full_attention" for number in range(layers)],
         "local_attention": 16,
         "pad_token_id": 0,
+        **dict.fromkeys(("eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id")),
     }
     vision = {
         "model_type": "siglip_vision_model",

@@ -176,7 +176,7 @@ def test_tiles_that_are_no_grid_are_refused(model, damage):
     else:
         view = int((ids[0] == model.processor.global_image_token_id).nonzero())
         ids[0, view + 1 : view + 1 + SIDE * SIDE] = model.processor.fake_image_token_id
-    with pytest.raises(InputError, match="image 0 of the batch has .* image tokens, expected 64 of each of"):
+    with pytest.raises(InputError, match=r"image 0 of the batch has .* image tokens, expected 64 of each of"):
         model.image_layout(inputs)
 
 
@@ -221,7 +221,7 @@ def test_signals_are_those_of_eager_attention_in_layers_that_see_everything(shar
 
 @pytest.mark.parametrize("start", ["raster", "farthest"])
 @pytest.mark.parametrize("global_view", ["joined", "apart"])
-@pytest.mark.parametrize("regions", [1, 9, 300])
+@pytest.mark.parametrize("regions", [1, 5, 14])
 def test_merges_are_those_of_plain_loops(model, regions, global_view, start):
     merge = MergeConfig(num_regions=regions, center_init=start, global_view=global_view)
     images = pictures([(30, 60), (50, 50)])

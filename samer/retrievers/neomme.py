@@ -68,7 +68,7 @@ class NeoMME(Family):
     @cached_property
     def query_start(self) -> int:
         """How many characters the template writes before a text, found by writing one that no template holds."""
-        mark = "\x1f"
+        mark = "\x01"  # no space, which a template may cut off
         return self._prompts([mark])[0].index(mark)
 
     def _prompts(self, texts: Sequence[str]) -> list[str]:
