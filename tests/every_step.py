@@ -112,9 +112,10 @@ def every_step(base, world, script, tmp_path, capsys, *settings):
     store = tmp_path / "store"
     making = ["--data-root", world, "--out", store, "--splits", "train", "val", "test", "--dtype", "float32"]
     script("features").main([str(word) for word in (*making, "--batch-size", 4, f"model.name={base}")])
-    losses = {}
+    losses, config = {}, tmp_path / "config.yaml"
+    config.write_text(f"model: {{name: {base}}}\n")
     for name, more in (("pixels", []), ("stored", [f"data.features={store}"])):
-        words = [f"model.name={base}", f"data.root={world}", f"train.output_dir={tmp_path / name}", *settings, *more]
+        words = ["--config", str(config), f"data.root={world}", f"train.output_dir={tmp_path / name}", *settings, *more]
         words += ["train.bf16=false", "train.train_batch_size=8", "train.grad_accum_steps=1", "data.eval_split=val"]
         words += ["train.num_train_epochs=2", "train.learning_rate=1e-2", "train.dataloader_num_workers=0"]
         script("train").main([*words, "train.logging_steps=1", "data.limit_train_images=6"])

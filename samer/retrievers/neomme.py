@@ -77,9 +77,13 @@ class NeoMME(Family):
     def text_inputs(self, texts: list[str]) -> dict[str, Tensor]:
         """As `Family.text_inputs`; a template may cut off the space around a text."""
         inputs = self._apply(_queries(texts), "query", return_offsets_mapping=True)
+        start = self.query_start
         for row, (text, prompt) in enumerate(zip(texts, self._prompts(texts))):
-            if not prompt.startswith(text, self.query_start):
-                inputs["offset_mapping"][row] += len(text) - len(text.lstrip())
+            if not prompt.startswith(text, start):
+                places = inputs["offset_mapping"][row]  # (M, 2)
+                own = (places[:, 1] > start) & (places[:, 0] < start + len(text.strip()))
+                places[own] += len(text) - len(text.lstrip())
+                places[~own] = 0
         return inputs
 
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
