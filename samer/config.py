@@ -113,7 +113,7 @@ class ObjectsConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The frozen retriever: a hub id or a folder of ColPali in transformers format; `revision`: of the hub id."""
+    """The frozen retriever: a hub id or a folder in transformers format; `revision`: of the hub id."""
 
     name: str = "vidore/colpali-v1.3-hf"
     revision: str = "main"
