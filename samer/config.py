@@ -89,6 +89,8 @@ class MergeConfig:
         object_penalty: eta, weight of the instance inconsistency (training with labels only).
         center_init: "raster" (published) or "farthest".
         compressor: a name in `samer.compressors.COMPRESSORS`; all but "samer" take `num_regions` and what names them.
+        global_view: where a retriever sees a page in tiles and once as a whole, "joined" merges the tokens of both with
+            each other, "apart" puts no token of the one into a region of the other ("samer" only).
         bank_size: R, the most query tokens in a bank ("querybank" only).
         sap_layers: first and last layer whose attention is averaged, such as "11-14" ("sap-mean", "sap-max" only);
             empty: the middle ones. `samer.retrievers.retention` finds those of SAP's second version.
@@ -106,6 +108,7 @@ class MergeConfig:
     compressor: str = "samer"
     bank_size: int = 2048
     sap_layers: str = ""
+    global_view: str = "joined"
 
     def __post_init__(self) -> None:
         _settle(self, "merge.")
@@ -122,6 +125,8 @@ class MergeConfig:
         _require(right, "merge.sap_layers", rule, self.sap_layers)
         rule = "'raster' or 'farthest'"
         _require(self.center_init in ("raster", "farthest"), "merge.center_init", rule, self.center_init)
+        rule = "'joined' or 'apart'"
+        _require(self.global_view in ("joined", "apart"), "merge.global_view", rule, self.global_view)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ class ObjectsConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The frozen retriever: a hub id or a folder of ColPali in transformers format; `revision`: of the hub id."""
+    """The frozen retriever: a hub id or a folder in transformers format; `revision`: of the hub id."""
 
     name: str = "vidore/colpali-v1.3-hf"
     revision: str = "main"

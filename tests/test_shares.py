@@ -107,15 +107,21 @@ def test_a_ragged_batch_equals_each_image_alone_at_its_own_k(name, left, share):
 
 @pytest.mark.parametrize("init", ["raster", "farthest"])
 @pytest.mark.parametrize("labelled", [False, True])
-def test_the_merge_equals_loops_over_one_image_at_a_time(init, labelled):
+@pytest.mark.parametrize("global_view", ["joined", "apart"])
+def test_the_merge_equals_loops_over_one_image_at_a_time(init, labelled, global_view):
     images, batch = ragged(left=True)
-    config = MergeConfig(num_regions="1/6", center_init=init)
+    config = MergeConfig(num_regions="1/6", center_init=init, global_view=global_view)
     labels = torch.randint(0, 4, batch.mask.shape, generator=torch.Generator().manual_seed(3)) if labelled else None
-    merged = merge_tokens(batch.tokens, batch.coords, config, mask=batch.mask, instance_labels=labels)
+    views = torch.rand(batch.mask.shape, generator=torch.Generator().manual_seed(4)) < 0.3
+    merged = make_compressor(config)(dataclasses.replace(batch, views=views), labels)
+    sides = {"mask": batch.mask, "instance_labels": labels, "views": views}
+    again = merge_tokens(batch.tokens, batch.coords, config, **sides)
+    assert all(map(torch.equal, vars(again).values(), vars(merged).values()))
     for row, (image, count) in enumerate(zip(images, COUNTS)):
         fixed = dataclasses.replace(config, num_regions=math.ceil(count / 6))
         own = labels[row][batch.mask[row]] if labelled else None
-        tokens, coords, weights, assignments = naive_merge(image.tokens[0], image.coords[0], fixed, own)
+        seen = views[row][batch.mask[row]]
+        tokens, coords, weights, assignments = naive_merge(image.tokens[0], image.coords[0], fixed, own, seen)
         close(merged.tokens[row][merged.mask[row]], tokens)
         close(merged.coords[row][merged.mask[row]], coords)
         close(merged.weights[row][batch.mask[row]][:, : len(tokens)], weights)

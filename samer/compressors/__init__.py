@@ -58,8 +58,13 @@ def settings_used(settings: MergeConfig) -> dict[str, Any]:
 
 
 def settings_written(settings: MergeConfig) -> dict[str, Any]:
-    """All settings as files hold them; what earlier files lack only where the compressor uses it."""
+    """All settings as files hold them; what earlier files lack, only where it changes something.
+
+    That is `bank_size` and `sap_layers` where the compressor uses them, and `global_view` where it is not as it was.
+    """
     found = asdict(settings)
+    if settings.global_view == MergeConfig.global_view:
+        del found["global_view"]
     if not settings.sap_layers or "sap_layers" not in settings_used(settings):
         del found["sap_layers"]
     if "bank_size" not in settings_used(settings):

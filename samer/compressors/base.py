@@ -99,7 +99,7 @@ class Compressor:
             tokens = torch.where(mask[..., None], tokens, 0)
             coords = torch.where(mask[..., None], coords, 0)
             patches = patches & mask
-        clean = VisualTokens(tokens, coords, mask, patches, visual.seeds, visual.attention)
+        clean = VisualTokens(tokens, coords, mask, patches, visual.seeds, visual.attention, views=visual.views)
         with torch.autocast(tokens.device.type, enabled=False):
             share = self.settings.num_regions
             if isinstance(share, int) or "num_regions" not in self.settings_used:
@@ -124,9 +124,10 @@ class Compressor:
     @staticmethod
     def _check_sides(visual: VisualTokens) -> None:
         batch, count = visual.tokens.shape[:2]
-        sides = {"patches": visual.patches, **{f"attention {name!r}": row for name, row in visual.attention.items()}}
+        signals = {f"attention {name!r}": row for name, row in visual.attention.items()}
+        sides = {"patches": visual.patches, "views": visual.views, **signals}
         expected = dict.fromkeys(sides, (batch, count)) | {"seeds": (batch,)}
-        kinds = {"patches": torch.bool, "seeds": torch.int64}
+        kinds = {"patches": torch.bool, "views": torch.bool, "seeds": torch.int64}
         for name, value in {**sides, "seeds": visual.seeds}.items():
             if value is None:
                 continue

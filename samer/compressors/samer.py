@@ -22,6 +22,5 @@ class Samer(Compressor):
     )
 
     def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
-        return merge_tokens(
-            visual.tokens, visual.coords, self.settings, mask=visual.mask, instance_labels=instance_labels
-        )
+        more = {"mask": visual.mask, "instance_labels": instance_labels, "views": visual.views}
+        return merge_tokens(visual.tokens, visual.coords, self.settings, **more)

@@ -244,14 +244,14 @@ class Encoder:
         """
         hidden, attention = self.image_states(inputs, needs)
         layout = self.image_layout(inputs)
-        coords, patches, grid, source = (
-            value.to(self.device) for value in (layout.coords, layout.patches, layout.grid, layout.source)
+        coords, patches, grid, source, views = (
+            value.to(self.device) for value in (layout.coords, layout.patches, layout.grid, layout.source, layout.views)
         )
         mask = inputs["attention_mask"].bool().to(self.device)
         seeds = inputs["seeds"].to(self.device) if "seeds" in inputs else None
         tokens = self.project(hidden)
         whole = bool(mask.all())
-        return VisualTokens(tokens, coords, None if whole else mask, patches, seeds, attention, grid, source)
+        return VisualTokens(tokens, coords, None if whole else mask, patches, seeds, attention, grid, source, views)
 
     def encode_queries(self, inputs: dict[str, Tensor]) -> QueryTokens:
         """Queries to unit tokens; prompt and augmentation tokens count, padding does not (METHOD section 4)."""

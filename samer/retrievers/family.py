@@ -20,6 +20,19 @@ from samer.tokens import ImageLayout
 BESIDE = ("seeds", "offsets")  # in the inputs for our own use; a model is not given them
 
 
+class RefusedPicture(InputError):
+    """A picture that the model can't be given.
+
+    Attributes:
+        number: of the picture in its batch.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"picture {number} of the batch {reason}")
+        self.number, self.reason = number, reason
+
+
 class Family:
     """One architecture of transformers as a retriever: subclass it, and add it to `samer.retrievers.FAMILIES`.
 
@@ -102,6 +115,15 @@ class Family:
         model = self.language_model
         return model.config, [layer.self_attn for layer in model.layers]
 
+    def whole_attention(self, config: Any, attentions: Sequence[nn.Module]) -> list[nn.Module]:
+        """Those of a language model's layers that see the whole sequence, where others see a window of it.
+
+        Args:
+            config: of the language model; its `layer_types` name each layer's attention.
+            attentions: each layer's module.
+        """
+        return [each for each, kind in zip(attentions, config.layer_types, strict=True) if kind == "full_attention"]
+
     def attended(self, patches: Tensor) -> Tensor:
         """Patches among the tokens that `attentions` see, of those among an image's N tokens, which are the last N."""
         return patches
@@ -133,6 +155,10 @@ class Family:
         inputs = self.processor(images=list(images))
         return {name: value for name, value in inputs.items() if name != "labels"}
 
+    def text_inputs(self, texts: list[str]) -> dict[str, Tensor]:
+        """All that the processor returns for texts, and `offset_mapping` (B, M, 2), which counts from the prompt on."""
+        return dict(self.processor(text=texts, return_offsets_mapping=True))
+
     def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """All that the processor returns for texts, and `offsets` (B, M, 2) as in `Encoder.query_inputs`.
 
@@ -143,7 +169,7 @@ class Family:
         marked = [text for text in texts if token in text]
         if marked:
             raise InputError(f"query {marked[0][:80]!r} holds {token}, which stands for an image")
-        inputs = dict(self.processor(text=list(texts), return_offsets_mapping=True))
+        inputs = self.text_inputs(list(texts))
         lengths = torch.tensor([len(text) for text in texts])
         offsets = inputs.pop("offset_mapping") - self.query_start  # (B, M, 2)
         first, last = offsets.clamp(min=0).minimum(lengths[:, None, None]).unbind(-1)

@@ -23,6 +23,8 @@ from samer.data.records import ImageRecord
 from samer.retrievers import Family, find_family
 from samer.retrievers.attention import check_signals, column_sums, signal_layers, window_of
 from samer.retrievers.base import Encoder, image_seeds, projector_of
+from samer.retrievers.checks import check_model
+from samer.retrievers.family import RefusedPicture
 from samer.retrievers.identity import ModelIdentity, check_files, fingerprint, model_folder, processor_hash
 from samer.runtime.files import FileTrouble, is_dir, is_file, read_json
 from samer.runtime.hub import NAME_A_MODEL, is_hub_id, model_name, refused_file
@@ -102,7 +104,8 @@ class Retriever(Encoder):
             revision: of the model on the hub: a branch, tag or commit.
 
         Raises:
-            InputError: not found, of no known family, or weights that the checkpoint does not hold.
+            InputError: not found, of no known family, weights that the checkpoint does not hold, or a model that does
+                not tell two pictures apart (`checks.check_model`).
         """
         if not sys.stderr.isatty():
             disable_progress_bar()  # its bar would fill a log file
@@ -142,7 +145,9 @@ class Retriever(Encoder):
                 "they would be random. "
                 "Use a checkpoint made for this transformers version"
             )
-        return cls(model.to(device), processor, name, revision=revision, dtype=dtype)
+        retriever = cls(model.to(device), processor, name, revision=revision, dtype=dtype)
+        check_model(retriever)
+        return retriever
 
     @cached_property
     def identity(self) -> ModelIdentity:
@@ -162,7 +167,11 @@ class Retriever(Encoder):
 
     def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
         """Loads and prepares a batch of images, everything the model needs."""
-        inputs = self.image_inputs([load_image(record.image_path, self.picture_size) for record in records])
+        images = [load_image(record.image_path, self.picture_size) for record in records]
+        try:
+            inputs = self.image_inputs(images)
+        except RefusedPicture as error:
+            raise InputError(f"{records[error.number].image_path}: it {error.reason}") from None
         return {**inputs, "seeds": image_seeds(records)}
 
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:

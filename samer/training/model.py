@@ -79,6 +79,7 @@ class ProjectorModel(nn.Module):
         query_hidden = self.retriever.hidden_states(query_inputs)  # (B, M, H)
         layout = self.retriever.image_layout(image_inputs)
         coords, patches = layout.coords.to(image_hidden.device), layout.patches.to(image_hidden.device)
+        views = layout.views.to(image_hidden.device)
         seeds = image_inputs.get("seeds")
         mask = image_inputs["attention_mask"].bool().to(image_hidden.device)  # (U, N)
         query_mask = query_inputs["attention_mask"].bool().to(image_hidden.device)
@@ -90,9 +91,8 @@ class ProjectorModel(nn.Module):
             tokens = self.projection(hidden).index_select(0, place)  # (b, N, D)
             signals = {name: value[rows] for name, value in attention.items()}
             some_mask = None if whole else mask[rows]
-            visual = VisualTokens(
-                tokens, coords[rows], some_mask, patches[rows], None if seeds is None else seeds[rows], signals
-            )
+            chosen = None if seeds is None else seeds[rows]
+            visual = VisualTokens(tokens, coords[rows], some_mask, patches[rows], chosen, signals, views=views[rows])
             return compressor(visual, row_labels)
 
         if self.diagnose and self.largest.uses_labels:
