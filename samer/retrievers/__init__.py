@@ -7,10 +7,11 @@ from typing import Any
 
 from samer.config import InputError
 from samer.retrievers.colpali import ColPali
+from samer.retrievers.colqwen2 import ColQwen2
 from samer.retrievers.family import Family
 from samer.retrievers.towers import Towers
 
-FAMILIES: dict[str, type[Family]] = {each.architecture: each for each in (ColPali, Towers)}
+FAMILIES: dict[str, type[Family]] = {each.architecture: each for each in (ColPali, ColQwen2, Towers)}
 
 
 def find_family(config: Mapping[str, Any]) -> type[Family]:
