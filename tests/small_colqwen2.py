@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -29,17 +30,10 @@ def small_tokenizer(padding_side: str = "right") -> Qwen2Tokenizer:
     trained.train_from_iterator(
         page_texts(10, 0), trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
     )
-    found = Tokenizer.from_str(trained.to_str())
-    merges = _merges(found)
-    return Qwen2Tokenizer(
-        vocab=found.get_vocab(), merges=merges, additional_special_tokens=SPECIALS, padding_side=padding_side
-    )
-
-
-def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
-    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    model = json.loads(trained.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    marks = {"additional_special_tokens": SPECIALS, "padding_side": padding_side}
+    return Qwen2Tokenizer(vocab=model["vocab"], merges=merges, **marks)
 
 
 def save_colqwen2(folder: Path, *, padding_side: str = "right", most_tokens: int = 24, layers: int = 5) -> Path:
