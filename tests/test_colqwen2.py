@@ -470,8 +470,18 @@ def test_it_trains_is_indexed_and_is_searched_from_pixels_and_from_a_store(base,
     pixels, stored = (Index(tmp_path / f"{name}.index").scores("test") for name in ("pixels", "stored"))
     torch.testing.assert_close(pixels[0], stored[0], atol=1e-5, rtol=0)
     retriever.use_projector(Index(tmp_path / "pixels.index").projector())
-    merge = Index(tmp_path / "pixels.index").manifest.merge
+    manifests = [Index(tmp_path / f"{name}.index").manifest for name in ("pixels", "stored")]
+    merge = manifests[0].merge
     assert merge.num_regions == 5
+    assert manifests[0].processing == {
+        "backend": "pil",
+        "most_tokens": "768",
+        "picture_size": "shortest_edge 3136, longest_edge 18816",
+        "padding_side": "right",
+        "visual_prompt_prefix": retriever.processor.visual_prompt_prefix,
+        "query_prefix": "Query: ",
+    }
+    assert manifests[1].processing == manifests[0].processing
     expected = brute_scores(retriever, records, merge)
     torch.testing.assert_close(pixels[0], expected, atol=1e-5, rtol=0)
     metrics = both_directions(*pixels)["text_to_image"]

@@ -42,6 +42,7 @@ The manifest is JSON:
     bank                            only with bank.safetensors: the checksum in its header
     base_model, revision, transformers, bank_source    where the retriever is, what computed the first images, and
                                     what the bank was made of; not compared
+    processing                      what the processor does, in words: picture sizes, prompts, padding; not compared
     splits                          by name: `images`, a list of {file, count, regions, bytes, sha256, version} and
                                     `exact` {file, bytes, sha256}; `queries`, of {file, count, sha256}; for a folder of
                                     pictures `root`, under which ids are paths; `deleted`, the deleted rows by file
@@ -286,6 +287,7 @@ class _Writer:
             own = {each.name: getattr(making, each.name) for each in fields(making)}
             source = {"base_model": retriever.name, "revision": retriever.revision}
             source |= {"bank_source": bank.describe()} if bank else {}
+            source["processing"] = dict(retriever.processing)
             self.manifest = IndexManifest(**own, **source, transformers=version("transformers"))
             return
         held = read_index_manifest(path)
