@@ -66,8 +66,8 @@ def given_to_language_model(retriever, run):
 
 def without_ours(retriever, inputs):
     """What the processor made of pictures, as transformers' own forward pass takes it."""
-    found = {name: value for name, value in inputs.items() if name != "attended"}
-    return {**found, "attention_mask": inputs["attended"]} if "attended" in inputs else found
+    found = {name: value for name, value in inputs.items() if name != "model_mask"}
+    return {**found, "attention_mask": inputs["model_mask"]} if "model_mask" in inputs else found
 
 
 def qwen2_vl(retriever, inputs):
@@ -81,7 +81,7 @@ def qwen2_vl(retriever, inputs):
 
 def expected_positions(retriever, inputs):
     """Time, row and column of every token, one at a time; 0 at padding."""
-    ids, mask = inputs["input_ids"], inputs["attended"]
+    ids, mask = inputs["input_ids"], inputs["model_mask"]
     found = torch.zeros(3, *ids.shape, dtype=torch.long)
     for image in range(len(ids)):
         rows, columns = (int(side) // 2 for side in inputs["image_grid_thw"][image, 1:])
@@ -202,7 +202,7 @@ def test_tokens_are_qwen2_vls_at_the_patches_alone(shared):
     patches = inputs["input_ids"] == shared.image_token_id
     assert torch.equal(visual.mask, patches)
     assert torch.equal(visual.patches, patches)
-    assert inputs["attended"].sum(1).gt(patches.sum(1) + 8).all()  # a prompt before and behind them
+    assert inputs["model_mask"].sum(1).gt(patches.sum(1) + 8).all()  # a prompt before and behind them
     torch.testing.assert_close(visual.tokens[patches], expected[patches], atol=1e-5, rtol=0)
     assert visual.grid.tolist() == [list(grid) for grid in GRIDS]
     for image, (rows, columns) in enumerate(GRIDS):
@@ -216,10 +216,10 @@ def test_tokens_are_qwen2_vls_at_the_patches_alone(shared):
 
 
 def test_a_batch_is_padded_where_the_tokenizer_says(shared):
-    attended = shared.image_inputs(pictures())["attended"].bool()
+    seen = shared.image_inputs(pictures())["model_mask"].bool()
     side = shared.processor.tokenizer.padding_side
-    assert attended[:, -1 if side == "left" else 0].all()
-    assert not attended[:, 0 if side == "left" else -1].all()
+    assert seen[:, -1 if side == "left" else 0].all()
+    assert not seen[:, 0 if side == "left" else -1].all()
 
 
 def test_an_image_is_the_same_alone_and_in_a_ragged_batch(shared):
@@ -331,6 +331,23 @@ def test_pictures_have_768_tokens_at_most_whatever_the_released_file_allows(base
     counts = own.image_inputs(pictures([*SIZES, (30, 30)]))["attention_mask"].sum(1).tolist()
     assert max(counts[:-1]) <= 10  # a lower limit stands
     assert counts[-1] >= 6
+
+
+def test_a_checkpoint_of_older_files_is_limited_as_well(base, tmp_path):
+    """Files as released: a picture processor of its own file and earlier name, which says its pixels in other words."""
+    folder = shutil.copytree(base, tmp_path / "older")
+    found = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "ColQwen2Processor"}))
+    pixels = {"min_pixels": 3136, "max_pixels": 12_845_056}
+    older = {**found["image_processor"], "image_processor_type": "Qwen2VLImageProcessor", "size": pixels, **pixels}
+    (folder / "preprocessor_config.json").write_text(json.dumps(older))
+    retriever = Retriever.load(str(folder))
+    limits = dict(retriever.processor.image_processor.size)
+    assert (limits["shortest_edge"], limits["longest_edge"]) == (3136, 768 * 28 * 28)
+    assert retriever.processor.image_processor.backend == "pil"
+    inputs, ours = (each.image_inputs(pictures()) for each in (retriever, Retriever.load(str(base))))
+    assert torch.equal(inputs["input_ids"], ours["input_ids"])
+    assert torch.equal(inputs["pixel_values"], ours["pixel_values"])
 
 
 def test_the_limit_is_part_of_the_identity(base, monkeypatch):

@@ -139,6 +139,8 @@ class Encoder:
     def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
         """What `hidden_states` needs of a batch of images; has `attention_mask` (B, N) and `seeds` (B,).
 
+        The mask is 0 at padding, and at prompt tokens where a family keeps patches alone.
+
         What `image_layout` needs is in it as well, in the base class `input_ids` (B, N).
         """
         raise NotImplementedError

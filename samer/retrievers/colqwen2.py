@@ -21,7 +21,7 @@ from samer.retrievers.family import Family
 
 MOST_TOKENS = 768  # of a picture: as it was trained; the released processor's file would allow 16,384
 MOST_LENGTHY = 200  # times as long as wide, or as wide as long: Qwen2-VL's processor takes no more
-ATTENDED = "attended"  # in the inputs of pictures: the processor's attention mask, which counts the prompt
+MODEL_MASK = "model_mask"  # in the inputs of pictures: the processor's attention mask, which counts the prompt
 
 
 class ColQwen2(Family):
@@ -34,7 +34,7 @@ class ColQwen2(Family):
     architecture = "ColQwen2ForRetrieval"
     processor_class = "ColQwen2Processor"
     model_type = "colqwen2"
-    required = ("image_grid_thw", ATTENDED)
+    required = ("image_grid_thw",)
     settings = MappingProxyType({"backend": "pil", "most_tokens": MOST_TOKENS})
 
     @classmethod
@@ -61,7 +61,7 @@ class ColQwen2(Family):
                 )
         inputs = super().image_inputs(images)
         patches = inputs["input_ids"] == self.image_token_id
-        return {**inputs, ATTENDED: inputs["attention_mask"], "attention_mask": patches.long()}
+        return {**inputs, MODEL_MASK: inputs["attention_mask"], "attention_mask": patches.long()}
 
     def model_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """As `Family.model_inputs`, for pictures with their positions."""
@@ -69,7 +69,7 @@ class ColQwen2(Family):
         self.backbone.rope_deltas = None
         given = super().model_inputs(inputs)
         if "image_grid_thw" in inputs:
-            given["attention_mask"] = given.pop(ATTENDED)
+            given["attention_mask"] = given.pop(MODEL_MASK)
             given["position_ids"] = self.positions(inputs).to(self.model.device)
         return given
 
@@ -83,7 +83,7 @@ class ColQwen2(Family):
             ids,
             mm_token_type_ids=(ids == self.image_token_id).int(),
             image_grid_thw=inputs["image_grid_thw"],
-            attention_mask=inputs[ATTENDED],
+            attention_mask=inputs[MODEL_MASK],
         )
         return found
 
