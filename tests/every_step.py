@@ -138,6 +138,7 @@ def every_step(base, world, script, tmp_path, capsys, *settings):
         making += ["--cache-dir", tmp_path / f"{name}.index", "--cache-dtype", "float32", "--batch-size", 3]
         script("cache").main([str(word) for word in making])
         scores[name] = Index(tmp_path / f"{name}.index").scores("test")
+        assert Index(tmp_path / f"{name}.index").manifest.processing == retriever.processing
     index = Index(tmp_path / "pixels.index")
     retriever.use_projector(index.projector())
     expected = brute_scores(retriever, records, index.manifest.merge)

@@ -77,6 +77,15 @@ def test_tokens_are_those_of_transformers_itself(shared):
     torch.testing.assert_close(found.tokens[found.mask], asked[found.mask], atol=1e-5, rtol=0)
     text = shared.processor.tokenizer.decode(queries["input_ids"][1][queries["attention_mask"][1].bool()])
     assert text == "a car" + "<end_of_utterance>" * 10
+    assert shared.processing == {
+        "backend": "pil",
+        "picture_size": "longest_edge 96",
+        "tiles": "cut",
+        "tile_size": "32",
+        "padding_side": shared.processor.tokenizer.padding_side,
+        "visual_prompt_prefix": shared.processor.visual_prompt_prefix,
+        "query_suffix": "<end_of_utterance>" * 10,
+    }
 
 
 def test_an_image_and_a_query_are_the_same_alone_and_in_a_ragged_batch(shared):

@@ -69,6 +69,14 @@ def test_queries_follow_the_template(shared):
         for ids, own in zip(inputs["input_ids"], inputs["attention_mask"])
     ]
     assert said == ["<query>find: " + text + "<mask>" * MASKS for text in TEXTS]
+    assert shared.processing == {
+        "backend": "torchvision",
+        "patch_size": "8",
+        "longest_side": "64",
+        "padding_side": shared.processor.tokenizer.padding_side,
+        "document_prompt": "<doc><img>",
+        "query_prompt": "<query>find: {query}" + "<mask>" * MASKS,
+    }
 
 
 @pytest.mark.parametrize("trim", [False, True])

@@ -131,6 +131,7 @@ class FeatureStore(Encoder):
         )
         self.revision = revision
         self.projection_layer = self.manifest.projection
+        self.processing = self.manifest.processing
         self.origin = {"computed_in": self.manifest.computed_in, "stored_in": self.manifest.dtype}
 
     def _one_grid(self) -> tuple[int, int] | None:

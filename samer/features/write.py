@@ -161,6 +161,7 @@ def _made_now(retriever: Retriever, dtype: str) -> StoreManifest:
         },
         base_model=retriever.name,
         revision=retriever.revision,
+        processing=dict(retriever.processing),
     )
 
 

@@ -169,6 +169,7 @@ class IndexManifest(Making):
         revision: of it on the hub.
         transformers: the version that computed the first images.
         bank_source: in words, what the query bank was made of.
+        processing: what the retriever's processor does, as `Family.processing` says; for people to read.
         splits: by name.
     """
 
@@ -176,6 +177,7 @@ class IndexManifest(Making):
     revision: str = "main"
     transformers: str = ""
     bank_source: str = ""
+    processing: dict[str, str] = field(default_factory=dict)
     splits: dict[str, Split] = field(default_factory=dict)
 
 
@@ -228,9 +230,9 @@ def stamp_of(making: Making) -> dict:
 
 
 def _plain(making: Making) -> dict:
-    """A dataclass as files hold it; what only a query bank has is left out where there is none."""
+    """A dataclass as files hold it; what a query bank or a processor says is left out where there is none."""
     found = {**asdict(making), "merge": settings_written(making.merge)}
-    return {key: value for key, value in found.items() if value or key not in ("bank", "bank_source")}
+    return {key: value for key, value in found.items() if value or key not in ("bank", "bank_source", "processing")}
 
 
 def making_from_stamp(stamp: dict) -> Making:

@@ -28,6 +28,7 @@ from samer.index.banks import GIVE, held_bank
 from samer.index.manifest import IndexSummary, Shard, Split, summarise
 from samer.index.pictures import FOLDER_SPLIT, copy_rows
 from samer.index.read import Index
+from samer.index.tensors import kept_part
 from samer.index.write import check_settings, writing
 from samer.retrievers.banks import Bank
 from samer.retrievers.base import Encoder, image_seeds
@@ -283,7 +284,7 @@ class _Update:
                 if ready.names:
                     with torch.no_grad():
                         visual = self.writer.retriever.encode_images(ready.inputs, self.compressor.needs)
-                        parts.append(self.writer.kept(visual, self.compressor(visual)))
+                        parts.append(kept_part(self.writer.making, visual, self.compressor(visual)))
                 names += ready.names
                 contents += ready.contents
                 copies |= ready.copies

@@ -42,6 +42,7 @@ The manifest is JSON:
     bank                            only with bank.safetensors: the checksum in its header
     base_model, revision, transformers, bank_source    where the retriever is, what computed the first images, and
                                     what the bank was made of; not compared
+    processing                      what the processor does, in words: picture sizes, prompts, padding; not compared
     splits                          by name: `images`, a list of {file, count, regions, bytes, sha256, version} and
                                     `exact` {file, bytes, sha256}; `queries`, of {file, count, sha256}; for a folder of
                                     pictures `root`, under which ids are paths; `deleted`, the deleted rows by file
@@ -71,7 +72,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -89,7 +90,6 @@ from samer.index.manifest import (
     DTYPES,
     FLOATS,
     FORMAT_VERSION,
-    NO_REGION,
     ExactFile,
     IndexManifest,
     IndexSummary,
@@ -104,6 +104,7 @@ from samer.index.manifest import (
     summarise,
     write_index_manifest,
 )
+from samer.index.tensors import Part, image_tensors, kept_part
 from samer.retrievers.banks import FILE as BANK
 from samer.retrievers.banks import Bank
 from samer.retrievers.base import Encoder
@@ -111,10 +112,8 @@ from samer.retrievers.projectors import read_projector, write_projector
 from samer.runtime.files import FileTrouble, exists, is_dir, is_file, listing, lookup, only_writer
 from samer.runtime.processes import from_first, gather_objects, print0, rank
 from samer.runtime.progress import Progress, batched, prefetched
-from samer.runtime.shards import finished_shard, in_order, joined, load_header, shared_out, write_shard
+from samer.runtime.shards import finished_shard, in_order, load_header, shared_out, write_shard
 from samer.runtime.signals import stop_here, stoppable
-from samer.scoring import pack_signs, quantise_images
-from samer.tokens import MergedTokens, VisualTokens, regions_of_patches
 
 IMAGES_PER_SHARD = 1024
 QUERIES_PER_SHARD = 2048
@@ -222,19 +221,6 @@ def _same_stamp(found: dict, stamp: dict) -> bool:
     return rest == wanted and making_from_stamp(found).difference(making_from_stamp(stamp)) is None
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What a shard keeps of a batch, on the CPU: tokens (n, K, D), mask (n, K), grids (n, 2), regions (n, P) or (n, 0).
-
-    N x K weights of a whole shard would take gigabytes.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    grids: Tensor
-    regions: Tensor
-
-
 @contextmanager
 def writing(
     folder: Path,
@@ -287,6 +273,7 @@ class _Writer:
             own = {each.name: getattr(making, each.name) for each in fields(making)}
             source = {"base_model": retriever.name, "revision": retriever.revision}
             source |= {"bank_source": bank.describe()} if bank else {}
+            source["processing"] = dict(retriever.processing)
             self.manifest = IndexManifest(**own, **source, transformers=version("transformers"))
             return
         held = read_index_manifest(path)
@@ -353,7 +340,7 @@ class _Writer:
         batches = [batch for rows in jobs.values() for batch in rows]
         results = self._compressed(batches, compressor)
 
-        def encoded() -> Iterator[tuple[int, list[_Part], list[str | None]]]:
+        def encoded() -> Iterator[tuple[int, list[Part], list[str | None]]]:
             with Progress(desc=f"{split} images", total=len(batches), unit="batches") as bar:
                 for number, ours in jobs.items():
                     stop_here()
@@ -365,7 +352,7 @@ class _Writer:
                     yield number, parts, contents
 
         # a shard is written in a thread while the next is encoded
-        def write(job: tuple[int, list[_Part], list[str | None]]) -> Shard:
+        def write(job: tuple[int, list[Part], list[str | None]]) -> Shard:
             number, parts, contents = job
             return self.write_shard(split, number, shards[number], parts, contents=contents)
 
@@ -376,7 +363,7 @@ class _Writer:
     @torch.no_grad()
     def _compressed(
         self, batches: Sequence[Sequence[ImageRecord]], compressor: Compressor
-    ) -> Iterator[tuple[_Part, list[str | None]]]:
+    ) -> Iterator[tuple[Part, list[str | None]]]:
         """What shards keep of batches, and what is in the files; the next batch is read meanwhile.
 
         A file is hashed before it is decoded: if it is replaced in between, the next run sees it.
@@ -387,17 +374,7 @@ class _Writer:
 
         for _, (contents, inputs) in prefetched(read, batches):
             visual = self.retriever.encode_images(inputs, compressor.needs)
-            yield self.kept(visual, compressor(visual)), contents
-
-    def kept(self, visual: VisualTokens, merged: MergedTokens) -> _Part:
-        """What a shard needs of a batch."""
-        regions = torch.empty(len(merged.tokens), 0, dtype=torch.long)
-        if self.making.assignments:  # of a share known by the images only
-            check_regions(merged.tokens.shape[1])
-        if self.making.has_regions:
-            regions = regions_of_patches(merged.assignments, visual.source)
-        values = (merged.tokens.float(), merged.mask, visual.grid.to(torch.int32), regions)
-        return _Part(*(value.cpu().clone() for value in values))
+            yield kept_part(self.making, visual, compressor(visual)), contents
 
     def finished(self, split: str, number: int, records: Sequence[ImageRecord]) -> Shard | None:
         """The manifest entry of a shard that is there, whole, made of these records."""
@@ -428,31 +405,15 @@ class _Writer:
         split: str,
         number: int,
         records: Sequence[ImageRecord],
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         contents: Sequence[str | None] | None = None,
     ) -> Shard:
         """Writes one shard of compressed images and returns its manifest entry; `contents` are their files' hashes."""
-        tokens = joined([part.tokens for part in parts])
-        tensors = {**self._encode(tokens), "mask": joined([part.mask for part in parts])}
-        tensors["grids"] = torch.cat([part.grids for part in parts])
-        if self.making.has_regions:
-            regions = joined([part.regions for part in parts], -1)
-            whole = self.making.merge.compressor == "none"  # a byte would not tell that many vectors apart
-            tensors["assignments"] = regions.to(torch.int32) if whole else regions.remainder(NO_REGION + 1).byte()
-        half = {"tokens": tokens.to(torch.bfloat16)} if self.making.dtype == "binary" else {}
+        tensors, half = image_tensors(self.making, parts)
         more = {"contents": contents and list(contents), "corpus_contents": self.learned or None}
         more = {key: value for key, value in more.items() if value is not None}
         stamp = self._stamp([record.image_id for record in records], **more)
         return write_image_shard(self.folder / split / f"images-{number:05d}.safetensors", tensors, half, stamp)
-
-    def _encode(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Tokens (n, K, D) as they are stored, with their scales where they have some."""
-        if self.making.dtype == "int8":
-            whole, scales = quantise_images(tokens)
-            return {"tokens": whole, "scales": scales}
-        if self.making.dtype == "binary":
-            return {"tokens": pack_signs(tokens)}
-        return {"tokens": tokens.to(FLOATS[self.making.dtype])}
 
     def write_queries(self, split: str, records: Sequence[ImageRecord]) -> tuple[tuple[QueryShard, ...], int]:
         """As `write_images`, of the captions."""

@@ -5,9 +5,10 @@ Shape letters: B images, N tokens per image, Q queries, M query tokens, H hidden
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -90,10 +91,12 @@ class Encoder:
         projection_layer: dotted name of that layer in the model, as adapters name it.
         grid: rows and columns, where every image has the same; else None.
         picture_size: width and height that pictures are scaled to, where it is one for all; else None.
+        processing: what the processor does, as `Family.processing` says; empty where it is not known.
     """
 
     projection_layer = "embedding_proj_layer"
     picture_size: tuple[int, int] | None = None
+    processing: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -135,6 +138,8 @@ class Encoder:
 
     def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
         """What `hidden_states` needs of a batch of images; has `attention_mask` (B, N) and `seeds` (B,).
+
+        The mask is 0 at padding, and at prompt tokens where a family keeps patches alone.
 
         What `image_layout` needs is in it as well, in the base class `input_ids` (B, N).
         """

@@ -150,6 +150,22 @@ class Family:
             return None
         return size["width"], size["height"]
 
+    @property
+    def processing(self) -> dict[str, str]:
+        """What the processor does, for people to read: the picture pipeline, its sizes, prompts, the side of padding.
+
+        Whether two are the same is told by the hash of its files and of `settings`, which covers all of it.
+        """
+        pictures, tokenizer = (getattr(self.processor, name, None) for name in ("image_processor", "tokenizer"))
+        size = dict(getattr(pictures, "size", None) or {})
+        found = {
+            **self.settings,
+            "picture_size": ", ".join(f"{key} {value}" for key, value in size.items() if value is not None),
+            "padding_side": getattr(tokenizer, "padding_side", ""),
+            **{name: getattr(self.processor, name, "") for name in ("visual_prompt_prefix", "query_prefix")},
+        }
+        return {name: str(value) for name, value in found.items() if value}
+
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """All that the processor returns for RGB images, but labels, which retrieval has no use for."""
         inputs = self.processor(images=list(images))

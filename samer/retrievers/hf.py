@@ -165,6 +165,11 @@ class Retriever(Encoder):
         """Width and height that pictures are scaled to, for `load_image`; None: that depends on the picture."""
         return self.family.picture_size
 
+    @property
+    def processing(self) -> dict[str, str]:
+        """As `Family.processing`."""
+        return self.family.processing
+
     def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
         """Loads and prepares a batch of images, everything the model needs."""
         images = [load_image(record.image_path, self.picture_size) for record in records]

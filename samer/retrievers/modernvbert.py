@@ -51,6 +51,17 @@ class ColModernVBert(Family):
         model = self.language_model
         return model.config, self.whole_attention(model.config, [layer.attn for layer in model.layers])
 
+    @property
+    def processing(self) -> dict[str, str]:
+        """As `Family.processing`; whether pages are cut, the side of a tile, and what follows a query."""
+        pictures = self.processor.image_processor
+        return {
+            **super().processing,
+            "tiles": "cut" if pictures.do_image_splitting else "not cut",
+            "tile_size": str(pictures.max_image_size["longest_edge"]),
+            "query_suffix": self.processor.query_augmentation_token * 10,
+        }
+
     def text_inputs(self, texts: list[str]) -> dict[str, Tensor]:
         return dict(self.processor.process_queries(text=texts, return_offsets_mapping=True))
 

@@ -71,6 +71,19 @@ class NeoMME(Family):
         mark = "\x01"  # no space, which a template may cut off
         return self._prompts([mark])[0].index(mark)
 
+    @property
+    def processing(self) -> dict[str, str]:
+        """As `Family.processing`; the side of a patch, the longest side, and prompts as the template writes them."""
+        pictures = self.processor.image_processor
+        page = [{"role": "user", "content": [{"type": "image"}]}]
+        return {
+            **super().processing,
+            "patch_size": str(pictures.patch_size),
+            "longest_side": str(pictures.max_side or "as it is"),
+            "document_prompt": self.processor.apply_chat_template(page, task="document", tokenize=False),
+            "query_prompt": self._prompts(["{query}"])[0],
+        }
+
     def _prompts(self, texts: Sequence[str]) -> list[str]:
         return self.processor.apply_chat_template(_queries(texts), task="query", tokenize=False)
 
