@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from samer.compare.measure import cost, measure, tokens_of
@@ -140,8 +141,7 @@ def compare(
         raise InputError(f"budgets {list(at_budgets)}: an image has {most} tokens at most; give smaller ones")
     at_budgets = list(at_budgets) or budgets(tokens_per_image)
     planned = plan(config.merge, tokens_per_image, at_budgets, methods, list(banks))
-    rows = [row for row in planned if row.section in sections]
-    rows = _with_signals(store, records, rows)
+    rows = _with_signals(store, records, [row for row in planned if row.section in sections])
     asked = _asked(config, store, records, rows, split, "phrases" in sections, banks)
     jobs = _jobs(rows, seeds)
     trained = sum(through is not None for through, _ in jobs.values())
@@ -254,7 +254,7 @@ def _about_queries(asked: Asked, rows: Sequence[Row]) -> dict:
     if asked.positives is not None:
         others = (asked.positives > 0).sum(1) - 1
         about["relevant"] = {"captions": int((others > 0).sum()), "others": int(others.sum())}
-        if int(asked.positives.max()) > 1:
+        if asked.positives.dtype != torch.bool:
             about["relevant"]["grades"] = int(asked.positives.max())
     if asked.phrases is not None:
         held = asked.phrases.held_by

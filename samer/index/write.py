@@ -20,16 +20,15 @@
         lengths      (q,) int64
         image        (q,) int64, the number of the image that it describes, counted over the split's image shards
 
-A shard is a safetensors file with one metadata key, "samer", of JSON:
+A shard is a safetensors file with one metadata key, "samer", whose value is JSON:
     checksum    SHA-256 over the bytes of its tensors in the order of their names
     entry       its `count`, and for images `regions` (K) and `bytes` (of tokens, scales and mask)
     stamp       what it was made from: the manifest's keys `model` to `bank`; `ids` of the n images, unique in
                 the file, or of the image of each query; `texts` of the queries, and `grades` where relevance is graded:
                 per query [number of an image, 1 to 100] of all that answer it; `contents`, per image null or the hash
                 of its file when it was read, BLAKE2b of 16 bytes in hexadecimal; `corpus`, a hash of the ids that a
-                compressor with a codebook was fitted on, and `corpus_contents`, one of their files. Earlier shards
-                have no `contents`; those of a folder of pictures then have `files`, per image null or [bytes, time of
-                change in ns] of its file when it was read
+                compressor with a codebook was fitted on, and `corpus_contents`, one of their files. Earlier shards of
+                images have no `contents`, but in a folder of pictures `files`: per image null or [bytes, ns of change]
 
 The manifest is JSON:
     format, format_version          "samer_cache", 4
