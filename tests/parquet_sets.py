@@ -34,18 +34,8 @@ def table(path, columns, rows, types=None):
     pq.write_table(pa.Table.from_arrays(arrays, names=list(columns)), path, row_group_size=2)
 
 
-QUESTIONS = [
-    "questionId",
-    "query",
-    "question_types",
-    "image",
-    "docId",
-    "image_filename",
-    "page",
-    "answer",
-    "data_split",
-    "source",
-]  # as docvqa's
+QUESTIONS = ["questionId", "query", "question_types", "image", "docId", "image_filename", "page", "answer"]  # docvqa's
+QUESTIONS += ["data_split", "source"]
 
 
 def question_form(root, rows, split="test", shards=1):
