@@ -1,6 +1,8 @@
 """ViDoRe in each documented form, written and read; its grades in an index, in metrics, in training, in the report."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,11 +16,15 @@ from parquet_sets import beir_form, box, page, question_form, stored, table
 from samer.compare.measure import measure
 from samer.compare.queries import Asked, caption_positives
 from samer.compressors import make_compressor
-from samer.config import InputError, MergeConfig
+from samer.config import InputError, MergeConfig, ObjectsConfig
 from samer.data import make_reader
 from samer.data.records import LONGEST_CAPTION
 from samer.evaluation import caption_grades, evaluate_records, grade_matrix, score_records
+from samer.index.manifest import QueryShard, read_index_manifest, write_index_manifest
 from samer.index.read import Index
+from samer.runtime.shards import load_shard, write_shard
+from samer.training.batches import CaptionDataset, Collator
+from samer.training.model import ProjectorModel
 
 READER = make_reader("vidore")
 QUERIES = [(0, "Where is the sum?", "english"), (1, "Où est la somme ?", "french"), (2, "Who signed it?", "english")]
@@ -366,6 +372,58 @@ def test_training_takes_boxes_as_labels(pages, base, script, tmp_path):
     words += ["train.grad_accum_steps=1", "merge.num_regions=6", f"model.name={base}"]
     script("train").main([str(word) for word in words])
     assert (tmp_path / "out/projector.safetensors").is_file()
+
+
+def test_pages_that_answer_are_no_negatives(pages, retriever):
+    """The loss of a batch by a loop over scores that evaluation made; another page that answers is right as well."""
+    records, merge = load(pages), MergeConfig(compressor="none")
+    rows = CaptionDataset(records).rows
+    batch = Collator(retriever, ObjectsConfig())(rows)
+    loss = ProjectorModel(retriever, merge, 0.07, True)(**batch)["loss"]
+    scores = score_records(retriever, records, make_compressor(merge), batch_size=4).double()
+    losses, single = [], []
+    for query, row in enumerate(rows):
+        right = {name for name, _ in row.caption.grades}
+        shares = [float(torch.exp(scores[query, each.image] / 0.07)) for each in rows]
+        own = [share for share, each in zip(shares, rows) if each.record.image_id in right]
+        losses.append(-np.log(sum(own) / sum(shares)))
+        own = [share for share, each in zip(shares, rows) if each.image == row.image]
+        single.append(-np.log(sum(own) / sum(shares)))
+    assert float(loss) == pytest.approx(np.mean(losses), abs=1e-5)
+    assert abs(np.mean(losses) - np.mean(single)) > 0.1
+
+
+def test_damaged_grades_of_an_index_are_refused(evaluated, tmp_path):
+    """Each kind of damage, in a shard whose checksum holds."""
+    whole = Index(evaluated[1].folder).grades("test")
+    for number, damage in enumerate(
+        [
+            lambda grades: grades[1:],
+            lambda grades: [[[0, 0]], *grades[1:]],
+            lambda grades: [[[0, 101]], *grades[1:]],
+            lambda grades: [[[-1, 1]], *grades[1:]],
+            lambda grades: [[[14, 1]], *grades[1:]],
+            lambda grades: [[[0, True]], *grades[1:]],
+            lambda grades: [[0, 1], *grades[1:]],
+            lambda grades: [None, *grades[1:]],
+            lambda grades: "grades",
+            lambda grades: None,
+        ]
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(evaluated[1].folder, folder)
+        path = folder / "test/queries-00000.safetensors"
+        tensors, header = load_shard(path)
+        header["stamp"]["grades"] = damage(header["stamp"]["grades"])
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        entry = write_shard(path, tensors, header["stamp"], {"count": len(tensors["image"])})
+        manifest = read_index_manifest(folder / "manifest.json")
+        split = manifest.splits["test"]
+        split = replace(split, queries=(QueryShard(**entry),))
+        write_index_manifest(folder / "manifest.json", replace(manifest, splits={"test": split}))
+        with pytest.raises(InputError, match="grades"):
+            Index(folder).grades("test")
+    assert torch.equal(Index(evaluated[1].folder).grades("test"), whole)
 
 
 def test_the_report_shows_pages(evaluated, pages, script, tmp_path):
