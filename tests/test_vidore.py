@@ -359,6 +359,8 @@ def test_evaluation_while_training_and_the_comparison_see_the_grades(pages, retr
     values = measure(retriever, records, {"a": merge}, 4, asked)["a"]
     assert float(values["ndcg@10"].mean()) == pytest.approx(expected["ndcg@10"], rel=1e-5)
     assert len(values["back:r@1"]) == int((asked.positives > 0).any(0).sum()) < len(records)
+    other = Asked(asked.positives.clamp(max=1))  # the same pages, graded otherwise: measured anew
+    assert other.stamp({}) != asked.stamp({}) == Asked(asked.positives.clone()).stamp({})
     boxed = sum(bool(c.phrases) for r in records for c in r.captions)
     assert boxed == 9
     assert len(values["box_mass"]) == 9  # a phrase each: the grounding test of v3
