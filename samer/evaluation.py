@@ -15,7 +15,7 @@ from torch import Tensor
 from samer.compressors import Compressor, make_compressor
 from samer.config import InputError, MergeConfig
 from samer.data.records import ImageRecord
-from samer.metrics import bootstrap_intervals, query_metrics, retrieval_metrics
+from samer.metrics import bootstrap_intervals, graded_metrics, query_metrics, summary
 from samer.retrievers.banks import Bank, query_states
 from samer.retrievers.base import Encoder
 from samer.runtime.processes import from_first, gather_objects, rank, world_size
@@ -106,9 +106,13 @@ def join_queries(batches: Sequence[QueryTokens]) -> QueryTokens:
 def check_described(records: Sequence[ImageRecord]) -> None:
     """Refuses images without captions where both directions are measured, before any work.
 
+    In a data set with graded relevance they are what else can be found.
+
     Raises:
         InputError: names the first.
     """
+    if any(caption.grades for record in records for caption in record.captions):
+        return
     bare = [record.image_id for record in records if not record.captions]
     if bare:
         raise InputError(
@@ -146,24 +150,66 @@ def evaluate_records(
 ) -> dict[str, float]:
     """Text-to-image metrics of a split, from `score_records`; every process returns the same ones.
 
+    Images that answer a caption are those that its `grades` name, or its own.
+
     `bank` as in `fitted_compressor`.
     """
     compressor = fitted_compressor(retriever, records, merge, batch_size, bank=bank)
     scores = score_records(retriever, records, compressor, batch_size=batch_size)
     owner = torch.tensor([k for k, record in enumerate(records) for _ in record.captions])
-    return retrieval_metrics(scores, owner[:, None] == torch.arange(len(records)))
+    grades = grade_matrix(caption_grades(records), len(records))
+    values = relevance_metrics(scores, owner[:, None] == torch.arange(len(records)) if grades is None else grades)
+    return {name: summary(name, value) for name, value in values.items()}
 
 
-def both_directions(scores: Tensor, image_of: Tensor, *, resamples: int = 1000, seed: int = 0) -> dict[str, dict]:
+def caption_grades(records: Sequence[ImageRecord]) -> list[list[list[int]]]:
+    """[number of an image, grade] of every image that answers a caption, per caption; [] where only its own is known.
+
+    Images that are not among the records are left out.
+    """
+    place = {record.image_id: k for k, record in enumerate(records)}
+    return [
+        [[place[name], grade] for name, grade in caption.grades if name in place]
+        for record in records
+        for caption in record.captions
+    ]
+
+
+def grade_matrix(rows: Sequence[Sequence[Sequence[int]]], images: int) -> Tensor | None:
+    """Grades (Q, I) uint8 of `caption_grades`; None where a query has none, as relevance is not graded then."""
+    if not rows or not all(rows):
+        return None
+    grades = torch.zeros(len(rows), images, dtype=torch.uint8)
+    for query, row in enumerate(rows):
+        numbers, values = zip(*row)
+        grades[query, list(numbers)] = torch.tensor(values, dtype=torch.uint8)
+    return grades
+
+
+def relevance_metrics(scores: Tensor, truth: Tensor) -> dict[str, np.ndarray]:
+    """Per-query metrics: `graded_metrics` of grades, `query_metrics` of bool."""
+    return query_metrics(scores, truth) if truth.dtype == torch.bool else graded_metrics(scores, truth)
+
+
+def recall_sum(directions: dict[str, dict]) -> float:
+    """rSum: R@1, R@5 and R@10 of both directions of `both_directions`, added up, at most 600."""
+    return round(sum(metrics[f"r@{k}"]["value"] for metrics in directions.values() for k in (1, 5, 10)), 6)
+
+
+def both_directions(
+    scores: Tensor, image_of: Tensor, *, grades: Tensor | None = None, resamples: int = 1000, seed: int = 0
+) -> dict[str, dict]:
     """Metrics of a score matrix in both directions, with 95 % bootstrap intervals over queries.
 
     Args:
         scores: (Q, I) float32.
         image_of: (Q,) whole numbers, the image that each query describes.
+        grades: (Q, I) whole numbers, how well each image answers each query; None: its own does, no other.
 
     Returns:
         `{"text_to_image": {metric: {"value": v, "interval": [low, high]}}, "image_to_text": {...}}`; captions of one
-        image are resampled together.
+        image are resampled together. Image to text asks the images that answer some query; recall is that of the best
+        of an image's captions, of its five where it has five.
     """
     scores = torch.from_numpy(scores) if isinstance(scores, np.ndarray) else scores
     check_tensor("scores", scores)
@@ -175,22 +221,23 @@ def both_directions(scores: Tensor, image_of: Tensor, *, resamples: int = 1000, 
             f"image_of must be {len(scores)} whole numbers, a query's image each; it is {image_of.dtype} "
             f"{tuple(image_of.shape)}"
         )
-    positives = image_of[:, None] == torch.arange(scores.shape[1])
-    described = positives.any(0)
+    truth = image_of[:, None] == torch.arange(scores.shape[1]) if grades is None else grades
+    if truth.shape != scores.shape:
+        raise InputError(f"grades {tuple(truth.shape)} must have the shape of scores, {tuple(scores.shape)}")
+    described = (truth > 0).any(0)
     directions = {
-        "text_to_image": (scores, positives, image_of.numpy()),
-        "image_to_text": (scores.T[described], positives.T[described], None),
+        "text_to_image": (scores, truth, image_of.numpy()),
+        "image_to_text": (scores.T[described], truth.T[described], None),
     }
     result: dict[str, dict] = {}
     for name, (matrix, truth, groups) in directions.items():
-        values = query_metrics(matrix, truth)
+        values = relevance_metrics(matrix, truth)
         intervals = bootstrap_intervals(values, resamples=resamples, seed=seed, groups=groups)
-        points = {
-            metric: float(np.median(value) if metric == "median_rank" else np.mean(value))
-            for metric, value in values.items()
-        }
         result[name] = {
-            metric: {"value": round(point, 6), "interval": [round(float(edge), 6) for edge in intervals[metric]]}
-            for metric, point in points.items()
+            metric: {
+                "value": round(summary(metric, value), 6),
+                "interval": [round(float(edge), 6) for edge in intervals[metric]],
+            }
+            for metric, value in values.items()
         }
     return result

@@ -61,7 +61,7 @@ def catalogue(monkeypatch, tmp_path, world):
 def test_an_unknown_reader_is_refused_and_the_known_are_named(name, catalogue):
     with pytest.raises(InputError) as caught:
         make_reader(name)
-    assert str(caught.value) == f"data.reader {name!r} is unknown; use one of catalogue, flickr"
+    assert str(caught.value) == f"data.reader {name!r} is unknown; use one of catalogue, flickr, vidore"
 
 
 def test_a_reader_needs_load_split_and_nothing_else(catalogue):
@@ -210,7 +210,7 @@ def test_a_script_reads_with_the_reader_that_is_set(script, catalogue, base, tmp
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_refuses_an_unknown_reader(script, catalogue, base, tmp_path, name):
     words = [*words_of(name, catalogue[1], tmp_path / "out", base), "data.reader=other"]
-    with pytest.raises(InputError, match=r"data\.reader 'other' is unknown; use one of catalogue, flickr"):
+    with pytest.raises(InputError, match=r"data\.reader 'other' is unknown; use one of catalogue, flickr, vidore"):
         script(name).main(words)
     assert not (tmp_path / "out").exists()
 

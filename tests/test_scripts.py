@@ -182,7 +182,9 @@ def test_eval_writes_the_metrics_of_the_cache(pipeline, base):
     source = result.pop("cache")
     projector = cache.manifest.projector
     assert source == {"base_model": str(base), "projector": projector, "merge": MERGE, "dtype": "float32"}
-    assert list(result) == ["text_to_image", "image_to_text"]
+    assert list(result) == ["text_to_image", "image_to_text", "rsum"]
+    recalls = [result[way][f"r@{k}"]["value"] for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+    assert result.pop("rsum") == pytest.approx(sum(recalls), abs=1e-5)
     for direction in result.values():
         assert sorted(direction) == sorted(METRICS)
         assert all(list(metric) == ["value", "interval"] for metric in direction.values())
@@ -197,7 +199,8 @@ def test_eval_prints_what_it_writes(pipeline):
         metric = result[name]["r@1"]
         low, high = metric["interval"]
         assert line.strip().startswith(f"{name.replace('_', ' ')}: r@1 {metric['value']:.1f} [{low:.1f}, {high:.1f}]")
-    assert lines[3] == f"-> {pipeline['folder'] / 'metrics.json'}, {pipeline['folder'] / 'metrics.html'}"
+    assert lines[3] == f"  rSum {result['rsum']:.1f}"
+    assert lines[4] == f"-> {pipeline['folder'] / 'metrics.json'}, {pipeline['folder'] / 'metrics.html'}"
 
 
 def test_eval_gives_the_same_with_and_without_pythonpath(pipeline):

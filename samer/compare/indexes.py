@@ -85,7 +85,7 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
         scores, image_of = indexes[place].scores(split, device)
         methods.append(_shown(name, indexes[place], scores))
         _, _, vectors, size = indexes[place].size(split)
-        figures = both_directions(scores, image_of)
+        figures = both_directions(scores, image_of, grades=indexes[place].grades(split))
         figures |= means_and_totals(indexes[place], split)
         measured.append({"name": name, "vectors_per_image": vectors, "bytes_per_image": size, **figures})
     # a row of the table only that is compressed as the baseline is: what training alone does

@@ -17,7 +17,7 @@ from samer.compare.queries import CAPTIONS_ONLY, Asked, own_images
 from samer.compressors import make_compressor
 from samer.config import Budget, MergeConfig
 from samer.data.records import ImageRecord
-from samer.evaluation import encode_texts, fitted_compressor, join_queries
+from samer.evaluation import encode_texts, fitted_compressor, join_queries, relevance_metrics
 from samer.grounding import PhraseIndex, ground
 from samer.metrics import query_metrics
 from samer.objects import instance_labels, object_diagnostics
@@ -70,9 +70,10 @@ def measure(
         asked: which other images answer a caption, the phrases asked, the banks of queries.
 
     Returns:
-        Per key: `r@1 r@5 r@10 ndcg@10` (Q,) text to image and `back:r@1` (I,) image to text, in percent; `box_mass`,
-        `iou` (P,); `osr` (Q,); `vectors` (I,); `mixed_clusters`, `purity` (I,), NaN where an image has no box. Where
-        phrases are asked, `phrase:r@1` and so on and `phrase:mrr`, reciprocal ranks in percent, of each.
+        Per key: `r@1 r@5 r@10 ndcg@10` (Q,) text to image and `back:r@1` image to text, of images that answer a
+        caption, in percent; `box_mass`, `iou` (P,); `osr` (Q,); `vectors` (I,); `mixed_clusters`, `purity` (I,), NaN
+        where an image has no box. Where phrases are asked, `phrase:r@1` and so on and `phrase:mrr`, reciprocal ranks
+        in percent, of each.
     """
     texts = [caption.text for record in records for caption in record.captions]
     queries = list(encode_texts(encoder, texts, batch_size))
@@ -111,11 +112,12 @@ def measure(
     positives = asked.positives
     if positives is None:
         positives = torch.from_numpy(own_images(records))[:, None] == torch.arange(len(records))
+    asking = (positives > 0).any(0)  # graded data has pages that answer nothing
     result = {}
     for key, parts in kept.items():
         values = {name: torch.cat(part) for name, part in parts.items() if name in MEASURED}
-        forward = query_metrics(sets[""].of[key], positives)
-        backward = query_metrics(sets[""].of[key].T, positives.T)
+        forward = relevance_metrics(sets[""].of[key], positives)
+        backward = relevance_metrics(sets[""].of[key].T[asking], positives.T[asking])
         values |= {name: torch.from_numpy(forward[name]) for name in METRICS}
         values["back:r@1"] = torch.from_numpy(backward["r@1"])
         values["osr"] = torch.cat(parts["match"]) / torch.cat(whole)

@@ -21,6 +21,7 @@ from torch import Tensor
 from samer.compressors import COMPRESSORS
 from samer.config import InputError, MergeConfig
 from samer.data.records import ImageRecord, phrase_texts, told_phrases
+from samer.evaluation import caption_grades, grade_matrix
 from samer.grounding import box_coverage
 from samer.retrievers.banks import Bank
 
@@ -75,7 +76,7 @@ class Asked:
     """What a measurement asks beside a split's captions, and what else answers these.
 
     Attributes:
-        positives: (Q, I) bool, images that answer each caption; None: its own alone.
+        positives: (Q, I) bool, images that answer each caption, or uint8, how well; None: its own alone.
         phrases: None: none are asked.
         bank_texts: what a compressor that needs a bank of queries takes it from.
         banks: that are given instead, by the key of the compression (`Row.key`).
@@ -90,7 +91,10 @@ class Asked:
         """What a measurement of some compressions depends on of it, if at all."""
         found: dict[str, Any] = {}
         if self.positives is not None:
-            found["relevant"] = _hash(self.positives.nonzero().tolist())
+            places = self.positives.nonzero()
+            graded = self.positives.dtype != torch.bool
+            values = self.positives[tuple(places.T)].tolist()
+            found["relevant"] = _hash([places.tolist(), values] if graded else places.tolist())
         if self.phrases is not None:
             found["phrases"] = _hash([self.phrases.texts, self.phrases.positives.nonzero().tolist()])
         banked = [key for key, merge in merges.items() if COMPRESSORS[merge.compressor].needs_queries]
@@ -116,6 +120,8 @@ def own_images(records: Sequence[ImageRecord]) -> np.ndarray:
 def caption_positives(records: Sequence[ImageRecord], relevant: dict[str, list[list[str]]]) -> Tensor | None:
     """Images that answer each caption, (Q, I) bool, its own first of all; None where no other one is known.
 
+    Where captions have grades, these, (Q, I) uint8.
+
     Args:
         records: of the split.
         relevant: as `Reader.relevant` gives it; images of other splits, or left out, don't matter.
@@ -123,6 +129,9 @@ def caption_positives(records: Sequence[ImageRecord], relevant: dict[str, list[l
     Raises:
         InputError: another number of lists than an image has captions.
     """
+    grades = grade_matrix(caption_grades(records), len(records))
+    if grades is not None:
+        return grades
     place = {record.image_id: k for k, record in enumerate(records)}
     positives = torch.from_numpy(own_images(records))[:, None] == torch.arange(len(records))
     query, own = 0, len(positives)

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from samer.compare.measure import cost, measure, tokens_of
@@ -253,8 +254,10 @@ def _about_queries(asked: Asked, rows: Sequence[Row]) -> dict:
     if asked.banks:
         about["banks"] = {row.name: asked.banks[row.key].describe() for row in rows if row.bank}
     if asked.positives is not None:
-        others = asked.positives.sum(1) - 1
+        others = (asked.positives > 0).sum(1) - 1
         about["relevant"] = {"captions": int((others > 0).sum()), "others": int(others.sum())}
+        if asked.positives.dtype != torch.bool:
+            about["relevant"]["grades"] = int(asked.positives.max())
     if asked.phrases is not None:
         held = asked.phrases.held_by
         about["phrases"] = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from samer.config import InputError
 from samer.data.flickr import Flickr
 from samer.data.reader import Reader
+from samer.data.vidore import Vidore
 
-READERS: dict[str, Reader] = {"flickr": Flickr()}
+READERS: dict[str, Reader] = {"flickr": Flickr(), "vidore": Vidore()}
 
 
 def make_reader(name: str) -> Reader:

@@ -98,6 +98,11 @@ class Reader:
         """
         return {}
 
+    def grades(self, root: str | Path, split: str) -> dict[str, dict[str, int]] | None:
+        """Graded relevance of a split as evaluation tools take it: query id -> image id -> grade; None: it has none."""
+        captions = [c for record in self.load_split(root, split, boxes=False) for c in record.captions if c.grades]
+        return {caption.query_id: dict(caption.grades) for caption in captions} or None
+
 
 @lru_cache(maxsize=4)
 def _by_id(reader: Reader, root: str, split: str) -> dict[str, ImageRecord]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in [0, 1]
 LONGEST_CAPTION = 1000  # characters, as of a query; a batch is as wide as its longest caption
+MOST_GRADE = 100  # of relevance; benchmarks have 1 to 3
 _ARTICLE = re.compile(r"(an?|the) ")
 
 
@@ -41,11 +42,22 @@ class Phrase:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """One sentence about an image; `related` is False where UNRELATED_CAPTIONS lists it."""
+    """One sentence about an image, or a query that it answers.
+
+    Attributes:
+        text: of it.
+        phrases: that are marked in it.
+        related: False where UNRELATED_CAPTIONS lists it.
+        query_id: the data set's own id, where it has one.
+        grades: (image id, grade from 1 to `MOST_GRADE`) of every image of the split that answers it, its own among
+            them; empty where the data set does not say: its own does.
+    """
 
     text: str
     phrases: tuple[Phrase, ...]
     related: bool
+    query_id: str = ""
+    grades: tuple[tuple[str, int], ...] = ()
 
     def within(self, most: int) -> Caption:
         """The caption cut after its last whole word within so many characters, with the phrases that it still holds."""
@@ -53,7 +65,7 @@ class Caption:
             return self
         end = self.text.rfind(" ", 0, most + 1)
         text = self.text[: end if end > 0 else most]  # one word that is longer has no better place
-        return Caption(text, tuple(each for each in self.phrases if each.end <= len(text)), self.related)
+        return replace(self, text=text, phrases=tuple(each for each in self.phrases if each.end <= len(text)))
 
 
 @dataclass(frozen=True, slots=True)

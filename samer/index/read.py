@@ -16,6 +16,8 @@ from torch import Tensor
 
 from samer.config import InputError
 from samer.data.contents import check_contents
+from samer.data.records import MOST_GRADE
+from samer.evaluation import grade_matrix
 from samer.index.manifest import (
     FLOATS,
     NO_REGION,
@@ -174,6 +176,8 @@ class Index:
             raise ValueError("its names are not what the manifest says")
         if "contents" in stamp:
             check_contents(stamp["contents"], shard.count)
+        if "grades" in stamp:
+            _check_grades(stamp["grades"], shard.count)
 
     def _check_queries(self, split: str, shard: QueryShard, tensors: dict[str, Tensor]) -> None:
         """Raises ValueError or KeyError for tensors that are not what the manifest says."""
@@ -378,6 +382,20 @@ class Index:
                 texts = stamp["texts"][rows.start : rows.stop]
                 yield QueryTokens(padded, mask), tensors["image"][rows.start : rows.stop], texts
 
+    def grades(self, split: str) -> Tensor | None:
+        """How well every image answers every query, (Q, I) uint8, 0: not at all; None: only its own image is known.
+
+        Raises:
+            InputError: a damaged shard.
+        """
+        held, rows = self._split(split), []
+        for shard in held.queries:
+            rows += self._read(split, shard)[1].get("grades", [])
+        images = sum(shard.count for shard in held.images)
+        if any(number >= images for row in rows for number, _ in row):
+            raise DiskError(f"{self.folder}: grades of {split} name images that are not there; build the index again")
+        return grade_matrix(rows, images)
+
     def check_captions(self, split: str) -> None:
         """Refuses a split that can't be evaluated: one without captions, or whose captions may describe nothing.
 
@@ -462,6 +480,15 @@ def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, tuple[torch.dty
     """Raises ValueError or KeyError unless the tensors have these dtypes and shapes."""
     if any((tensors[name].dtype, tuple(tensors[name].shape)) != about for name, about in wanted.items()):
         raise ValueError("its tensors are not what the manifest says")
+
+
+def _check_grades(held: object, count: int) -> None:
+    """Raises ValueError unless `held` can be what a shard of so many queries says of the images that answer them."""
+    rows = held if isinstance(held, list) and len(held) == count else [None]
+    pairs = [pair for row in rows for pair in (row if isinstance(row, list) and row else [None])]
+    right = (isinstance(pair, list) and [type(each) for each in pair] == [int, int] for pair in pairs)
+    if not all(right) or not all(number >= 0 and 0 < grade <= MOST_GRADE for number, grade in pairs):
+        raise ValueError("its grades can't be true")
 
 
 def _is_stamp(value: object) -> bool:

@@ -24,7 +24,8 @@ A shard is a safetensors file with one metadata key, "samer", whose value is JSO
     checksum    SHA-256 over the bytes of its tensors in the order of their names
     entry       its `count`, and for images `regions` (K) and `bytes` (of tokens, scales and mask)
     stamp       what it was made from: the manifest's keys `model` to `bank`; `ids` of the n images, unique in
-                the file, or of the image of each query; `texts` of the queries; `contents`, per image null or the hash
+                the file, or of the image of each query; `texts` of the queries, and `grades` where relevance is graded:
+                per query [number of an image, 1 to 100] of all that answer it; `contents`, per image null or the hash
                 of its file when it was read, BLAKE2b of 16 bytes in hexadecimal; `corpus`, a hash of the ids that a
                 compressor with a codebook was fitted on, and `corpus_contents`, one of their files. Earlier shards
                 have no `contents`; those of a folder of pictures then have `files`, per image null or [bytes, time of
@@ -84,7 +85,7 @@ from samer.config import InputError, MergeConfig
 from samer.data import make_reader
 from samer.data.contents import Contents
 from samer.data.records import ImageRecord
-from samer.evaluation import fit_records, fitted_compressor
+from samer.evaluation import caption_grades, fit_records, fitted_compressor
 from samer.index.banks import bank_of_captions, held_bank, keep_bank
 from samer.index.manifest import (
     DTYPES,
@@ -417,19 +418,22 @@ class _Writer:
 
     def write_queries(self, split: str, records: Sequence[ImageRecord]) -> tuple[tuple[QueryShard, ...], int]:
         """As `write_images`, of the captions."""
-        rows = [(k, caption.text) for k, record in enumerate(records) for caption in record.captions]
+        own = [(k, caption.text) for k, record in enumerate(records) for caption in record.captions]
+        rows = [(*row, grades) for row, grades in zip(own, caption_grades(records))]
         kind = FLOATS.get(self.making.dtype, torch.bfloat16)
         shards = dict(shared_out(list(batched(rows, QUERIES_PER_SHARD))))
 
         def place(number: int) -> tuple[Path, dict]:
-            ids, texts = zip(*((records[k].image_id, text) for k, text in shards[number]))
-            return self.folder / split / f"queries-{number:05d}.safetensors", self._stamp(ids, texts=list(texts))
+            ids, texts, grades = zip(*((records[k].image_id, text, graded) for k, text, graded in shards[number]))
+            more = {"grades": list(grades)} if any(grades) else {}
+            path = self.folder / split / f"queries-{number:05d}.safetensors"
+            return path, self._stamp(ids, texts=list(texts), **more)
 
         own = {number: finished_shard(*place(number), _same_stamp) for number in shards}
         reused = {number for number, entry in own.items() if entry is not None}
 
         def encoded() -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
-            texts = {k: [text for _, text in shards[k]] for k in shards if k not in reused}
+            texts = {k: [text for _, text, _ in shards[k]] for k in shards if k not in reused}
             jobs = {k: list(batched(rows, self.batch_size)) for k, rows in texts.items()}
             inputs = prefetched(self.retriever.query_inputs, [batch for ours in jobs.values() for batch in ours])
             for number, ours in Progress(jobs.items(), f"{split} queries", unit="shards"):
@@ -444,7 +448,7 @@ class _Writer:
 
         def write(job: tuple[int, list[Tensor], list[Tensor]]) -> dict:
             number, flat, lengths = job
-            image = torch.tensor([k for k, _ in shards[number]])
+            image = torch.tensor([k for k, *_ in shards[number]])
             tensors = {"tokens": torch.cat(flat), "lengths": torch.cat(lengths), "image": image}
             path, stamp = place(number)
             return write_shard(path, tensors, stamp, {"count": len(image)})

@@ -15,7 +15,7 @@ from torch import Tensor
 from samer.compressors import settings_written
 from samer.config import InputError
 from samer.data import make_reader
-from samer.evaluation import both_directions
+from samer.evaluation import both_directions, recall_sum
 from samer.index.manifest import vector_bytes
 from samer.index.read import Index
 from samer.index.settings import encoder_of
@@ -70,6 +70,8 @@ def evaluate_index(index: Index, split: str, device: torch.device) -> tuple[dict
     """Metrics of a split as scripts/eval.py writes them, and the scores (Q, I) that they were made from."""
     images, queries, regions, size = index.size(split)
     scores, image_of = index.scores(split, device)
+    grades = index.grades(split)
+    directions = both_directions(scores, image_of, grades=grades)
     made = index.manifest
     about = {
         "base_model": made.base_model,
@@ -84,9 +86,11 @@ def evaluate_index(index: Index, split: str, device: torch.device) -> tuple[dict
         "vectors_per_image": regions,
         "bytes_per_image": size,
         **means_and_totals(index, split),
-        **both_directions(scores, image_of),
+        **directions,
         "cache": about,
     }
+    if grades is None:  # no field prints a sum for graded relevance
+        result["rsum"] = recall_sum(directions)
     return result, scores
 
 
@@ -121,7 +125,7 @@ def size_line(sizes: dict) -> str:
 
 
 def metric_lines(result: dict) -> list[str]:
-    """A line per direction, each metric with its interval."""
+    """A line per direction, each metric with its interval, the sizes where they differ, and rSum."""
     lines = [size_line(result["sizes"])] if "sizes" in result else []
     for direction in ("text_to_image", "image_to_text"):
         shown = [
@@ -129,7 +133,7 @@ def metric_lines(result: dict) -> list[str]:
             for name, metric in result[direction].items()
         ]
         lines.append(f"{direction.replace('_', ' ')}: " + ", ".join(shown))
-    return lines
+    return [*lines, f"rSum {result['rsum']:.1f}"] if "rsum" in result else lines
 
 
 def index_gallery(

@@ -19,7 +19,7 @@ from samer.config import InputError, MergeConfig
 from samer.data.contents import named
 from samer.data.records import Box, Caption, ImageRecord, Phrase
 from samer.data.stamps import Stamps
-from samer.evaluation import fitted_compressor, score_records
+from samer.evaluation import caption_grades, fitted_compressor, grade_matrix, score_records
 from samer.grounding import PhraseIndex, ground
 from samer.index.read import Index
 from samer.metrics import query_metrics
@@ -198,7 +198,9 @@ def make_gallery(
         seed: of `choose_cases`.
     """
     captions = [(image, caption) for image, record in enumerate(records) for caption in record.captions]
-    positives = torch.tensor([image for image, _ in captions])[:, None] == torch.arange(len(records))
+    grades = grade_matrix(caption_grades(records), len(records))
+    own = torch.tensor([image for image, _ in captions])[:, None] == torch.arange(len(records))
+    positives = own if grades is None else grades > 0
     ranks, tops, methods = [], [], []
     for method in shown:
         encoder.use_projector(method.projector)

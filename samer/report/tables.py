@@ -100,6 +100,12 @@ def _relevance(about: dict) -> list[str]:
     if "relevant" not in about:
         return []
     found = about["relevant"]
+    if "grades" in found:
+        return [
+            "",
+            f"Relevance is graded from 0 to {found['grades']}: {found['captions']:,} of {about['captions']:,} queries "
+            f"are answered by more than one page, by {found['others']:,} more in all; nDCG's gain is the grade.",
+        ]
     return [
         "",
         f"Relevant is every scene that satisfies a caption, by `relevant.json`: {found['captions']:,} of "

@@ -27,6 +27,7 @@ from samer.runtime.processes import rank, world_size
 class Row:
     """One training example: a caption, its image (by number in the record list) and the image's record.
 
+    `answers` are the numbers of all images that answer the caption, where the data set says so; they are no negatives.
     A row that is not `real` fills up the last batch of a process and counts for nothing.
     """
 
@@ -34,14 +35,16 @@ class Row:
     record: ImageRecord
     caption: Caption
     real: bool = True
+    answers: tuple[int, ...] = ()
 
 
 class CaptionDataset(Dataset):
     """One row per caption that describes its image (METHOD section 4); UNRELATED_CAPTIONS are left out."""
 
     def __init__(self, records: Sequence[ImageRecord]) -> None:
+        place = {record.image_id: number for number, record in enumerate(records)}
         self.rows = [
-            Row(number, record, caption)
+            Row(number, record, caption, answers=tuple(place[name] for name, _ in caption.grades if name in place))
             for number, record in enumerate(records)
             for caption in record.captions
             if caption.related
@@ -69,7 +72,9 @@ class Collator:
         `image_of`: (B,) long, each caption's row among the distinct images;
         `image_numbers`: (B,) long, the same image has the same number in every batch and process;
         `labels`: (B, N) long, instance labels of METHOD section 3, 0 is background;
-        `real`: (B,) bool, False where a row only fills up the batch.
+        `real`: (B,) bool, False where a row only fills up the batch;
+        `answers`: (B, A) long, only where relevance is graded: the images that answer each caption, by their numbers,
+        its own may be among them; -1 at padding.
     """
 
     def __init__(self, retriever: Encoder, objects: ObjectsConfig) -> None:
@@ -91,7 +96,12 @@ class Collator:
             max_area=self.objects.max_area,
             max_phrases=self.objects.max_phrases,
         )
+        graded = {}
+        if any(row.answers for row in rows):
+            answers = [torch.tensor(row.answers, dtype=torch.long) for row in rows]
+            graded["answers"] = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-1)
         return {
+            **graded,
             "image_inputs": image_inputs,
             "query_inputs": self.retriever.query_inputs([row.caption.text for row in rows]),
             "image_of": image_of,

@@ -62,6 +62,7 @@ class ProjectorModel(nn.Module):
         image_numbers: Tensor,
         labels: Tensor,
         real: Tensor,
+        answers: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of METHOD section 4 for one `Collator` batch; each caption's image is merged with its own labels.
 
@@ -103,8 +104,7 @@ class ProjectorModel(nn.Module):
         numbers = gather_with_grad(image_numbers) if self.gather_negatives else image_numbers
         counted = gather_with_grad(real.to(torch.uint8)).bool()  # of all processes
         scored = counted if self.gather_negatives else real if real.any() else torch.ones_like(real)
-        # every image a positive: a loss of 0 and no gradient, in a process that still takes part in every exchange
-        positives = (image_numbers[:, None] == numbers[scored][None]) | ~real[:, None]
+        positives = _positives(image_numbers, numbers[scored], real, answers)
         queries = self.projection(query_hidden)  # (B, M, D)
         count = image_hidden.shape[1]
         losses = []
@@ -140,6 +140,15 @@ class ProjectorModel(nn.Module):
         state = {"vectors": self.projection(hidden), "weights": self.queries.weights}
         for compressor in self.compressors:
             compressor.load_state(state)
+
+
+def _positives(own: Tensor, images: Tensor, real: Tensor, answers: Tensor | None) -> Tensor:
+    """Which images (I,) are right for captions with these own images (B,), or with these answers (B, A), (B, I) bool.
+
+    All are for a row that is not real: a loss of 0 and no gradient, in a process that takes part in every exchange.
+    """
+    positives = (own[:, None] == images) | ~real[:, None]
+    return positives if answers is None else positives | (answers[..., None] == images).any(1)
 
 
 def _in_chunks(function: Callable[..., tuple[Tensor, ...]], size: int, *rows: Tensor) -> tuple[Tensor, ...]:

@@ -1,0 +1,162 @@
+"""Tables in parquet files, by pyarrow: which there are, their rows, and the pictures in them as files.
+
+Rows are counted from 0, as pyarrow and pandas count them. A split is `<split>.parquet` or
+`<split>-00000-of-00002.parquet` and so on, as the hub stores data sets.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from samer.config import InputError
+from samer.data.pictures import one_line
+from samer.runtime.files import atomic_path, is_dir, is_file, listing, trouble
+from samer.runtime.processes import print0
+
+REMEDY = "install it to read parquet: pip install pyarrow, or pip install 'samer[parquet]'"
+_NAME = re.compile(r"(?P<split>.+?)(-(?P<number>\d{5})-of-(?P<count>\d{5}))?\.parquet")
+_ROWS = 64  # read at once; pages of documents take about a megabyte each
+_MAGIC = {
+    b"\xff\xd8\xff": ".jpg",
+    b"\x89PNG": ".png",
+    b"RIFF": ".webp",
+}  # others: .img
+
+
+def table_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of each split of a folder, in order; empty where there are none.
+
+    Raises:
+        InputError: a part of a split is missing.
+    """
+    found: dict[str, dict[int, Path]] = {}
+    counts: dict[str, int] = {}
+    for path in listing(folder):
+        match = _NAME.fullmatch(path.name)
+        if match and is_file(path):
+            found.setdefault(match["split"], {})[int(match["number"] or 0)] = path
+            counts[match["split"]] = int(match["count"] or 1)
+    for split, parts in found.items():
+        missing = sorted(set(range(counts[split])) - set(parts))
+        if missing:
+            name = f"{split}-{missing[0]:05d}-of-{counts[split]:05d}.parquet"
+            raise InputError(f"{folder / name}: missing, as are {len(missing) - 1} others of {split}; restore them")
+    return {split: [parts[k] for k in sorted(parts)] for split, parts in sorted(found.items())}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A parquet file, open; what goes wrong within is told with its name."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise InputError(f"{path}: can't be read without pyarrow; {REMEDY}") from None
+    try:
+        with open(path, "rb") as handle:
+            yield pyarrow.parquet.ParquetFile(handle)
+    except OSError as error:
+        if error.errno is None:  # pyarrow's own, of what the file holds
+            raise _damaged(path, error) from None
+        raise trouble(path, error) from None
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: no whole parquet file ({one_line(error)[:160]}); restore the file")
+
+
+def columns_of(path: Path) -> list[str]:
+    """The names of a file's columns.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    with _opened(path) as file:
+        return list(file.schema_arrow.names)
+
+
+def column_named(path: Path, names: Sequence[str]) -> str:
+    """The first of some names that a file has a column of.
+
+    Raises:
+        InputError: none; says which there are.
+    """
+    held = columns_of(path)
+    found = next((name for name in names if name in held), None)
+    if found is None:
+        raise InputError(f"{path}: no column {' or '.join(names)} (it has {', '.join(held)}); restore the file")
+    return found
+
+
+def table_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple]]:
+    """Numbers of rows, and their values in some columns; other columns are not read."""
+    number = 0
+    with _opened(path) as file:
+        for batch in file.iter_batches(batch_size=4096, columns=list(dict.fromkeys(columns))):
+            values = {name: batch.column(name).to_pylist() for name in columns}
+            for row in zip(*(values[name] for name in columns)):
+                yield number, row
+                number += 1
+
+
+def unpack(path: Path, column: str, rows: Collection[int], folder: Path) -> dict[int, Path]:
+    """The pictures of some rows as files, written where they are not there yet; they are made anew when `path` changed.
+
+    Args:
+        path: the parquet file.
+        column: of pictures: bytes, or bytes and a path as the hub stores them.
+        rows: their numbers.
+        folder: where the pictures of such files go; each file's in a folder of its own within.
+
+    Returns:
+        Row number -> file.
+
+    Raises:
+        InputError: a row without a picture, a damaged file, or a folder that can't be written to.
+    """
+    folder, held = _place(path, folder)
+    missing = set(rows) - held.keys()
+    if missing:
+        print0(f"{path}: {len(missing):,} pictures are unpacked to {folder}")
+        with _opened(path) as file:
+            first = 0
+            for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
+                for number in sorted(missing & set(range(first, first + batch.num_rows))):
+                    held[number] = _write(path, column, number, batch.column(column)[number - first].as_py(), folder)
+                first += batch.num_rows
+                if first > max(missing):
+                    break
+    return {number: held[number] for number in rows}
+
+
+def _place(path: Path, folder: Path) -> tuple[Path, dict[int, Path]]:
+    """Where the pictures of a file as it is now go, and those that are there by row; those of earlier states go."""
+    about = path.stat()
+    place = folder / f"{path.stem}-{about.st_size:x}-{about.st_mtime_ns:x}"
+    if is_dir(place):
+        named = {each: re.fullmatch(r"(\d{7})\.\w+", each.name) for each in listing(place)}
+        return place, {int(match[1]): each for each, match in named.items() if match}
+    if is_dir(folder):
+        state = re.compile(re.escape(path.stem) + "-[0-9a-f]+-[0-9a-f]+")
+        for older in listing(folder):
+            if state.fullmatch(older.name):
+                shutil.rmtree(older, ignore_errors=True)
+    return place, {}
+
+
+def _write(path: Path, column: str, number: int, value: object, folder: Path) -> Path:
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(content, bytes) or not content:
+        raise InputError(f"{path}: row {number}: {column} holds no picture; restore the file")
+    suffix = next((suffix for magic, suffix in _MAGIC.items() if content.startswith(magic)), ".img")
+    place = folder / f"{number:07d}{suffix}"
+    with atomic_path(place) as temporary:
+        Path(temporary).write_bytes(content)
+    return place
