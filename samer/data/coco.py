@@ -201,8 +201,9 @@ class _Instances:
             box = box_shares((x, y, x + width, y + height), self.sizes[coco])
             if box is None:
                 shown = ", ".join(f"{value:g}" for value in (x, y, width, height))
-                message = f"box ({shown}), x, y, width and height, is empty or outside the image; correct it"
-                defects.add(BAD_BOXES, where, message)
+                place = where.rpartition("/")[2]
+                message = f"{place}: bbox ({shown}) is empty or outside the image; correct it"
+                defects.add(BAD_BOXES, picture, message)
                 continue
             found.setdefault(name, []).append(box)
         return tuple(Things(name, tuple(boxes)) for name, boxes in found.items())

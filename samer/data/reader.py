@@ -27,13 +27,13 @@ class Defects:
     For what is known in full and can be done without, such as a box that is turned around. A file that can't be read
     says nothing of how much is missing and is refused at once.
 
-    Where all of them are wanted (`collect`), nothing is refused: `all` gets a line each, in the order of their finding,
-    and what is wrong is left out.
+    Where all of them are wanted (`collect`), nothing is refused: what is wrong is left out, and `lines` tells of it.
     """
 
     def __init__(self, *, strict: bool = False, collect: bool = False) -> None:
         self.strict, self.collect = strict, collect
-        self.all: dict[str, None] = {}  # a line for each, once
+        self._refused: dict[str, None] = {}  # a line for each, once
+        self._doubted: dict[str, None] = {}
         self._found: dict[str, dict[str, int]] = {}  # how many by kind and file
 
     @contextmanager
@@ -44,7 +44,11 @@ class Defects:
         except InputError as error:
             if not self.collect:
                 raise
-            self.all[str(error)] = None
+            self._refused[str(error)] = None
+
+    def lines(self) -> list[str]:
+        """A line for each that was collected: first what a load refuses, then what it leaves out or doubts."""
+        return [*self._refused, *self._doubted]
 
     def add(self, kind: str, path: str | Path, message: str, count: int = 1) -> None:
         """Notes what is wrong in a file.
@@ -59,7 +63,7 @@ class Defects:
             InputError: always, if strict.
         """
         if self.collect:
-            self.all[f"{path}: {message}"] = None
+            self._doubted[f"{path}: {message}"] = None
             return
         if self.strict:
             raise InputError(f"{path}: {message}")
@@ -81,7 +85,7 @@ class Defects:
             InputError: there are some, and they are not collected.
         """
         if self.collect:
-            self.all |= {f"{path}: no picture {name}; {remedy}": None for name in found}
+            self._refused |= {f"{path}: no picture {name}; {remedy}": None for name in found}
         elif found:
             raise InputError(f"{path}: {len(found):,} of {of:,} images are absent, the first is {found[0]}; {remedy}")
 

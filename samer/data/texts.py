@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,21 @@ def field(where: str, row: Any, name: str, kind: type | tuple[type, ...]) -> Any
         words = {str: "text", int: "a whole number", list: "a list", dict: "an object"}.get(kind, "a number")
         raise InputError(f"{where}: {name} must be {words}; it is {str(value)[:60]!r}; correct it")
     return value
+
+
+def rows_of(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """The values of a file of JSON lines, each with `where` it stands; None for a line that is none, to be refused.
+
+    Raises:
+        InputError: the file can't be read.
+    """
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            yield f"{path}: line {number}", value
 
 
 def pictures_in(folders: list[Path]) -> dict[str, Path]:

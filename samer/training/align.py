@@ -119,7 +119,7 @@ def _check_output(output: Path, config: AlignConfig) -> None:
 
 def _records(config: AlignConfig) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """To train on, with boxes where the phrase term needs them, and to validate on."""
-    data, reader = config.data, make_reader(config.data.reader)
+    data, reader = config.data, make_reader(config.data.name, config.data.root)
     load = partial(reader.load_split, data.root, strict=data.strict)
     boxes = config.align.phrase_weight > 0 or config.align.phrases > 0
     records = load(data.train_split, boxes=boxes, limit_images=data.limit_train_images)
@@ -170,7 +170,7 @@ def _tower_outputs(config: AlignConfig, output: Path, device: torch.device) -> F
         retriever,
         batch_size=config.align.batch_size,
         dtype=config.align.features_dtype,
-        reader=data.reader,
+        reader=data.name,
         strict=data.strict,
         phrases=config.align.phrases > 0,
     )
