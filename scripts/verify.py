@@ -34,9 +34,8 @@ def verify_data(root, name):
     print(f"{root}: a data set of kind {found.name}", flush=True)
     for split, (images, captions, boxes) in found.splits.items():
         print(f"  {split}: {images:,} images, {captions:,} captions, {boxes:,} boxes", flush=True)
-    print(
-        f"{len(found.defects):,} defects" + (f", the first {SHOWN}:" if len(found.defects) > SHOWN else ""), flush=True
-    )
+    first = f", the first {SHOWN}:" if len(found.defects) > SHOWN else ":" * bool(found.defects)
+    print(f"{len(found.defects):,} defects{first}", flush=True)
     for line in found.defects[:SHOWN]:
         print(f"  {line}", flush=True)
     if found.defects:

@@ -91,9 +91,7 @@ class ImageCode(RowReader):
         name, part = split_part(split)
         root = folder_of(root, "ImageCoDe copy")
         if name not in _SPLITS:
-            raise InputError(
-                f"{root}: no split {name!r}; use train or valid (which picture test means isn't published)"
-            )
+            raise InputError(f"{root}: no split {name!r}; use train or valid (test has no published answers)")
         path = _file(root, name)
         if path is None:
             raise InputError(f"{root}: no {_SPLITS[name]}_data.json, here or in data; restore it")

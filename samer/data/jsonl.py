@@ -110,9 +110,7 @@ class JsonLines(RowReader):
             with defects.spared():
                 image_id = field(where, row, "image", str)
                 if image_id in seen:
-                    raise InputError(
-                        f"{where}: image {image_id[:80]!r} stands in {seen[image_id]}, too; join the lines"
-                    )
+                    raise InputError(f"{where}: {image_id[:80]!r} stands in {seen[image_id]}, too; join the lines")
                 seen[image_id] = where.rpartition(": ")[2]
                 captions = _captions(where, row, defects)
                 picture = next(filter(is_file, [inside(folder, image_id, where) for folder in base]), None)
