@@ -163,7 +163,7 @@ CASES = {
     ),
     "root of no known kind": (
         lambda b: b.train(f"data.root={b.world}/images"),
-        ["{world}/images: no data set of a known kind", "flickr: ", "dataset_coco.json", "DATA_ROOT"],
+        ["images: no data set of a known kind", "flickr: ", "dataset_coco.json", "DATA_ROOT"],
     ),
     "cache: no such root": (lambda b: b.cache("--data-root", b.folder / "no"), ["{folder}/no: not a folder"]),
     "unknown split": (lambda b: b.train("data.train_split=trian"), ["no split 'trian'", "test, train, val"]),

@@ -110,6 +110,8 @@ def _check_output(output: Path, config: AlignConfig) -> None:
     before = asdict(build_dataclass(AlignConfig, load_yaml(output / "align.yaml"), str(output / "align.yaml")))
     for section, values in asdict(config).items():
         for key, value in values.items():
+            if (section, key) == ("data", "name") and "" in (before[section][key], value):
+                continue  # one of them is guessed from the same folder
             if before[section][key] != value and key not in ("output_dir", "batch_size", "features", "strict"):
                 raise InputError(
                     f"{output} holds an alignment with {section}.{key}={before[section][key]!r}, now {value!r}; "
