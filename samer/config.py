@@ -160,13 +160,15 @@ class ModelConfig:
 class DataConfig:
     """A data set on disk, how it is read, and how much of it; `features` names a feature store to train from.
 
-    `reader`: a name in `samer.data.READERS`. `max_megapixels`: larger pictures are refused before they are decoded, as
+    `name`: of its kind, in `samer.data.READERS`; empty: guessed from the folder, and told. `reader`: an older word for
+    `name`, which takes its value. `max_megapixels`: larger pictures are refused before they are decoded, as
     a small file can claim any size. `strict`: refuse what a reader otherwise leaves out and tells, such as a box
     outside its picture.
     """
 
     root: str = ""
-    reader: str = "flickr"
+    name: str = ""
+    reader: str = ""
     features: str = ""
     train_split: str = "train"
     eval_split: str = "val"
@@ -177,6 +179,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _settle(self, "data.")
+        if self.reader:
+            rule = f"what data.name says, {self.name!r}, or left out"
+            _require(self.name in ("", self.reader), "data.reader", rule, self.reader)
+            object.__setattr__(self, "name", self.reader)
+            object.__setattr__(self, "reader", "")
         most = self.max_megapixels
         _require(math.isfinite(most) and most > 0, "data.max_megapixels", "a finite number > 0", most)
         for name in ("limit_train_images", "limit_eval_images"):

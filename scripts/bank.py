@@ -29,7 +29,7 @@ def main(argv=None):
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--texts", metavar="FILE", help="captions or queries, one a line")
     source.add_argument("--data-root", help="a data set's folder, whose captions are taken; boxes are not read")
-    parser.add_argument("--reader", help="kind of data set at --data-root (flickr)")
+    parser.add_argument("--reader", help="kind of data set at --data-root (guessed)")
     parser.add_argument("--split", help="of the data set (data.train_split: train)")
     parser.add_argument("--out", required=True, help="the bank's file, such as ADAPTER_PATH/bank.safetensors")
     parser.add_argument("--size", type=int, help="vectors at most (merge.bank_size: 2048)")
@@ -58,7 +58,7 @@ def main(argv=None):
         texts, source = read_texts(options.texts), f"lines of {options.texts}"
     else:
         split = options.split or config.data.train_split
-        reader = make_reader(options.reader or config.data.reader)
+        reader = make_reader(options.reader or config.data.name, options.data_root)
         limit = config.data.limit_train_images if split == config.data.train_split else None  # as in training
         records = reader.load_split(
             options.data_root, split, boxes=False, limit_images=limit, strict=config.data.strict

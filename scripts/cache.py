@@ -30,7 +30,7 @@ from samer.runtime.commands import add_compute_options, compute_device, run, spl
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", required=True, help="the data set's folder; boxes are not read")
-    parser.add_argument("--reader", help="kind of data set at --data-root (flickr)")
+    parser.add_argument("--reader", help="kind of data set at --data-root (guessed)")
     parser.add_argument("--cache-dir", required=True, help="where the index goes")
     parser.add_argument("--adapter-path", default="", help="trained projector: folder or hub id; empty: untouched")
     parser.add_argument("--splits", nargs="+", default=["val", "test"], help="default: val test")
@@ -75,7 +75,7 @@ def main(argv=None):
             dtype=settings.dtype,
             limit_images=options.limit_images,
             assignments=settings.assignments,
-            reader=options.reader or settings.config.data.reader,
+            reader=options.reader or settings.config.data.name,
             strict=settings.config.data.strict,
             bank=bank_for(settings, retriever, options.bank),
             bank_split=settings.config.data.train_split,

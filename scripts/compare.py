@@ -28,7 +28,7 @@ from samer.runtime.commands import pick_device, run
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", required=True, help="the data set's folder, with boxes (kind: data.reader)")
+    parser.add_argument("--data-root", required=True, help="the data set's folder, with boxes (kind: data.name)")
     parser.add_argument("--out", required=True, help="folder for projectors, measurements and results")
     parser.add_argument("--config", required=True, help="YAML file: model, K and recipe; see configs/")
     parser.add_argument("--features", default="", help="feature store with the splits needed (scripts/features.py)")

@@ -28,7 +28,9 @@ def main(argv=None):
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument("--output-json", required=True, help="where the metrics go")
     parser.add_argument("--data-root", help="the data set's folder, with boxes, for the report's pictures")
-    parser.add_argument("--reader", default="flickr", help="kind of data set at --data-root (flickr)")
+    parser.add_argument("--reader", default="", help="kind of data set at --data-root (guessed)")
+    parser.add_argument("--folds", type=int, help="also the mean over so many folds of the images (COCO 1K: 5)")
+    parser.add_argument("--sets", action="store_true", help="also accuracy within an image's set (ImageCoDe)")
     parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
     parser.add_argument("--model", help="where the model is, if not where the index says")
     add_compute_options(parser)
@@ -36,6 +38,7 @@ def main(argv=None):
     device = compute_device(options)
     from samer.index.read import Index
     from samer.report.evaluate import evaluate_index, index_gallery, metric_lines, metric_places, write_index_report
+    from samer.report.protocols import protocol_lines, protocols_asked
     from samer.runtime.files import write_json
 
     folder, split = options.cache_dir, options.split
@@ -43,9 +46,10 @@ def main(argv=None):
     index.check_captions(split)
     output, report = metric_places(options.output_json, folder)
     result, scores = evaluate_index(index, split, device)
+    result |= protocols_asked(index, split, scores, options.folds, options.sets)
     images, queries = result["images"], result["queries"]
     print(f"{folder}, {split}: {images:,} images x {result['vectors_per_image']} vectors, {queries:,} queries")
-    for line in metric_lines(result):
+    for line in [*metric_lines(result), *protocol_lines(result)]:
         print(f"  {line}")
     write_json(output, result)
     gallery = None

@@ -30,7 +30,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder of the store")
     parser.add_argument("--data-root", required=True, help="the data set's folder; boxes are read for --phrases")
-    parser.add_argument("--reader", help="kind of data set at --data-root (flickr)")
+    parser.add_argument("--reader", help="kind of data set at --data-root (guessed)")
     parser.add_argument("--splits", nargs="+", default=["train", "val", "test"], help="default: train val test")
     parser.add_argument("--batch-size", type=int, default=32, help="images and captions per forward pass (32)")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 or int8; default: as the model computes")
@@ -75,7 +75,7 @@ def main(argv=None):
             batch_size=options.batch_size,
             dtype=options.dtype or retriever.origin["computed_in"].split()[0],
             limit_images=options.limit_images,
-            reader=options.reader or config.data.reader,
+            reader=options.reader or config.data.name,
             strict=config.data.strict,
             phrases=options.phrases,
         )

@@ -234,7 +234,7 @@ def announce(place, align_file, words, options, pictures):
         rows = plan(merge, model.side**2, each.budgets, each.methods)
         through = {slug(row.trained) for row in rows if row.trained and row.section in (each.sections or SECTIONS)}
         trainings += len(through) * len(options.seeds)
-    read = make_reader(config.data.reader).load_split
+    read = make_reader(config.data.name, config.data.root).load_split
     splits = {name: read(config.data.root, name, boxes=False) for name in ("train", "val", "test")}
     aligned, trained = (take_part(splits["train"], split_part(part)[1], part) for part in pictures[:2])
     recipe, captions = load_config(CONFIG, []).train, sum(len(record.captions) for record in trained)

@@ -17,8 +17,9 @@ from samer.compare.measure import measure
 from samer.compare.queries import Asked, caption_positives
 from samer.compressors import make_compressor
 from samer.config import InputError, MergeConfig, ObjectsConfig
-from samer.data import make_reader
+from samer.data import guess_name, make_reader
 from samer.data.records import LONGEST_CAPTION
+from samer.data.survey import Survey, survey
 from samer.evaluation import caption_grades, evaluate_records, grade_matrix, score_records
 from samer.index.manifest import QueryShard, read_index_manifest, write_index_manifest
 from samer.index.read import Index
@@ -248,6 +249,33 @@ def test_what_can_be_left_out_is_told_or_refused(tmp_path, capsys, qrels, told_a
     assert kept >= {"Where is the sum?", "Où est la somme ?"}
     assert told_as in capsys.readouterr().out
     assert refused_as in refusal(root, boxes=True, strict=True)
+
+
+def test_the_kind_is_guessed_and_all_defects_are_in_one_report(v3, tmp_path):
+    """A sound set has none; of a spoiled one every row is named, and none hides another."""
+    question_form(tmp_path / "questions", [("Who?", 1), (None, 2)], split="train")
+    assert guess_name(v3) == guess_name(tmp_path / "questions") == "vidore"
+    assert survey(v3) == Survey("vidore", {"test": (5, 3, 3)}, [], [])
+    assert survey(tmp_path / "questions").splits == {"train": (2, 1, 0)}
+    spoil = {
+        "corpus": {0: {"corpus_id": None}, 1: {"image": {"bytes": b"no picture", "path": "a.png"}}},
+        "queries": {1: {"query": None}},
+        "qrels": {1: {"score": None}, 2: {"bounding_boxes": [box(5, 5, 1, 9)]}, 4: {"score": 3000}},
+    }
+    for folder, changes in spoil.items():
+        (path,) = (v3 / folder).iterdir()
+        rows = [{**row, **changes.get(number, {})} for number, row in enumerate(pq.read_table(path).to_pylist())]
+        table(path, list(rows[0]), rows)
+    found = survey(v3).defects
+    wanted = ["row 0: corpus_id is empty", "row 1: query is empty", "row 1: score is None", "row 4: score is 3000"]
+    wanted += ["row 2: box (5, 5, 1, 9) is empty", "row 3: there is no query '1'", "row 5: there is no page '10'"]
+    wanted += ["row 2: query '2' has no relevant page", "0000001.img: not a readable image"]
+    assert [sum(each in line for line in found) for each in wanted] == [1] * len(wanted)
+    assert len(found) == len(wanted)
+    (path,) = (v3 / "corpus").iterdir()
+    rows = [{**row, "image": {"bytes": None, "path": "a.png"}} for row in pq.read_table(path).to_pylist()]
+    table(path, list(rows[0]), rows)
+    assert sum("image holds no picture" in line for line in survey(v3).defects) == 4
 
 
 # --- grades reach what is reported ------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Request:
     rows: Named = ()
     regions: Named = ()
     curves: Sequence[str] | None = None
-    reader: str = "flickr"
+    reader: str = ""
     split: str = "test"
     features: str = ""
     model: str = ""
@@ -73,7 +73,7 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
     for _, place in request.methods:
         indexes[place].check_captions(split)
     limit = max(index.size(split)[0] for index in indexes.values())
-    records = make_reader(request.reader).load_split(root, split, boxes=True, limit_images=limit)
+    records = make_reader(request.reader, root).load_split(root, split, boxes=True, limit_images=limit)
     for index in indexes.values():
         check_images(index, split, records, root)
     first = indexes[request.methods[0][1]]

@@ -130,13 +130,14 @@ def measure(
 
 
 def _image_labels(records: Sequence[ImageRecord], coords: Tensor) -> Tensor:
-    """Instance labels (B, N) from all boxes that any caption of an image names, each chain once."""
+    """Instance labels (B, N) from all boxes that any caption of an image names, each chain once, and of its things."""
     boxes = []
     for record in records:
         chains = {
             phrase.chain_id: phrase.boxes for caption in record.captions for phrase in caption.phrases if phrase.boxes
         }
-        boxes.append(torch.tensor([box for chain in chains.values() for box in chain]).reshape(-1, 4))
+        every = [*chains.values(), *(things.boxes for things in record.things)]
+        boxes.append(torch.tensor([box for each in every for box in each]).reshape(-1, 4))
     return instance_labels(coords.cpu(), boxes, min_area=0.0, max_phrases=10_000)
 
 

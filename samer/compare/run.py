@@ -207,7 +207,8 @@ def _with_signals(store: FeatureStore, records: Sequence[ImageRecord], rows: lis
 
 def _load(config: Config, split: str, limit: int | None, *, boxes: bool) -> list[ImageRecord]:
     data = config.data
-    return make_reader(data.reader).load_split(data.root, split, boxes=boxes, limit_images=limit, strict=data.strict)
+    read = make_reader(data.name, data.root).load_split
+    return read(data.root, split, boxes=boxes, limit_images=limit, strict=data.strict)
 
 
 def _asked(
@@ -225,7 +226,7 @@ def _asked(
         InputError: phrases or a bank that are not stored, a bank of captions of the images measured, or one of another
             model or projector.
     """
-    positives = caption_positives(records, make_reader(config.data.reader).relevant(config.data.root))
+    positives = caption_positives(records, make_reader(config.data.name, config.data.root).relevant(config.data.root))
     queries = phrase_queries(records) if phrases else None
     if queries and (missing := store.lacking(queries.texts)):
         raise InputError(
@@ -325,7 +326,8 @@ def _measured(
     asked: Asked = CAPTIONS_ONLY,
 ) -> dict[str, Values]:
     """Values of all rows of the projector in use, from `path` if they are there, else measured and written."""
-    boxes = json.dumps([[p.boxes for c in r.captions for p in c.phrases] for r in records])
+    held = [[p.boxes for c in r.captions for p in c.phrases] + [things.boxes for things in r.things] for r in records]
+    boxes = json.dumps(held)
     older = {
         "version": VERSION,
         "projector": store.current_projector().hash,

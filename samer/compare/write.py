@@ -62,7 +62,7 @@ def write_comparison(
         config = replace(config, data=replace(config.data, features=str(out / "features")))
         _compute_features(config, split, device, phrases=sections is None or "phrases" in sections)
     store = FeatureStore(config.data.features, config.model.name, device, revision=config.model.revision)
-    records = make_reader(config.data.reader).load_split(
+    records = make_reader(config.data.name, config.data.root).load_split(
         config.data.root, split, boxes=True, limit_images=config.data.limit_eval_images, strict=config.data.strict
     )
     if sections is None:
@@ -100,7 +100,7 @@ def _compute_features(config: Config, split: str, device: torch.device, *, phras
             encoder,
             dtype=encoder.origin["computed_in"],
             limit_images=limit,
-            reader=data.reader,
+            reader=data.name,
             phrases=phrases and name == split,
         )
 

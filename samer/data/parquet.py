@@ -15,6 +15,7 @@ from typing import Any
 
 from samer.config import InputError
 from samer.data.pictures import one_line
+from samer.data.reader import Defects
 from samer.runtime.files import atomic_path, is_dir, is_file, listing, trouble
 from samer.runtime.processes import print0
 
@@ -106,7 +107,7 @@ def table_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple]
                 number += 1
 
 
-def unpack(path: Path, column: str, rows: Collection[int], folder: Path) -> dict[int, Path]:
+def unpack(path: Path, column: str, rows: Collection[int], folder: Path, defects: Defects) -> dict[int, Path]:
     """The pictures of some rows as files, written where they are not there yet; they are made anew when `path` changed.
 
     Args:
@@ -114,9 +115,10 @@ def unpack(path: Path, column: str, rows: Collection[int], folder: Path) -> dict
         column: of pictures: bytes, or bytes and a path as the hub stores them.
         rows: their numbers.
         folder: where the pictures of such files go; each file's in a folder of its own within.
+        defects: where rows without a picture go, if they are collected.
 
     Returns:
-        Row number -> file.
+        Row number -> file, of rows with a picture.
 
     Raises:
         InputError: a row without a picture, a damaged file, or a folder that can't be written to.
@@ -129,11 +131,13 @@ def unpack(path: Path, column: str, rows: Collection[int], folder: Path) -> dict
             first = 0
             for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
                 for number in sorted(missing & set(range(first, first + batch.num_rows))):
-                    held[number] = _write(path, column, number, batch.column(column)[number - first].as_py(), folder)
+                    value = batch.column(column)[number - first].as_py()
+                    with defects.spared():
+                        held[number] = _write(path, column, number, value, folder)
                 first += batch.num_rows
                 if first > max(missing):
                     break
-    return {number: held[number] for number in rows}
+    return {number: held[number] for number in rows if number in held}
 
 
 def _place(path: Path, folder: Path) -> tuple[Path, dict[int, Path]]:

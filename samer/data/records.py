@@ -69,12 +69,21 @@ class Caption:
 
 
 @dataclass(frozen=True, slots=True)
+class Things:
+    """What of one kind an image holds, by the data set's word ("dog"), whether or not a caption names it."""
+
+    name: str
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image of a split with its five captions."""
+    """One image of a split with its captions, five in most data sets; `things` where boxes belong to no phrase."""
 
     image_id: str
     image_path: Path
     captions: tuple[Caption, ...]
+    things: tuple[Things, ...] = ()
 
 
 def told_phrases(record: ImageRecord) -> Iterator[Phrase]:
@@ -82,6 +91,11 @@ def told_phrases(record: ImageRecord) -> Iterator[Phrase]:
     for caption in record.captions:
         if caption.related:
             yield from (phrase for phrase in caption.phrases if phrase.visible)
+
+
+def plain_caption(text: str) -> Caption:
+    """A caption without marked phrases: words joined by single spaces, cut as `Caption.within`."""
+    return Caption(" ".join(text.split()), (), related=True).within(LONGEST_CAPTION)
 
 
 def phrase_texts(records: Iterable[ImageRecord]) -> list[str]:

@@ -26,9 +26,9 @@ from samer.config import InputError
 from samer.data.parquet import column_named, columns_of, table_files, table_rows, unpack
 from samer.data.parts import split_part, take_part
 from samer.data.pictures import PictureError, displayed_size, one_line
-from samer.data.reader import Defects, Reader
+from samer.data.reader import Defects, RowReader
 from samer.data.records import LONGEST_CAPTION, MOST_GRADE, Box, Caption, ImageRecord, Phrase
-from samer.runtime.files import is_dir, lookup
+from samer.runtime.files import is_dir, listing, lookup
 
 FOLDERS = ("corpus", "queries", "qrels")
 PAGES = "pages"  # where pictures are unpacked
@@ -142,7 +142,7 @@ def _in_language(files: Sequence[Path], language: str) -> tuple[str, ...]:
     return (column,)
 
 
-def _read_questions(files: Sequence[Path], language: str) -> _Tables:
+def _read_questions(files: Sequence[Path], language: str, defects: Defects) -> _Tables:
     tables, numbers = _Tables(), {}
     wanted = _in_language(files, language)
     for path in files:
@@ -150,13 +150,14 @@ def _read_questions(files: Sequence[Path], language: str) -> _Tables:
         column_named(path, (tables.image,))
         for row, (page, query, *spoken) in table_rows(path, (page_column, column, *wanted)):
             where = path, row
-            page = _identity(page, where, page_column)
-            tables.pages.setdefault(page, where)
-            text = _words(query, where, column)
-            if text and (not spoken or spoken[0] == language):
-                number = numbers.setdefault(text, str(len(numbers)))
-                tables.queries.setdefault(number, (text, where))
-                tables.grades.setdefault(number, {})[page] = 1
+            with defects.spared():
+                page = _identity(page, where, page_column)
+                tables.pages.setdefault(page, where)
+                text = _words(query, where, column)
+                if text and (not spoken or spoken[0] == language):
+                    number = numbers.setdefault(text, str(len(numbers)))
+                    tables.queries.setdefault(number, (text, where))
+                    tables.grades.setdefault(number, {})[page] = 1
     return tables
 
 
@@ -166,22 +167,24 @@ def _read_beir(layout: _Layout, split: str, language: str, boxes: bool, defects:
         column = column_named(path, PAGE_ID)
         column_named(path, (tables.image,))
         for row, (value,) in table_rows(path, (column,)):
-            page = _identity(value, (path, row), column)
-            if page in tables.pages:
-                raise InputError(f"{path}: row {row}: {column} {page!r} is there twice; remove one")
-            tables.pages[page] = path, row
+            with defects.spared():
+                page = _identity(value, (path, row), column)
+                if page in tables.pages:
+                    raise InputError(f"{path}: row {row}: {column} {page!r} is there twice; remove one")
+                tables.pages[page] = path, row
     files = layout.of("queries", split)
     wanted, others = _in_language(files, language), set()
     for path in files:
         column, text_column = column_named(path, QUERY_ID), column_named(path, TEXT)
         for row, (value, text, *spoken) in table_rows(path, (column, text_column, *wanted)):
-            query = _identity(value, (path, row), column)
-            if query in tables.queries or query in others:
-                raise InputError(f"{path}: row {row}: {column} {query!r} is there twice; remove one")
-            if spoken and spoken[0] != language:
-                others.add(query)
-                continue
-            tables.queries[query] = _identity(text, (path, row), text_column), (path, row)
+            with defects.spared():
+                query = _identity(value, (path, row), column)
+                if query in tables.queries or query in others:
+                    raise InputError(f"{path}: row {row}: {column} {query!r} is there twice; remove one")
+                if spoken and spoken[0] != language:
+                    others.add(query)
+                else:
+                    tables.queries[query] = _identity(text, (path, row), text_column), (path, row)
     for path in layout.of("qrels", split):
         _read_judgements(path, tables, others, boxes, defects)
     return tables
@@ -193,23 +196,28 @@ def _read_judgements(path: Path, tables: _Tables, others: set[str], boxes: bool,
     more = (BOXES,) if boxes and BOXES in columns_of(path) else ()
     for row, (query, page, score, *found) in table_rows(path, (*names, *more)):
         where = path, row
-        query, page = _identity(query, where, names[0]), _identity(page, where, names[1])
-        whole = isinstance(score, (int, float)) and not isinstance(score, bool) and score == score // 1
-        if not whole or not 0 <= score <= MOST_GRADE:
-            raise InputError(
-                f"{path}: row {row}: score is {score!r:.40}; a grade is a whole number from 0 to {MOST_GRADE}"
-            )
-        if query in others:
-            continue
-        if query not in tables.queries:
-            defects.add(NO_QUERY, path, f"row {row}: there is no query {query!r}; restore it or remove the row")
-        elif page not in tables.pages:
-            defects.add(NO_PAGE, path, f"row {row}: there is no page {page!r}; restore it or remove the row")
-        elif score > 0:
-            grades = tables.grades.setdefault(query, {})
-            grades[page] = max(int(score), grades.get(page, 0))
-            if found and found[0]:
-                tables.boxes.setdefault((query, page), []).extend((box, where) for box in found[0])
+        with defects.spared():
+            query, page = _identity(query, where, names[0]), _identity(page, where, names[1])
+            score = _grade(score, where)
+            if query in others:
+                continue
+            if query not in tables.queries:
+                defects.add(NO_QUERY, path, f"row {row}: there is no query {query!r}; restore it or remove the row")
+            elif page not in tables.pages:
+                defects.add(NO_PAGE, path, f"row {row}: there is no page {page!r}; restore it or remove the row")
+            elif score > 0:
+                grades = tables.grades.setdefault(query, {})
+                grades[page] = max(score, grades.get(page, 0))
+                if found and found[0]:
+                    tables.boxes.setdefault((query, page), []).extend((box, where) for box in found[0])
+
+
+def _grade(score: object, where: _Where) -> int:
+    whole = isinstance(score, (int, float)) and not isinstance(score, bool) and score == score // 1
+    if not whole or not 0 <= score <= MOST_GRADE:
+        message = f"score is {score!r:.40}; a grade is a whole number from 0 to {MOST_GRADE}"
+        raise InputError(f"{where[0]}: row {where[1]}: {message}")
+    return int(score)
 
 
 def _shares(boxes: list[tuple[object, _Where]], picture: Path, defects: Defects) -> tuple[Box, ...]:
@@ -222,7 +230,9 @@ def _shares(boxes: list[tuple[object, _Where]], picture: Path, defects: Defects)
     for box, (path, row) in boxes:
         values = [box.get(key) for key in ("x1", "y1", "x2", "y2")] if isinstance(box, dict) else [None]
         if not all(isinstance(value, (int, float)) and isfinite(value) for value in values):
-            raise InputError(f"{path}: row {row}: {BOXES} holds {box!r:.80}, not x1, y1, x2, y2; correct it")
+            with defects.spared():
+                raise InputError(f"{path}: row {row}: {BOXES} holds {box!r:.80}, not x1, y1, x2, y2; correct it")
+            continue
         x1, y1, x2, y2 = max(values[0], 0), max(values[1], 0), min(values[2], width), min(values[3], height)
         outside = min(values) < -1 or values[2] > width + 1 or values[3] > height + 1
         if outside or x2 <= x1 or y2 <= y1:
@@ -263,33 +273,7 @@ def _captions(
     return found
 
 
-def load_split(
-    root: str | Path, split: str, *, boxes: bool, limit_images: int | None = None, strict: bool = False
-) -> list[ImageRecord]:
-    """The pages of a split, or a part of it, in the order of the corpus, with the queries whose best page each is.
-
-    As `Reader.load_split`; see the head of this file.
-    """
-    if limit_images is not None and limit_images < 1:
-        raise InputError(f"limit_images is {limit_images}; give at least 1, or leave it out for the whole split")
-    name, part = split_part(split)
-    name, _, language = name.partition("@")
-    layout, defects = find_tables(root), Defects(strict=strict)
-    if "data" in layout.tables:
-        tables = _read_questions(layout.of("data", name), language)
-    else:
-        tables = _read_beir(layout, name, language, boxes, defects)
-    if not tables.pages:
-        raise InputError(f"{root}: zero pages in {name}; restore its parquet files")
-    first = {page: number for number, page in enumerate(tables.pages)}
-    chosen = take_part(list(tables.pages), part, split)[:limit_images]
-    pictures = _unpacked(layout.root, tables, chosen)
-    captions = _captions(tables, pictures, first, defects)
-    defects.tell(f"{split} of {root}")
-    return [ImageRecord(page, pictures[page], tuple(captions[page])) for page in chosen]
-
-
-def _unpacked(root: Path, tables: _Tables, chosen: Sequence[str]) -> dict[str, Path]:
+def _unpacked(root: Path, tables: _Tables, chosen: Sequence[str], defects: Defects) -> dict[str, Path]:
     """The picture files of pages, by id, in their order."""
     rows: dict[Path, dict[int, str]] = {}
     for page in chosen:
@@ -297,20 +281,45 @@ def _unpacked(root: Path, tables: _Tables, chosen: Sequence[str]) -> dict[str, P
         rows.setdefault(path, {})[row] = page
     files: dict[str, Path] = {}
     for path, own in rows.items():
-        found = unpack(path, tables.image, own.keys(), root / PAGES)
+        found = unpack(path, tables.image, own.keys(), root / PAGES, defects)
         files |= {own[row]: picture for row, picture in found.items()}
-    return {page: files[page] for page in chosen}
+    return {page: files[page] for page in chosen if page in files}
 
 
-class Vidore(Reader):
+class Vidore(RowReader):
     """ViDoRe v1, v2, v3 in parquet, in the question form or the BEIR form."""
 
-    def load_split(
-        self, root: str | Path, split: str, *, boxes: bool, limit_images: int | None = None, strict: bool = False
-    ) -> list[ImageRecord]:
-        return load_split(root, split, boxes=boxes, limit_images=limit_images, strict=strict)
+    signs = "corpus/, queries/ and qrels/ of parquet files, or data/<split>-*.parquet"
+
+    def holds(self, root: Path) -> bool:
+        places = (root, root / "data")
+        beir = any(all(is_dir(base / name) for name in FOLDERS) for base in places)
+        return beir or any(path.suffix == ".parquet" for base in places if is_dir(base) for path in listing(base))
 
     def check(self, root: str | Path) -> bool:
         """Whether the judgements have boxes, as v3's."""
         tables = find_tables(root).tables
         return any(BOXES in columns_of(path) for files in tables.get("qrels", {}).values() for path in files)
+
+    def splits(self, root: str | Path) -> list[str]:
+        tables = find_tables(root).tables
+        return list(tables.get("qrels") or tables["data"])
+
+    def read(
+        self, root: str | Path, split: str, *, boxes: bool, limit_images: int | None, defects: Defects
+    ) -> list[ImageRecord]:
+        """The pages in the order of the corpus, with the queries whose best page each is; see the head of this file."""
+        name, part = split_part(split)
+        name, _, language = name.partition("@")
+        layout = find_tables(root)
+        if "data" in layout.tables:
+            tables = _read_questions(layout.of("data", name), language, defects)
+        else:
+            tables = _read_beir(layout, name, language, boxes, defects)
+        if not tables.pages:
+            raise InputError(f"{root}: zero pages in {name}; restore its parquet files")
+        first = {page: number for number, page in enumerate(tables.pages)}
+        chosen = take_part(list(tables.pages), part, split)[:limit_images]
+        pictures = _unpacked(layout.root, tables, chosen, defects)
+        captions = _captions(tables, pictures, first, defects)
+        return [ImageRecord(page, picture, tuple(captions[page])) for page, picture in pictures.items()]

@@ -69,7 +69,7 @@ def write_features(
     batch_size: int = 32,
     dtype: str = "bfloat16",
     limit_images: int | None = None,
-    reader: str = "flickr",
+    reader: str = "",
     strict: bool = False,
     phrases: bool = False,
 ) -> dict[str, StoredSplit]:
@@ -86,7 +86,7 @@ def write_features(
         batch_size: images, and captions, per forward pass.
         dtype: float32, bfloat16, float16, or int8 with a scale per token.
         limit_images: the first so many images of each split.
-        reader: of the data set, a name in `samer.data.READERS`.
+        reader: of the data set, a name in `samer.data.READERS`; empty: guessed.
         strict: refuse what a reader otherwise leaves out of the data and tells.
         phrases: also of the phrases that have boxes, as somebody types them (`Phrase.typed`), in shards of their own
             behind those of the captions.
@@ -106,8 +106,9 @@ def write_features(
     if len(set(splits)) != len(splits):
         raise InputError(f"splits {' '.join(splits)}: a split is named twice")
     made = _made_now(retriever, dtype)
+    kind = make_reader(reader, data_root)
     records = {
-        split: make_reader(reader).load_split(data_root, split, boxes=phrases, limit_images=limit_images, strict=strict)
+        split: kind.load_split(data_root, split, boxes=phrases, limit_images=limit_images, strict=strict)
         for split in splits
     }
     texts = {split: _texts(rows) for split, rows in records.items()}

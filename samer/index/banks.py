@@ -62,7 +62,7 @@ def bank_of_captions(
         InputError: they can't be had; says how else to give a bank.
     """
     try:
-        texts = captions_of(make_reader(reader).load_split(root, split, boxes=False))
+        texts = captions_of(make_reader(reader, root).load_split(root, split, boxes=False))
         states = query_states(retriever, texts, merge.bank_size, f"captions of {split} in {root}", batch_size)
     except InputError as error:
         raise InputError(f"no query bank can be made of {split} ({error}); {GIVE}") from None

@@ -130,7 +130,7 @@ def build_index(
     batch_size: int = 32,
     dtype: str = "bfloat16",
     limit_images: int | None = None,
-    reader: str = "flickr",
+    reader: str = "",
     assignments: bool = False,
     strict: bool = False,
     bank: Bank | None = None,
@@ -151,7 +151,7 @@ def build_index(
         dtype: of the stored image tokens: float32, bfloat16, float16, int8 (a scale per image) or binary
             (signs, and bfloat16 beside them to re-rank with). Queries are stored alike, in bfloat16 for the last two.
         limit_images: the first so many images of each split.
-        reader: of the data set, a name in `samer.data.READERS`.
+        reader: of the data set, a name in `samer.data.READERS`; empty: guessed.
         assignments: keep the region of every patch, a byte each.
         strict: refuse what a reader otherwise leaves out of the data and tells.
 
@@ -161,8 +161,9 @@ def build_index(
     """
     folder = Path(folder)
     check_settings(retriever, merge, batch_size, dtype, assignments)
+    kind = make_reader(reader, data_root)
     records = {
-        split: make_reader(reader).load_split(data_root, split, boxes=False, limit_images=limit_images, strict=strict)
+        split: kind.load_split(data_root, split, boxes=False, limit_images=limit_images, strict=strict)
         for split in splits
     }
     retriever.check_records([record for rows in records.values() for record in rows])

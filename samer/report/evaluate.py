@@ -154,7 +154,7 @@ def index_gallery(
         split: of the data set.
         scores: (Q, I), of `evaluate_index`.
         data_root: the data set's folder, with boxes.
-        reader: its kind, a name in `samer.data.READERS`.
+        reader: its kind, a name in `samer.data.READERS`; empty: guessed.
         features: a feature store to read instead of the images; empty: none.
         device: to encode on.
         model: where it is, if not where the index says.
@@ -162,7 +162,7 @@ def index_gallery(
     Raises:
         InputError: data or a model that are not those of the index.
     """
-    records = make_reader(reader).load_split(data_root, split, boxes=True, limit_images=index.size(split)[0])
+    records = make_reader(reader, data_root).load_split(data_root, split, boxes=True, limit_images=index.size(split)[0])
     check_images(index, split, records, data_root)
     made = index.manifest
     encoder = encoder_of(index, device, model=model, features=features)

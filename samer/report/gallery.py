@@ -280,6 +280,6 @@ def _on_grid(values: Tensor, grid: Tensor) -> Tensor:
 
 
 def image_boxes(record: ImageRecord) -> list[Box]:
-    """All boxes that any caption of the image names, each once."""
-    phrases = (phrase for caption in record.captions for phrase in caption.phrases)
-    return list(dict.fromkeys(box for phrase in phrases for box in phrase.boxes))
+    """All boxes that any caption of the image names, and of its things, each once."""
+    phrases = [phrase for caption in record.captions for phrase in caption.phrases]
+    return list(dict.fromkeys(box for each in (*phrases, *record.things) for box in each.boxes))

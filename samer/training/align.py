@@ -110,6 +110,8 @@ def _check_output(output: Path, config: AlignConfig) -> None:
     before = asdict(build_dataclass(AlignConfig, load_yaml(output / "align.yaml"), str(output / "align.yaml")))
     for section, values in asdict(config).items():
         for key, value in values.items():
+            if (section, key) == ("data", "name") and "" in (before[section][key], value):
+                continue  # one of them is guessed from the same folder
             if before[section][key] != value and key not in ("output_dir", "batch_size", "features", "strict"):
                 raise InputError(
                     f"{output} holds an alignment with {section}.{key}={before[section][key]!r}, now {value!r}; "
@@ -119,7 +121,7 @@ def _check_output(output: Path, config: AlignConfig) -> None:
 
 def _records(config: AlignConfig) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """To train on, with boxes where the phrase term needs them, and to validate on."""
-    data, reader = config.data, make_reader(config.data.reader)
+    data, reader = config.data, make_reader(config.data.name, config.data.root)
     load = partial(reader.load_split, data.root, strict=data.strict)
     boxes = config.align.phrase_weight > 0 or config.align.phrases > 0
     records = load(data.train_split, boxes=boxes, limit_images=data.limit_train_images)
@@ -170,7 +172,7 @@ def _tower_outputs(config: AlignConfig, output: Path, device: torch.device) -> F
         retriever,
         batch_size=config.align.batch_size,
         dtype=config.align.features_dtype,
-        reader=data.reader,
+        reader=data.name,
         strict=data.strict,
         phrases=config.align.phrases > 0,
     )

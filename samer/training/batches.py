@@ -60,8 +60,8 @@ class CaptionDataset(Dataset):
         return self.rows[index] if index >= 0 else replace(self.rows[-1 - index], real=False)
 
     def boxless(self) -> int:
-        """How many captions name nothing that has a box; they train with background only."""
-        return sum(not any(phrase.boxes for phrase in row.caption.phrases) for row in self.rows)
+        """How many captions have no box, neither of a phrase nor of their image; they train with background only."""
+        return sum(not len(label_boxes(row.record, row.caption)[0]) for row in self.rows)
 
 
 class Collator:
@@ -87,7 +87,7 @@ class Collator:
         image_inputs = self.retriever.record_inputs(list(distinct.values()))
         coords = self.retriever.image_layout(image_inputs).coords
         image_of = torch.tensor([place[row.image] for row in rows])
-        boxes, owners = zip(*(caption_boxes(row.caption) for row in rows))
+        boxes, owners = zip(*(label_boxes(row.record, row.caption) for row in rows))
         labels = instance_labels(
             coords[image_of],
             boxes,
@@ -109,6 +109,18 @@ class Collator:
             "labels": labels,
             "real": torch.tensor([row.real for row in rows]),
         }
+
+
+def label_boxes(record: ImageRecord, caption: Caption) -> tuple[Tensor, Tensor]:
+    """The boxes that become a caption's labels, as `caption_boxes`; those of the image's things where it has none.
+
+    Things of one kind count as one phrase.
+    """
+    boxes, owners = caption_boxes(caption)
+    if len(boxes) or not record.things:
+        return boxes, owners
+    found = [(box, number) for number, things in enumerate(record.things) for box in things.boxes]
+    return torch.tensor([box for box, _ in found]), torch.tensor([number for _, number in found])
 
 
 def caption_boxes(caption: Caption) -> tuple[Tensor, Tensor]:

@@ -136,10 +136,14 @@ def _bank_tokens(config: Config, retriever: Encoder, records: Sequence[ImageReco
 
 def _load_data(config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """Records to train on, with boxes, and to validate on, without; the latter may be none."""
-    reader, data = make_reader(config.data.reader), config.data
+    reader, data = make_reader(config.data.name, config.data.root), config.data
     records = reader.load_split(
         data.root, data.train_split, boxes=True, limit_images=data.limit_train_images, strict=data.strict
     )
+    if not any(phrase.boxes for r in records for c in r.captions for phrase in c.phrases) and not any(
+        record.things for record in records
+    ):
+        print0(f"note: {data.train_split} of {data.root} has no boxes: trained without object labels")
     if not data.eval_split:
         return records, []
     return records, reader.load_split(
