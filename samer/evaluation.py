@@ -103,18 +103,18 @@ def join_queries(batches: Sequence[QueryTokens]) -> QueryTokens:
     return QueryTokens(tokens, torch.cat([F.pad(batch.mask, (0, missing)) for batch, missing in zip(batches, short)]))
 
 
-def check_described(records: Sequence[ImageRecord]) -> None:
+def check_described(records: Sequence[ImageRecord], undescribed: bool = False) -> None:
     """Refuses images without captions where both directions are measured, before any work.
 
-    In a data set with graded relevance they are what else can be found.
+    Args:
+        records: of the split.
+        undescribed: whether such images belong to the data set (`Reader.undescribed`): they are what else can be found.
 
     Raises:
         InputError: names the first.
     """
-    if any(caption.grades for record in records for caption in record.captions):
-        return
     bare = [record.image_id for record in records if not record.captions]
-    if bare:
+    if bare and not (undescribed and len(bare) < len(records)):
         raise InputError(
             f"{len(bare):,} of {len(records):,} images have no caption, the first is {bare[0]}; image to text needs "
             "one of each: take them out of the split"

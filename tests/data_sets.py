@@ -74,8 +74,8 @@ def captions(root, count=3):
         write(root / f"{split}_caps.txt", texts + "\n")
         write(root / f"{split}_ids.txt", "\n".join(each for each in ids for _ in range(times)) + "\n")
     write(root / "id_mapping.json", {each: f"val2014/{each}.jpg" for each in ids})
-    for each in ids:
-        picture(root.parent / "coco-images/val2014" / f"{each}.jpg")
+    for k, each in enumerate(ids):
+        picture(root.parent / "coco-images/val2014" / f"{each}.jpg", colour=(40 * k, 90, 250 - 40 * k))
     rows = [{"text": f"A long text of {each}.", "metadata": {"length": 3}} for each in ids]
     write(root / "coco_test.jsonl", "\n".join(json.dumps(row) for row in rows) + "\n")
     return root

@@ -240,6 +240,7 @@ def test_overrides_win_over_the_adapter(script, pipeline, world, tmp_path):
         "center_init": "raster",
         "bank_size": 2048,
         "sap_layers": "",
+        "global_view": "joined",
     }
 
 
@@ -249,7 +250,7 @@ def test_a_config_file_wins_over_the_adapter(script, pipeline, world, base, tmp_
     rest = ("--adapter-path", pipeline["folder"] / "out", "--config", config, "merge.cluster_iters=1")
     script("cache").main(cache_words(pipeline, world, tmp_path / "c", *rest))
     defaults = {"spatial_weight": 0.1, "assignment_temperature": 0.07, "object_penalty": 1.0, "center_init": "raster"}
-    defaults |= {"compressor": "samer", "bank_size": 2048, "sap_layers": ""}
+    defaults |= {"compressor": "samer", "bank_size": 2048, "sap_layers": "", "global_view": "joined"}
     assert merge_of(tmp_path / "c") == {"num_regions": 5, "cluster_iters": 1, **defaults}
     manifest = Index(tmp_path / "c").manifest
     assert manifest.projector != manifest.model.base_projector

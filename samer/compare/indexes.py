@@ -73,7 +73,8 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
     for _, place in request.methods:
         indexes[place].check_captions(split)
     limit = max(index.size(split)[0] for index in indexes.values())
-    records = make_reader(request.reader, root).load_split(root, split, boxes=True, limit_images=limit)
+    reader = make_reader(request.reader, root)
+    records = reader.load_split(root, split, boxes=True, limit_images=limit)
     for index in indexes.values():
         check_images(index, split, records, root)
     first = indexes[request.methods[0][1]]
@@ -92,7 +93,8 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
     controls = [row for row in others if row["cache"]["merge"] == settings_written(first.manifest.merge)]
     results = None
     if request.curves is not None:
-        results = sweep(encoder, records, methods, request.curves, Path(root).name, request.batch_size)
+        about = Path(root).name, request.batch_size, reader.undescribed
+        results = sweep(encoder, records, methods, request.curves, *about)
     regions = [_shown(name, indexes[place]) for name, place in request.regions]
     gallery = make_gallery(encoder, records, methods, regions, batch_size=request.batch_size)
     gallery = noting_replaced(gallery, encoder, split, list(indexes.values()))

@@ -20,6 +20,7 @@ SECTIONS = ("untouched", "adapted", "budgets", "components", "crossed", "banks",
 BESIDE = ("phrases", "cost")  # sections without rows of their own; phrases are asked of all rows of the others
 _BANK = re.compile(r"[\w][\w -]{0,39}")
 NO_BOXES = "without boxes"
+OBJECT = "spatial + object"
 HARD = 1e-4  # a temperature at which the soft assignment is all but hard
 CENTRES = ("raster", "farthest")
 
@@ -110,7 +111,7 @@ def _every_row(base: MergeConfig, at_budgets: Sequence[Budget]) -> list[Row]:
     for init, full in samer.items():
         spatial = replace(full, object_penalty=0.0)
         feature = replace(spatial, spatial_weight=0.0)
-        parts = (("feature", feature), ("feature + spatial", spatial), ("feature + spatial + object", full))
+        parts = (("feature", feature), ("feature + spatial", spatial), (f"feature + {OBJECT}", full))
         rows += [Row("components", f"{init}: {name}", merge, merge) for name, merge in parts]
     hard = {init: replace(merge, assignment_temperature=HARD) for init, merge in samer.items()}
     for init, merge in samer.items():

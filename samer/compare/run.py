@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 
 from samer.compare.measure import cost, measure, tokens_of
 from samer.compare.pace import Pace
-from samer.compare.plan import Row, budgets, check_request, plan, settings_of, slug
+from samer.compare.plan import NO_BOXES, OBJECT, Row, budgets, check_request, plan, settings_of, slug
 from samer.compare.queries import CAPTIONS_ONLY, RARE, Asked, caption_positives, phrase_queries
 from samer.compare.significance import significance
-from samer.compare.summarise import Measured, Values, named_objects, summarise
+from samer.compare.summarise import Measured, Values, summarise
 from samer.compressors import COMPRESSORS, make_compressor
 from samer.config import Budget, Config, InputError, MergeConfig
 from samer.data import make_reader
@@ -36,7 +36,6 @@ from samer.data.records import ImageRecord
 from samer.data.stamps import Stamps
 from samer.evaluation import check_described
 from samer.features.read import FeatureStore
-from samer.grounding import size_thirds
 from samer.report.cells import budget_words
 from samer.report.gallery import Shown
 from samer.retrievers.attention import NoSignals
@@ -63,6 +62,7 @@ def sweep(
     curves: Sequence[str],
     data: str,
     batch_size: int,
+    undescribed: bool = False,
 ) -> dict:
     """Grounding of some methods over a split, and recall of some of them at all budgets with the projectors they have.
 
@@ -73,11 +73,12 @@ def sweep(
         curves: names of those whose recall is measured at all budgets.
         data: the name of it.
         batch_size: images and captions per forward pass.
+        undescribed: as in `check_described`.
 
     Returns:
         As `compare`, with rows in the sections untouched, adapted and budgets only.
     """
-    check_described(records)
+    check_described(records, undescribed)
     _, tokens_per_image, _ = tokens_of(encoder, records, batch_size)
     rows, jobs = [], {}
     for method in shown:
@@ -136,15 +137,14 @@ def compare(
     folder, batch_size, banks = Path(folder), config.train.eval_batch_size, banks or {}
     check_request(sections, seeds, at_budgets, methods, banks)
     records = _load(config, split, config.data.limit_eval_images, boxes=True)
-    check_described(records)
+    check_described(records, make_reader(config.data.name, config.data.root).undescribed)
     store.check_records(records)
-    size_thirds(named_objects(records)[0])  # data without a box is refused before anything is trained
     fewest, tokens_per_image, most = tokens_of(store, records, batch_size)
     if any(k >= most for k in at_budgets if isinstance(k, int)):
         raise InputError(f"budgets {list(at_budgets)}: an image has {most} tokens at most; give smaller ones")
     at_budgets = list(at_budgets) or budgets(tokens_per_image, config.merge.num_regions)
     planned = plan(config.merge, tokens_per_image, at_budgets, methods, list(banks))
-    rows = _with_signals(store, records, [row for row in planned if row.section in sections])
+    rows = _with_signals(store, records, _with_boxes(config, records, [r for r in planned if r.section in sections]))
     asked = _asked(config, store, records, rows, split, "phrases" in sections, banks)
     jobs = _jobs(rows, seeds)
     trained = sum(through is not None for through, _ in jobs.values())
@@ -190,6 +190,16 @@ def _jobs(rows: Sequence[Row], seeds: Sequence[int]) -> Jobs:
         for seed in seeds if row.trained else [0]:
             jobs.setdefault((slug(row.trained), seed), (row.trained, {}))[1][row.key] = row.merge
     return jobs
+
+
+def _with_boxes(config: Config, records: Sequence[ImageRecord], rows: list[Row]) -> list[Row]:
+    """The rows that differ by what the data set's boxes are; a note says what can't be told without boxes."""
+    if not any(phrase.boxes for record in records for caption in record.captions for phrase in caption.phrases):
+        print0("note: no caption names an object with a box, so nothing is said of grounding, sizes and short phrases")
+    if make_reader(config.data.name, config.data.root).check(config.data.root):
+        return rows
+    print0(f"note: {config.data.root} has no boxes, so rows with and without object labels are one")
+    return [row for row in rows if not row.name.endswith((NO_BOXES, OBJECT))]
 
 
 def _with_signals(store: FeatureStore, records: Sequence[ImageRecord], rows: list[Row]) -> list[Row]:

@@ -37,10 +37,14 @@ def summarise(
     seeds: Sequence[int],
     phrases: Phrases | None = None,
 ) -> dict:
-    """Means, spreads over seeds, intervals over images, and paired differences, from per-query values."""
+    """Means, spreads over seeds, intervals over images, and paired differences, from per-query values.
+
+    Where no caption names an object with a box, `sizes` is empty, and what needs one is None.
+    """
     owner = own_images(records)
     smallest, count = named_objects(records)
-    edges, part = size_thirds(smallest)
+    boxed = bool(np.isfinite(smallest).any())
+    edges, part = size_thirds(smallest) if boxed else ((), np.full(len(smallest), -1))
     bins = size_bins(smallest_named(records))
     table, per_query = [], {}
     for row in rows:
@@ -64,20 +68,24 @@ def summarise(
         for name in (*METRICS[1:], "back:r@1"):
             entry[name] = _mean([run[name].mean() for run in runs])
         for name in ("box_mass", "iou", "osr", "mixed_clusters", "purity"):
-            entry[name] = _mean([100 * np.nanmean(run[name]) for run in runs])
-        entry["region_hit"] = _mean([100 * (run["iou"] >= HIT_IOU).mean() for run in runs])
+            entry[name] = _mean([100 * _known_mean(run[name]) for run in runs])
+        entry["region_hit"] = _mean([100 * _known_mean(run["iou"] >= HIT_IOU) for run in runs])
         entry["r@1_by_size"] = _by_part(r1, part, 3)
         entry["r@1_by_bin"] = _by_part(r1, bins, len(SIZE_EDGES) + 1)
         table.append(entry)
     intervals = _intervals({key: runs.mean(0) for key, runs in per_query.items()}, owner)
     for entry in table:
         entry["interval"] = intervals[entry["section"], entry["name"]]
-    sizes = {
-        "edges": [round(edge, 6) for edge in edges],
-        "captions": [int((part == k).sum()) for k in range(3)],
-        "bin_edges": list(SIZE_EDGES),
-        "captions_by_bin": [int((bins == k).sum()) for k in range(len(SIZE_EDGES) + 1)],
-    }
+    sizes = (
+        {}
+        if not boxed
+        else {
+            "edges": [round(edge, 6) for edge in edges],
+            "captions": [int((part == k).sum()) for k in range(3)],
+            "bin_edges": list(SIZE_EDGES),
+            "captions_by_bin": [int((bins == k).sum()) for k in range(len(SIZE_EDGES) + 1)],
+        }
+    )
     if phrases is not None:
         sizes["phrases_by_bin"] = _add_phrases(table, rows, measured, seeds, phrases)
     return {"sizes": sizes, "rows": table, "differences": _differences(per_query, owner, part, count)}
@@ -215,6 +223,12 @@ def tested(differences: np.ndarray, owner: np.ndarray) -> list[dict]:
         {"difference": _mean([mean]), "interval": [round(float(edge), 4) for edge in edges], "p": round(float(each), 5)}
         for mean, edges, each in zip(differences.mean(0), intervals, p)
     ]
+
+
+def _known_mean(values: np.ndarray) -> float:
+    """The mean of what is not NaN; NaN where nothing is known, as of boxes that there are none of."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _mean(values: Sequence[float]) -> float | None:

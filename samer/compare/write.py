@@ -49,7 +49,7 @@ def write_comparison(
         config: `data.root` is set; without `data.features` they are computed into `out`/features.
         out: folder of everything.
         seeds, split, at_budgets, methods, banks: as `compare` takes them.
-        sections: as `compare` takes them; None: all, without phrases where data.features has none.
+        sections: as `compare` takes them; None: all, without phrases where the data or data.features has none.
         device: to compute on.
 
     Returns:
@@ -57,19 +57,20 @@ def write_comparison(
     """
     started = time.monotonic()
     out = Path(out)
-    given = bool(config.data.features)
-    if not given:
-        config = replace(config, data=replace(config.data, features=str(out / "features")))
-        _compute_features(config, split, device, phrases=sections is None or "phrases" in sections)
-    store = FeatureStore(config.data.features, config.model.name, device, revision=config.model.revision)
     records = make_reader(config.data.name, config.data.root).load_split(
         config.data.root, split, boxes=True, limit_images=config.data.limit_eval_images, strict=config.data.strict
     )
-    if sections is None:
-        sections = SECTIONS
-        if given and store.lacking(phrase_texts(records)):
-            sections = [name for name in SECTIONS if name != "phrases"]
-            print0(f"note: {store.folder} holds no phrases of {split}, so none are asked; run features with --phrases")
+    phrases, every = phrase_texts(records), sections is None
+    if every:
+        sections = [name for name in SECTIONS if phrases or name != "phrases"]
+    given = bool(config.data.features)
+    if not given:
+        config = replace(config, data=replace(config.data, features=str(out / "features")))
+        _compute_features(config, split, device, phrases="phrases" in sections)
+    store = FeatureStore(config.data.features, config.model.name, device, revision=config.model.revision)
+    if every and given and store.lacking(phrases):
+        sections = [name for name in SECTIONS if name != "phrases"]
+        print0(f"note: {store.folder} holds no phrases of {split}, so none are asked; run features with --phrases")
     asked = {
         "seeds": seeds,
         "sections": sections,

@@ -73,6 +73,7 @@ def _captions(where: str, value: Any, defects: Defects) -> dict[int, Caption]:
 class ImageCode(RowReader):
     """ImageCoDe; parts of a split, and `limit_images`, count pictures."""
 
+    undescribed = True
     signs = "data/{train,valid}_data.json"
 
     def holds(self, root: Path) -> bool:

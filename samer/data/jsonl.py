@@ -82,6 +82,7 @@ def _things(where: str, row: dict, picture: Path, defects: Defects) -> tuple[Thi
 class JsonLines(RowReader):
     """One's own data."""
 
+    undescribed = True
     signs = '<split>.jsonl with lines {"image": ..., "captions": [...]}'
 
     def holds(self, root: Path) -> bool:

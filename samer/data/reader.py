@@ -104,6 +104,7 @@ class Reader:
     Everything that a reader reads comes from outside, so every defect of a file is an `InputError` that names the file.
     """
 
+    undescribed = False  # whether images without a caption belong to it, which only others are told apart from
     signs = ""  # by what a folder of this kind is known, for messages; where it is empty, the kind is never guessed
 
     def holds(self, root: Path) -> bool:

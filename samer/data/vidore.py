@@ -289,6 +289,7 @@ def _unpacked(root: Path, tables: _Tables, chosen: Sequence[str], defects: Defec
 class Vidore(RowReader):
     """ViDoRe v1, v2, v3 in parquet, in the question form or the BEIR form."""
 
+    undescribed = True
     signs = "corpus/, queries/ and qrels/ of parquet files, or data/<split>-*.parquet"
 
     def holds(self, root: Path) -> bool:

@@ -144,7 +144,7 @@ def size_tables(results: dict) -> list[PLAIN]:
     """R@1 by the size of the smallest thing named, in fixed bins, of captions and of phrases."""
     sizes = results["sizes"]
     rows = [row for row in results["rows"] if row["section"] in ("untouched", "adapted") and "r@1_by_bin" in row]
-    if not rows:
+    if not rows or not sizes:
         return []
     edges = [f"{100 * edge:g} %" for edge in sizes["bin_edges"]]
     bins = [f"under {edges[0]}", *(f"{low} to {high}" for low, high in pairwise(edges)), f"from {edges[-1]}"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from samer.config import Budget, vectors_of
 from samer.report.cells import budget_words, difference, label, markdown_table, named, number, recall
-from samer.report.findings import against_controls, findings, lines_of, phrase_tables, size_tables
+from samer.report.findings import PLAIN, against_controls, findings, lines_of, phrase_tables, size_tables
 
 # METHOD section 5: ColPali, K = 64 of 1,030, Flickr30K 1K; by (section, compressor) where the rows are the paper's
 PUBLISHED_UNTOUCHED = {
@@ -60,21 +60,8 @@ def markdown(results: dict) -> str:
             lines += ["", f"## {title}", "", f"{words} {beside}".strip(), "", *table(rows[section], results)]
     both = rows["untouched"] + rows["adapted"]
     if both:
-        words = (
-            "The winning vector of each token of a phrase, and what it stands on: share of its evidence inside the "
-            "phrase's boxes (BoxMass), phrases whose regions reach IoU 0.1 with the boxes (RegionHit), that IoU "
-            "(CovIoU). OSR: the query tokens' best similarities after compression over before (never rank merging "
-            "against pruning by it). Mixed: share of clusters that hold two or more annotated objects."
-        )
-        lines += ["", "## Grounding", "", words, "", *_grounding_table(both, results)]
-        low, high = (f"{100 * edge:.2f} %" for edge in results["sizes"]["edges"])
-        counts = ", ".join(f"{count:,}" for count in results["sizes"]["captions"])
-        words = (
-            f"R@1 of captions whose smallest named object covers at most {low} of the image, up to {high}, and more "
-            f"({counts} captions): the object-evidence question, asked directly."
-        )
-        lines += ["", "## By the smallest object named", "", words, "", *_size_table(both, results)]
-        lines += lines_of([*size_tables(results), *phrase_tables(results)])
+        lines += lines_of([_grounding(both, results), *_by_smallest(both, results), *size_tables(results)])
+        lines += lines_of(phrase_tables(results))
     lines += lines_of(_phrase_budgets(results))
     lines += lines_of(against_controls(results))
     if results["differences"]:
@@ -123,6 +110,7 @@ def _recall_cells(row: dict, results: dict) -> list[str]:
     return [recall(row), *rest, number(row["vectors"]), f"{stored_bytes(row, results):,.0f}"]
 
 
+NO_BOX = "No caption names an object with a box, so nothing is said of grounding, of sizes and of short phrases."
 GROUNDING = {"box_mass": "BoxMass", "region_hit": "RegionHit", "iou": "CovIoU", "osr": "OSR", "mixed_clusters": "mixed"}
 MEASURED = ("R@1", "R@5", "nDCG@10", "R@1 image to text", "vectors", "bytes per image")
 
@@ -214,7 +202,8 @@ def plain_tables(results: dict) -> list[tuple[str, str, list[str], list[list[str
             "similarities after compression over before; mixed: clusters with two or more annotated objects."
         )
         body = [[label(row), *(number(row[name]) for name in GROUNDING)] for row in both]
-        found.append(("Grounding", note, ["", *GROUNDING.values()], body))
+        boxless = _grounding(both, results)
+        found.append(("Grounding", note, ["", *GROUNDING.values()], body) if results["sizes"] else boxless)
     budgets, body = _budget_cells(results)
     if body:
         note = "R@1, text to image, K vectors per image at most, from float32 vectors."
@@ -228,20 +217,40 @@ def recall_table(results: dict) -> tuple[list[str], list[list[str]]]:
     return ["", *MEASURED], [[label(row), *_recall_cells(row, results)] for row in both]
 
 
-def _grounding_table(rows: Sequence[dict], results: dict) -> list[str]:
+def _grounding(rows: Sequence[dict], results: dict) -> PLAIN:
+    """What winning vectors stand on; of data without boxed phrases what needs none."""
+    rest = (
+        "OSR: the query tokens' best similarities after compression over before (never rank merging against pruning by "
+        "it). Mixed: share of clusters that hold two or more annotated objects."
+    )
+    if not results["sizes"]:
+        head = ["", GROUNDING["osr"], GROUNDING["mixed_clusters"]]
+        body = [[label(row), number(row["osr"]), number(row["mixed_clusters"])] for row in rows]
+        return "What is kept", f"{NO_BOX} {rest}", head, body
+    words = (
+        "The winning vector of each token of a phrase, and what it stands on: share of its evidence inside the "
+        "phrase's boxes (BoxMass), phrases whose regions reach IoU 0.1 with the boxes (RegionHit), that IoU (CovIoU)."
+    )
     head = ["", "BoxMass / RegionHit / CovIoU, published", *GROUNDING.values()]
     body = []
     for row in rows:
         published = " / ".join(map(str, PUBLISHED_GROUNDING.get((row["section"], row["name"]), ())))
-        cells = [number(row[name]) for name in GROUNDING]
-        body.append([label(row), published, *cells])
-    return markdown_table(head, body)
+        body.append([label(row), published, *(number(row[name]) for name in GROUNDING)])
+    return "Grounding", f"{words} {rest}", head, body
 
 
-def _size_table(rows: Sequence[dict], results: dict) -> list[str]:
-    return markdown_table(
-        ["", "small", "middle", "large"], [[label(row), *map(number, row["r@1_by_size"])] for row in rows]
+def _by_smallest(rows: Sequence[dict], results: dict) -> list[PLAIN]:
+    """R@1 by the smallest object that a caption names, where captions name some."""
+    if not results["sizes"]:
+        return []
+    low, high = (f"{100 * edge:.2f} %" for edge in results["sizes"]["edges"])
+    counts = ", ".join(f"{count:,}" for count in results["sizes"]["captions"])
+    words = (
+        f"R@1 of captions whose smallest named object covers at most {low} of the image, up to {high}, and more "
+        f"({counts} captions): the object-evidence question, asked directly."
     )
+    body = [[label(row), *map(number, row["r@1_by_size"])] for row in rows]
+    return [("By the smallest object named", words, ["", "small", "middle", "large"], body)]
 
 
 def _difference_table(results: dict) -> list[str]:
@@ -250,14 +259,15 @@ def _difference_table(results: dict) -> list[str]:
             return ""
         return difference(value["r@1"], value["interval"])
 
-    head = ["of", "minus", "all captions", "by seed", "small", "middle", "large", "1 object", "2 objects", "3 or more"]
+    head = ["of", "minus", "all captions", "by seed"]
+    head += ["small", "middle", "large", "1 object", "2 objects", "3 or more"] if results["sizes"] else []
     body = []
     for entry in results["differences"]:
         seeds = ", ".join(f"{value:+.1f}" for value in entry["seeds"]) if len(entry["seeds"]) > 1 else ""
         by = [*entry["by_size"], *entry["by_objects"].values()]
         names = named(entry["of"]), named(entry["minus"])
         whole = difference(entry["r@1"], entry["interval"], entry.get("p"))
-        body.append([*names, whole, seeds, *map(cell, by)])
+        body.append([*names, whole, seeds, *map(cell, by if results["sizes"] else [])])
     return markdown_table(head, body)
 
 
