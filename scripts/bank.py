@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import add_compute_options, compute_device, run
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run
 
 
 def main(argv=None):
@@ -29,7 +29,7 @@ def main(argv=None):
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--texts", metavar="FILE", help="captions or queries, one a line")
     source.add_argument("--data-root", help="a data set's folder, whose captions are taken; boxes are not read")
-    parser.add_argument("--reader", help="kind of data set at --data-root (guessed)")
+    parser.add_argument("--reader", help=DATA_KINDS)
     parser.add_argument("--split", help="of the data set (data.train_split: train)")
     parser.add_argument("--out", required=True, help="the bank's file, such as ADAPTER_PATH/bank.safetensors")
     parser.add_argument("--size", type=int, help="vectors at most (merge.bank_size: 2048)")

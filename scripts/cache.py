@@ -24,13 +24,13 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import add_compute_options, compute_device, run, split_words
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run, split_words
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", required=True, help="the data set's folder; boxes are not read")
-    parser.add_argument("--reader", help="kind of data set at --data-root (guessed)")
+    parser.add_argument("--reader", help=DATA_KINDS)
     parser.add_argument("--cache-dir", required=True, help="where the index goes")
     parser.add_argument("--adapter-path", default="", help="trained projector: folder or hub id; empty: untouched")
     parser.add_argument("--splits", nargs="+", default=["val", "test"], help="default: val test")

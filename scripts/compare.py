@@ -6,9 +6,10 @@
 
 Writes results.json, results.md and plots to --out; run again, it goes on where it stopped. Without --features the
 frozen hidden states are computed first, into OUT/features (its size is said beforehand). Beside whole captions the
-boxed phrases of the annotation are asked, which a store has that scripts/features.py made with --phrases. Trained rows
-use the recipe of --config, one run per seed, in this one process: for the published 32 x 2 x 4 captions per step on one
-GPU, add train.grad_accum_steps=8.
+boxed phrases of the annotation are asked, which a store has that scripts/features.py made with --phrases; of data
+without boxes, what is said of phrases, grounding and sizes is left out. Trained rows use the recipe of --config, one
+run per seed, in this one process: for the published 32 x 2 x 4 captions per step on one GPU, add
+train.grad_accum_steps=8.
 """
 
 import sys
@@ -23,12 +24,12 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import pick_device, run
+from samer.runtime.commands import DATA_KINDS, pick_device, run
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", required=True, help="the data set's folder, with boxes (kind: data.name)")
+    parser.add_argument("--data-root", required=True, help=f"the data set's folder; data.name: {DATA_KINDS}")
     parser.add_argument("--out", required=True, help="folder for projectors, measurements and results")
     parser.add_argument("--config", required=True, help="YAML file: model, K and recipe; see configs/")
     parser.add_argument("--features", default="", help="feature store with the splits needed (scripts/features.py)")

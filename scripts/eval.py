@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import add_compute_options, compute_device, run
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run
 
 
 def main(argv=None):
@@ -27,8 +27,8 @@ def main(argv=None):
     parser.add_argument("--cache-dir", required=True, help="the index, made by scripts/cache.py")
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument("--output-json", required=True, help="where the metrics go")
-    parser.add_argument("--data-root", help="the data set's folder, with boxes, for the report's pictures")
-    parser.add_argument("--reader", default="", help="kind of data set at --data-root (guessed)")
+    parser.add_argument("--data-root", help="the data set's folder, for the report's pictures; boxes are read")
+    parser.add_argument("--reader", default="", help=DATA_KINDS)
     parser.add_argument("--folds", type=int, help="also the mean over so many folds of the images (COCO 1K: 5)")
     parser.add_argument("--sets", action="store_true", help="also accuracy within an image's set (ImageCoDe)")
     parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")

@@ -23,14 +23,14 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from samer.runtime.commands import add_compute_options, compute_device, run, split_words
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run, split_words
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder of the store")
     parser.add_argument("--data-root", required=True, help="the data set's folder; boxes are read for --phrases")
-    parser.add_argument("--reader", help="kind of data set at --data-root (guessed)")
+    parser.add_argument("--reader", help=DATA_KINDS)
     parser.add_argument("--splits", nargs="+", default=["train", "val", "test"], help="default: train val test")
     parser.add_argument("--batch-size", type=int, default=32, help="images and captions per forward pass (32)")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 or int8; default: as the model computes")

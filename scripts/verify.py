@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import run
+from samer.runtime.commands import DATA_KINDS, run
 
 SHOWN = 20  # defects of a data set
 
@@ -49,7 +49,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="a folder, or one file")
     parser.add_argument("--data", metavar="DIR", help="a data set's folder")
-    parser.add_argument("--name", default="", help="kind of data set at --data (guessed)")
+    parser.add_argument("--name", default="", help=DATA_KINDS)
     options = parser.parse_args(argv)
     if bool(options.paths) == bool(options.data) or (options.name and not options.data):
         parser.error("name paths, or a data set with --data; --name goes with --data")

@@ -93,9 +93,14 @@ def test_stored_towers_give_what_the_retriever_gives(config, world):
         assert torch.allclose(found.tokens[found.mask], wanted.tokens[wanted.mask], atol=1e-5)
 
 
-@pytest.mark.parametrize("patches", [0, 20])
-def test_the_losses_are_those_of_plain_loops(config, patches):
+@pytest.mark.parametrize(("patches", "graded"), [(0, False), (20, False), (0, True)])
+def test_the_losses_are_those_of_plain_loops(config, patches, graded):
+    """Graded: image 2 answers the captions of image 0 as well."""
     run = alignment(of(config, patches=patches, dropout=0.0, captions=3, phrases=2))
+    if graded:
+        grades = tuple((run.records[k].image_id, grade) for k, grade in ((0, 2), (2, 1), (9, 1)))
+        captions = tuple(replace(caption, grades=grades) for caption in run.records[0].captions)
+        run.records = [replace(run.records[0], captions=captions), *run.records[1:]]
     records, asked = zip(*(run._some(number, 5) for number in range(3)))
     assert [len(record.captions) for record in records] == [3, 3, 3]
     losses = run.losses([0, 1, 2], step=5)
@@ -127,7 +132,7 @@ def test_the_losses_are_those_of_plain_loops(config, patches):
                 if sum(inside):
                     share = (tokens[number] @ token / 0.1).softmax(0)
                     phrases.append(-math.log(sum(float(s) * max(w, 1e-9) for s, w in zip(share, inside))))
-    answers = [[image == owner for image in range(3)] for owner in owners]
+    answers = [[image == owner or (graded and (owner, image) == (0, 2)) for image in range(3)] for owner in owners]
     for phrase in (phrase for each in asked for phrase in each):
         words = encoder.encode_queries(encoder.query_inputs([phrase]))
         scores.append([float((words.tokens[0] @ image.T).amax(1).mean()) for image in tokens])

@@ -1,6 +1,7 @@
 """ImageCoDe, caption files, one's own lines; whose folder is whose; all defects of a data set in one report."""
 
 import json
+import re
 
 import data_sets
 import pytest
@@ -10,6 +11,8 @@ from samer.config import DataConfig, InputError, load_config
 from samer.data import READERS, guess_name, make_reader
 from samer.data.records import Things
 from samer.data.survey import survey
+from samer.retrievers import FAMILIES
+from samer.runtime.commands import DATA_KINDS
 
 MAKERS = {
     "coco": data_sets.coco,
@@ -55,6 +58,14 @@ def test_flickr_is_guessed(world, tmp_path):
         guess_name(tmp_path)
     with pytest.raises(InputError, match=r"none: not a folder; point DATA_ROOT"):
         guess_name(tmp_path / "none")
+
+
+def test_help_lists_every_kind_of_data_and_every_retriever(script):
+    listed = re.findall(r"\w+", DATA_KINDS.partition(": ")[2])
+    assert set(READERS) == set(listed) - {"or", "guessed"}
+    text = script("train").__doc__.lower()
+    assert [name for name in READERS if not re.search(rf"\b{name}\b", text)] == []
+    assert [name for name in FAMILIES if re.sub("ForRetrieval|Retriever", "", name).lower() not in text] == []
 
 
 def test_the_older_word_for_the_kind_stays(tmp_path):

@@ -1,6 +1,8 @@
 """Folds and sets against plain loops; data sets of every kind through training, index and evaluation."""
 
 import json
+import re
+from pathlib import Path
 
 import data_sets
 import numpy as np
@@ -8,9 +10,11 @@ import pytest
 import torch
 
 from samer.config import InputError, load_config
-from samer.data import make_reader
+from samer.data import READERS, make_reader
 from samer.report.protocols import fold_means, protocol_lines, within_sets
 from samer.training.loop import train
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def scores_of(queries, images, seed=0):
@@ -121,6 +125,49 @@ def test_a_data_set_is_trained_on_indexed_and_evaluated(name, script, base, tmp_
         assert (held["within_sets"]["sets"], held["within_sets"]["images_per_set"]) == (2, 10)
         assert "within 2 sets of 10: accuracy" in told
     assert len(protocol_lines(held)) == {"--folds": 2, "--sets": 1}.get(protocol[0] if protocol else "", 0)
+
+
+def karpathy_of_six(root):
+    """Six images of test with seven captions each, and one of train."""
+    rows = [(k, "test", [f"Caption {n} of {k}." for n in range(7)]) for k in range(1, 7)]
+    return data_sets.karpathy(root, [*rows, (9, "train", ["A caption."] * 5)])
+
+
+def questions(root):
+    """Four pages; one question is asked of two of them."""
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from parquet_sets import question_form
+
+    return question_form(root, [("How many?", 1), ("Who?", 2), ("How many?", 3), ("Why?", 4)])
+
+
+PROTOCOLS = {  # images and queries that count
+    "coco": (karpathy_of_six, 6, 30),
+    "flickr30k": (None, 8, 40),
+    "imagecode": (data_sets.imagecode, 20, 4),
+    "docvqa": (questions, 4, 3),
+}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_protocol_s_commands_run_as_its_config_states_them(name, script, base, world, tmp_path):
+    """With a small model, of a small data set."""
+    make, images, queries = PROTOCOLS[name]
+    root = make(tmp_path / "data") if make else world
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    assert load_config(CONFIGS / f"{name}.yaml").data.name in READERS
+    commands = re.findall(r"python scripts/(\w+)\.py ((?:.|\n#)*?[^\\])$", text, re.M)
+    assert [command for command, _ in commands] == ["cache", "eval"]
+    places = {"DIR": str(root), f"configs/{name}.yaml": str(CONFIGS / f"{name}.yaml")}
+    for command, words in commands:
+        words = words.replace("\\\n#", " ").split()
+        words = [places.get(word, word.replace("outputs/", f"{tmp_path}/")) for word in words]
+        if "--adapter-path" in words:
+            words = [*words[: words.index("--adapter-path")], f"model.name={base}", "merge.num_regions=6"]
+        result = script(command).main(words)
+    assert (result["images"], result["queries"]) == (images, queries)
+    assert ("folds" in result, "within_sets" in result) == (name == "coco", name == "imagecode")
+    assert ("rsum" in result) is (name != "docvqa")
 
 
 def test_a_run_goes_on_whether_or_not_its_kind_is_named(base, tmp_path, capsys):

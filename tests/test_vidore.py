@@ -353,6 +353,13 @@ def test_an_index_holds_the_grades(evaluated, pages):
     assert set(expected.unique().tolist()) == {0, 1, 2}
 
 
+def test_folds_and_sets_are_refused_where_relevance_is_graded(evaluated, script, tmp_path):
+    words = ["--cache-dir", str(evaluated[1].folder), "--output-json", str(tmp_path / "m.json")]
+    for more in (["--folds", "2"], ["--sets"]):
+        with pytest.raises(InputError, match="relevance of test is graded; folds and sets are of data whose queries"):
+            script("eval").main([*words, *more])
+
+
 def test_an_index_without_grades_has_none(world, frozen_index):
     assert frozen_index.grades("test") is None
 

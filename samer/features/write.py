@@ -80,7 +80,7 @@ def write_features(
 
     Args:
         folder: the store; made if missing.
-        data_root: Flickr30k-Entities; its Annotations folder is opened for `phrases` only.
+        data_root: of the data set; its boxes are read for `phrases` only.
         splits: e.g. ["train", "val", "test"].
         retriever: the frozen model.
         batch_size: images, and captions, per forward pass.

@@ -96,9 +96,17 @@ def protocols_asked(index: Index, split: str, scores: Tensor, folds: int | None,
         scores: (Q, I) of the whole split.
         folds: how many; None: not asked for.
         sets: whether accuracy within sets is asked for.
+
+    Raises:
+        InputError: relevance is graded, and more than its own image may answer a query.
     """
     found: dict = {}
     if folds is not None or sets:
+        if index.grades(split) is not None:
+            raise InputError(
+                f"{index.folder}: relevance of {split} is graded; folds and sets are of data whose queries "
+                "describe one image each: leave --folds and --sets out"
+            )
         image_of = torch.cat([images for _, images, _ in index.queries(split)])
     if folds is not None:
         found["folds"] = fold_means(scores, image_of, folds)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
+DATA_KINDS = "kind of data set: flickr, coco, imagecode, vidore, captions or jsonl (guessed)"  # help of an option
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)  # what torch's allocators say
 

@@ -216,21 +216,23 @@ class Alignment:
     def _positives(self, numbers: Sequence[int], records: Sequence[ImageRecord], asked: Sequence[list[str]]) -> Tensor:
         """Which images answer which queries, (queries of all processes, I) bool.
 
-        A caption is answered by its image, a phrase by every image that it is annotated in.
+        A caption is answered by its image and those that its grades name, a phrase by every image that it is annotated
+        in.
         """
-        counts = [len(record.captions) for record in records]
-        parts = gather_objects((counts, list(asked), [set(self.asked[number]) for number in numbers]))
-        held = [phrases for _, _, each in parts for phrases in each]  # of all images
+        graded = [[{name for name, _ in caption.grades} for caption in record.captions] for record in records]
+        ids = [record.image_id for record in records]
+        parts = gather_objects((ids, graded, list(asked), [set(self.asked[number]) for number in numbers]))
+        names = [name for ids, *_ in parts for name in ids]  # of all images
+        held = [phrases for *_, each in parts for phrases in each]
         rows, first = [], 0
-        for counts, own, _ in parts:
-            places = range(first, first + len(counts))
-            rows += [
-                torch.tensor([place == image for image in range(len(held))])
-                for place, n in zip(places, counts)
-                for _ in range(n)
-            ]
+        for ids, graded, own, _ in parts:
+            for place, captions in enumerate(graded, start=first):
+                rows += [
+                    torch.tensor([place == image or name in answers for image, name in enumerate(names)])
+                    for answers in captions
+                ]
             rows += [torch.tensor([phrase in each for each in held]) for phrases in own for phrase in phrases]
-            first += len(counts)
+            first += len(ids)
         return torch.stack(rows)
 
     def _phrases(
