@@ -1,12 +1,14 @@
 """A small retriever goes through training, features, index, evaluation and search, against plain loops."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from oracle import naive_merge
 from PIL import Image
 
+from samer.config import vectors_of
 from samer.data import flickr
 from samer.data.records import ImageRecord
 from samer.features.read import FeatureStore
@@ -98,7 +100,8 @@ def brute_scores(retriever, records, merge):
     images = []
     for record in records:
         visual = retriever.encode_images(retriever.record_inputs([record]))
-        images.append(naive_merge(visual.tokens[0], visual.coords[0], merge, views=visual.views[0])[0])
+        own = replace(merge, num_regions=vectors_of(merge.num_regions, visual.tokens.shape[1]))
+        images.append(naive_merge(visual.tokens[0], visual.coords[0], own, views=visual.views[0])[0])
     rows = []
     for record in records:
         for caption in record.captions:

@@ -285,7 +285,8 @@ def test_apart_is_a_setting_that_files_name_only_where_it_matters():
 # --- every step -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("global_view", ["joined", "apart"])
-def test_it_trains_is_indexed_and_is_searched(base, world, script, tmp_path, capsys, global_view):
-    index = every_step(base, world, script, tmp_path, capsys, "merge.num_regions=6", f"merge.global_view={global_view}")
-    assert index.manifest.merge.global_view == global_view
+@pytest.mark.parametrize(("global_view", "regions"), [("joined", 6), ("apart", "1/16")])
+def test_it_trains_is_indexed_and_is_searched(base, world, script, tmp_path, capsys, global_view, regions):
+    settings = f"merge.num_regions={regions}", f"merge.global_view={global_view}"
+    index = every_step(base, world, script, tmp_path, capsys, *settings)
+    assert (index.manifest.merge.global_view, index.manifest.merge.num_regions) == (global_view, regions)
