@@ -43,7 +43,7 @@ def check_model(retriever: Loaded) -> None:
     if len(weight) > 1 and bool((weight == weight[0]).all()):
         raise InputError(f"model {retriever.name!r}: all rows of its projection are equal; {remedy}")
     try:
-        inputs = retriever.image_inputs(noise(retriever.picture_size or NOISE))
+        inputs = {**retriever.image_inputs(noise(retriever.picture_size or NOISE)), "seeds": torch.arange(2)}
         patches = retriever.image_layout(inputs).patches  # refuses another number of tokens than the grid has cells
         tokens = retriever.encode_images(inputs).tokens
     except (RuntimeError, ValueError, IndexError) as error:
