@@ -55,6 +55,17 @@ def pytest_sessionfinish():
             lines.write(json.dumps({**row, "seconds": round(NO_CODE["seconds"], 2)}) + "\n")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def registry_order():
+    """Monkeypatch puts what was taken out of the registry back at its end; the next module has it as it is shipped."""
+    from samer.compressors import COMPRESSORS
+
+    held = dict(COMPRESSORS)
+    yield
+    COMPRESSORS.clear()
+    COMPRESSORS.update(held)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A generated world: 12 train, 6 val and 8 test images."""
