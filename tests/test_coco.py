@@ -28,6 +28,11 @@ def change(path, edit):
     path.write_text(json.dumps(value))
 
 
+def test_a_number_beyond_what_floats_hold_is_refused(root):
+    change(root / "annotations/instances_val2017.json", lambda v: v["annotations"][0]["bbox"].__setitem__(2, 10**309))
+    assert "annotation 1: bbox: number must be" in refusal(root)
+
+
 def refusal(root, split="val", boxes=True, **more):
     with pytest.raises(InputError) as caught:
         Coco().load_split(root, split, boxes=boxes, **more)
@@ -180,3 +185,13 @@ def test_against_loops_over_the_files(root):
     assert found == expected
     assert len(found) == 6
     assert isinstance(records[0].image_path, Path)
+
+
+def test_a_number_beyond_what_floats_hold_is_refused(tmp_path):
+    root = data_sets.coco(tmp_path)
+    path = root / "annotations/instances_val2017.json"
+    value = json.loads(path.read_text())
+    value["annotations"][0]["bbox"][2] = 10**309
+    path.write_text(json.dumps(value))
+    with pytest.raises(InputError, match="annotation 1: bbox: number must be a number"):
+        READERS["coco"].load_split(root, "val2017", boxes=True)

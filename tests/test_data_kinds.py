@@ -160,7 +160,7 @@ def test_long_captions_are_a_split_of_their_own(made):
             "2 of 3 images are absent",
         ),
         ("coco_test.jsonl", '{"text": "A."}\n', "dense_test", "1 lines for 3 images of test_ids.txt"),
-        ("coco_test.jsonl", '{"text": "A."}\nno\n{}\n', "dense_test", "coco_test.jsonl: line 2: text must be text"),
+        ("coco_test.jsonl", '{"text": "A."}\nno\n{}\n', "dense_test", "coco_test.jsonl: line 2: not a JSON object"),
         ("coco_test.jsonl", '{"text": "A.", "image_id": 7}\n', "dense_test", "line 1: image_id '7' is not in test_ids"),
         ("other_test.jsonl", "", "dense_test", "2 files *_test.jsonl"),
     ],
@@ -198,7 +198,12 @@ def test_own_boxes_may_be_of_another_size(made):
 
 
 OWN = {
-    "no JSON": ('{"image": ', "line 1: image must be text"),
+    "no JSON": ('{"image": ', "line 1: not a JSON object"),
+    "a list": ('["image"]', "line 1: not a JSON object"),
+    "a large box": (
+        f'{{"image": "3.png", "captions": [], "boxes": [[0, 0, 1, {10**309}]]}}',
+        "line 1: box 1: number must be",
+    ),
     "no captions": ('{"image": "3.png"}', "line 1: captions must be a list"),
     "no text": ('{"image": "3.png", "captions": ["A.", 3]}', "line 1: caption 2 is no text"),
     "outside": ('{"image": "../3.png", "captions": []}', "line 1: '../3.png' is no path below"),
