@@ -194,6 +194,8 @@ def test_a_part_of_a_split_that_is_missing(tmp_path):
     question_form(tmp_path, [("Who?", 1), ("Why?", 2), ("How?", 3)], shards=3)
     (tmp_path / "data/test-00001-of-00003.parquet").unlink()
     assert "test-00001-of-00003.parquet: missing" in refusal(tmp_path)
+    question_form(tmp_path, [("Who?", 1)], split="val")
+    assert len(load(tmp_path, "val")) == 1  # another split's parts don't matter
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1 and no more", None])

@@ -30,24 +30,28 @@ _MAGIC = {
 
 
 def table_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split of a folder, in order; empty where there are none.
-
-    Raises:
-        InputError: a part of a split is missing.
-    """
+    """The files of each split of a folder, in order, whether or not all are there; empty where there are none."""
     found: dict[str, dict[int, Path]] = {}
-    counts: dict[str, int] = {}
     for path in listing(folder):
         match = _NAME.fullmatch(path.name)
         if match and is_file(path):
             found.setdefault(match["split"], {})[int(match["number"] or 0)] = path
-            counts[match["split"]] = int(match["count"] or 1)
-    for split, parts in found.items():
-        missing = sorted(set(range(counts[split])) - set(parts))
-        if missing:
-            name = f"{split}-{missing[0]:05d}-of-{counts[split]:05d}.parquet"
-            raise InputError(f"{folder / name}: missing, as are {len(missing) - 1} others of {split}; restore them")
     return {split: [parts[k] for k in sorted(parts)] for split, parts in sorted(found.items())}
+
+
+def whole(files: list[Path]) -> list[Path]:
+    """The files of a split as they are.
+
+    Raises:
+        InputError: a part of it is missing.
+    """
+    matches = [_NAME.fullmatch(path.name) for path in files]
+    split, count = matches[-1]["split"], int(matches[-1]["count"] or 1)
+    missing = sorted(set(range(count)) - {int(match["number"] or 0) for match in matches})
+    if missing:
+        place = files[0].parent / f"{split}-{missing[0]:05d}-of-{count:05d}.parquet"
+        raise InputError(f"{place}: missing, as are {len(missing) - 1} others of {split}; restore them")
+    return files
 
 
 @contextmanager
