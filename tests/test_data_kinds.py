@@ -348,3 +348,11 @@ def test_verify_takes_paths_or_a_data_set(script, made, capsys):
         with pytest.raises(SystemExit):
             script("verify").main(words)
     assert "name paths, or a data set with --data" in capsys.readouterr().err
+
+
+def test_own_lines_are_known_by_their_first_line(made):
+    root = made("jsonl")
+    (root / "train.jsonl").write_text(json.dumps({"captions": ["long " * 2000], "image": "3.png"}) + "\n")
+    assert guess_name(root) == "jsonl"
+    (root / "train.jsonl").write_text('\n{"image": "3.png", "captions": []}\n')
+    assert [r.image_id for r in read("jsonl", root, "train")] == ["3.png"]

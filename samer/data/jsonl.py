@@ -10,6 +10,7 @@ picture as it is displayed, or of `width` x `height` where the line has these. N
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from samer.data.texts import field, folder_of, inside, rows_of
 from samer.runtime.files import is_dir, is_file, listing
 
 
+_LONGEST_LINE = 1 << 20  # bytes, of a first line that is looked at
+
+
 def _files(root: Path) -> list[Path]:
     """The files whose first line is one of this kind."""
     return [path for path in listing(root) if path.suffix == ".jsonl" and is_file(path) and _like(path)]
@@ -30,7 +34,12 @@ def _files(root: Path) -> list[Path]:
 
 def _like(path: Path) -> bool:
     with open(path, "rb") as lines:
-        return b'"image"' in lines.read(4096)
+        line = lines.readline(_LONGEST_LINE)
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        value = None
+    return "image" in value if isinstance(value, dict) else b'"image"' in line  # a damaged line is refused when read
 
 
 def _captions(where: str, row: Any, defects: Defects) -> tuple[Caption, ...]:
@@ -101,7 +110,8 @@ class JsonLines(RowReader):
     ) -> list[ImageRecord]:
         name, part = split_part(split)
         root = folder_of(root, "folder of <split>.jsonl")
-        if name not in (known := self.splits(root)):
+        if not is_file(root / f"{name}.jsonl"):
+            known = self.splits(root)
             raise InputError(f"{root}: no {name}.jsonl; the splits here are {', '.join(known) or 'none'}")
         rows = take_part(list(rows_of(root / f"{name}.jsonl")), part, split)[:limit_images]
         base = [folder for folder in (root, root / "images") if is_dir(folder)]
