@@ -215,6 +215,14 @@ OWN = {
         "line 1: box 1: number must be",
     ),
     "size": ('{"image": "3.png", "captions": [], "boxes": [[0, 0, 1, 1]], "width": 4}', "line 1: height must be a"),
+    "twice, dotted": (
+        '{"image": "3.png", "captions": []}\n{"image": "./3.png", "captions": []}',
+        "line 2: '3.png' stands in line 1",
+    ),
+    "twice, by folder": (
+        '{"image": "3.png", "captions": []}\n{"image": "images/3.png", "captions": []}',
+        "line 2: 'images/3.png' is the picture of line 1",
+    ),
     "twice": ('{"image": "3.png", "captions": []}\n\n{"image": "3.png", "captions": []}', "line 3: '3.png' stands in"),
 }
 

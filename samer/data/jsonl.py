@@ -115,11 +115,11 @@ class JsonLines(RowReader):
             raise InputError(f"{root}: no {name}.jsonl; the splits here are {', '.join(known) or 'none'}")
         rows = take_part(list(rows_of(root / f"{name}.jsonl")), part, split)[:limit_images]
         base = [folder for folder in (root, root / "images") if is_dir(folder)]
-        records, seen = [], {}
+        records, seen, files = [], {}, {}
         lacking: list[str] = []
         for where, row in rows:
             with defects.spared():
-                image_id = field(where, row, "image", str)
+                image_id = str(Path(field(where, row, "image", str)))  # ./a.jpg is a.jpg
                 if image_id in seen:
                     raise InputError(f"{where}: {image_id[:80]!r} stands in {seen[image_id]}, too; join the lines")
                 seen[image_id] = where.rpartition(": ")[2]
@@ -128,6 +128,9 @@ class JsonLines(RowReader):
                 if picture is None:
                     lacking.append(f"{one_line(image_id)[:80]} ({seen[image_id]})")
                     continue
+                if picture in files:
+                    raise InputError(f"{where}: {image_id[:80]!r} is the picture of {files[picture]}; join the lines")
+                files[picture] = seen[image_id]
                 things = _things(where, row, picture, defects) if boxes and "boxes" in row else ()
                 records.append(ImageRecord(image_id, picture, captions, things))
         defects.absent(root / f"{name}.jsonl", lacking, len(rows), "restore it, or take the line out")
