@@ -364,3 +364,14 @@ def test_own_lines_are_known_by_their_first_line(made):
     assert guess_name(root) == "jsonl"
     (root / "train.jsonl").write_text('\n{"image": "3.png", "captions": []}\n')
     assert [r.image_id for r in read("jsonl", root, "train")] == ["3.png"]
+
+
+def test_split_files_beside_own_lines_are_no_flickr(made):
+    root = made("jsonl")
+    (root / "train.txt").write_text("3\n")
+    assert guess_name(root) == "jsonl"
+    (root / "annotations").mkdir()  # beside images
+    assert guess_name(root) == "flickr"
+    (root / "annotations").rmdir()
+    (root / "Sentences").mkdir()
+    assert guess_name(root) == "flickr"
