@@ -23,7 +23,6 @@ from samer.data.records import LONGEST_CAPTION, Caption, ImageRecord, Things, pl
 from samer.data.texts import field, folder_of, inside, rows_of
 from samer.runtime.files import is_dir, is_file, listing
 
-
 _LONGEST_LINE = 1 << 20  # bytes, of a first line that is looked at
 
 
