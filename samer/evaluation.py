@@ -163,16 +163,18 @@ def evaluate_records(
 
 
 def caption_grades(records: Sequence[ImageRecord]) -> list[list[list[int]]]:
-    """[number of an image, grade] of every image that answers a caption, per caption; [] where only its own is known.
+    """[number of an image, grade] of every image that answers a caption, per caption; all [] where none has grades.
 
-    Images that are not among the records are left out.
+    Images that are not among the records are left out; a caption that is left with none has its own, at 1.
     """
     place = {record.image_id: k for k, record in enumerate(records)}
-    return [
+    rows = [
         [[place[name], grade] for name, grade in caption.grades if name in place]
         for record in records
         for caption in record.captions
     ]
+    own = (k for k, record in enumerate(records) for _ in record.captions)
+    return [row or [[k, 1]] for k, row in zip(own, rows)] if any(rows) else rows
 
 
 def grade_matrix(rows: Sequence[Sequence[Sequence[int]]], images: int) -> Tensor | None:

@@ -28,6 +28,11 @@ def change(path, edit):
     path.write_text(json.dumps(value))
 
 
+def test_a_number_beyond_what_floats_hold_is_refused(root):
+    change(root / "annotations/instances_val2017.json", lambda v: v["annotations"][0]["bbox"].__setitem__(2, 10**309))
+    assert "annotation 1: bbox: number must be" in refusal(root)
+
+
 def refusal(root, split="val", boxes=True, **more):
     with pytest.raises(InputError) as caught:
         Coco().load_split(root, split, boxes=boxes, **more)

@@ -160,8 +160,9 @@ def test_long_captions_are_a_split_of_their_own(made):
             "2 of 3 images are absent",
         ),
         ("coco_test.jsonl", '{"text": "A."}\n', "dense_test", "1 lines for 3 images of test_ids.txt"),
-        ("coco_test.jsonl", '{"text": "A."}\nno\n{}\n', "dense_test", "coco_test.jsonl: line 2: text must be text"),
+        ("coco_test.jsonl", '{"text": "A."}\nno\n{}\n', "dense_test", "coco_test.jsonl: line 2: not a JSON object"),
         ("coco_test.jsonl", '{"text": "A.", "image_id": 7}\n', "dense_test", "line 1: image_id '7' is not in test_ids"),
+        ("coco_test.jsonl", '{"text": "A.", "image_id": 10}\n', "dense_test", "image '11' has no caption"),
         ("other_test.jsonl", "", "dense_test", "2 files *_test.jsonl"),
     ],
 )
@@ -198,7 +199,12 @@ def test_own_boxes_may_be_of_another_size(made):
 
 
 OWN = {
-    "no JSON": ('{"image": ', "line 1: image must be text"),
+    "no JSON": ('{"image": ', "line 1: not a JSON object"),
+    "a list": ('["image"]', "line 1: not a JSON object"),
+    "a large box": (
+        f'{{"image": "3.png", "captions": [], "boxes": [[0, 0, 1, {10**309}]]}}',
+        "line 1: box 1: number must be",
+    ),
     "no captions": ('{"image": "3.png"}', "line 1: captions must be a list"),
     "no text": ('{"image": "3.png", "captions": ["A.", 3]}', "line 1: caption 2 is no text"),
     "outside": ('{"image": "../3.png", "captions": []}', "line 1: '../3.png' is no path below"),
@@ -209,6 +215,14 @@ OWN = {
         "line 1: box 1: number must be",
     ),
     "size": ('{"image": "3.png", "captions": [], "boxes": [[0, 0, 1, 1]], "width": 4}', "line 1: height must be a"),
+    "twice, dotted": (
+        '{"image": "3.png", "captions": []}\n{"image": "./3.png", "captions": []}',
+        "line 2: '3.png' stands in line 1",
+    ),
+    "twice, by folder": (
+        '{"image": "3.png", "captions": []}\n{"image": "images/3.png", "captions": []}',
+        "line 2: 'images/3.png' is the picture of line 1",
+    ),
     "twice": ('{"image": "3.png", "captions": []}\n\n{"image": "3.png", "captions": []}', "line 3: '3.png' stands in"),
 }
 
@@ -342,3 +356,22 @@ def test_verify_takes_paths_or_a_data_set(script, made, capsys):
         with pytest.raises(SystemExit):
             script("verify").main(words)
     assert "name paths, or a data set with --data" in capsys.readouterr().err
+
+
+def test_own_lines_are_known_by_their_first_line(made):
+    root = made("jsonl")
+    (root / "train.jsonl").write_text(json.dumps({"captions": ["long " * 2000], "image": "3.png"}) + "\n")
+    assert guess_name(root) == "jsonl"
+    (root / "train.jsonl").write_text('\n{"image": "3.png", "captions": []}\n')
+    assert [r.image_id for r in read("jsonl", root, "train")] == ["3.png"]
+
+
+def test_split_files_beside_own_lines_are_no_flickr(made):
+    root = made("jsonl")
+    (root / "train.txt").write_text("3\n")
+    assert guess_name(root) == "jsonl"
+    (root / "annotations").mkdir()  # beside images
+    assert guess_name(root) == "flickr"
+    (root / "annotations").rmdir()
+    (root / "Sentences").mkdir()
+    assert guess_name(root) == "flickr"

@@ -125,7 +125,9 @@ def test_grades_of_captions_as_a_matrix():
     records = [record("a", [("a", 2), ("c", 1)], [("b", 1), ("a", 1)]), record("b"), record("c", [("c", 3), ("x", 1)])]
     matrix = grade_matrix(caption_grades(records), 3)
     assert matrix.tolist() == [[2, 0, 1], [1, 1, 0], [0, 0, 3]]
-    assert grade_matrix(caption_grades([record("a", []), record("b", [("b", 1)])]), 2) is None
+    own = caption_grades([record("a", []), record("b", [("b", 2)])])  # one without grades: its own image
+    assert grade_matrix(own, 2).tolist() == [[1, 0], [0, 2]]
+    assert grade_matrix(caption_grades([record("a", []), record("b", [])]), 2) is None
     assert grade_matrix([], 3) is None
 
 

@@ -1,7 +1,9 @@
 """ViDoRe in each documented form, written and read; its grades in an index, in metrics, in training, in the report."""
 
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -154,6 +156,29 @@ def test_pages_are_unpacked_once_and_anew_when_the_table_changes(v3):
     assert len(list((v3 / "pages").rglob("*.jpg"))) == 5
 
 
+def test_pages_stay_when_the_table_is_only_touched_and_emptied_ones_are_unpacked_again(v3):
+    first = load(v3)
+    stamps = [r.image_path.stat().st_mtime_ns for r in first]
+    (corpus,) = (v3 / "corpus").iterdir()
+    os.utime(corpus, ns=(1, 1))
+    assert [r.image_path for r in load(v3)] == [r.image_path for r in first]
+    assert [r.image_path.stat().st_mtime_ns for r in first] == stamps
+    content = first[1].image_path.read_bytes()
+    first[1].image_path.write_bytes(b"")
+    load(v3)
+    assert first[1].image_path.read_bytes() == content
+
+
+def test_several_processes_unpack_at_once(v3):
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: load(v3), range(4)))
+    assert all(records == found[0] for records in found)
+    for record, number in zip(found[0], PAGES):
+        with Image.open(record.image_path) as picture:
+            assert picture.size == page(number).size
+    assert not [p for p in (v3 / "pages").rglob("*") if p.name.endswith("samer-tmp")]
+
+
 def test_a_long_query_is_cut_and_told(tmp_path, capsys):
     text = "word " * 300
     root = beir_form(tmp_path, "v3", [1], [(5, text, "english")], [(5, 1, 1, [box(0, 0, 20, 20)])])
@@ -194,6 +219,8 @@ def test_a_part_of_a_split_that_is_missing(tmp_path):
     question_form(tmp_path, [("Who?", 1), ("Why?", 2), ("How?", 3)], shards=3)
     (tmp_path / "data/test-00001-of-00003.parquet").unlink()
     assert "test-00001-of-00003.parquet: missing" in refusal(tmp_path)
+    question_form(tmp_path, [("Who?", 1)], split="val")
+    assert len(load(tmp_path, "val")) == 1  # another split's parts don't matter
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1 and no more", None])

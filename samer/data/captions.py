@@ -105,6 +105,10 @@ class CaptionFiles(RowReader):
         records = []
         for image_id in image_ids:
             captions = []
+            if not texts[image_id]:
+                with defects.spared():
+                    where = f"{root}: {name}: image {one_line(image_id)[:40]!r}"
+                    raise InputError(f"{where} has no caption; write one, or take its id out")
             for text, where in texts[image_id]:
                 with defects.spared():
                     if not text.strip():

@@ -377,8 +377,12 @@ class Flickr(RowReader):
     signs = "annotations/{train,val,test}.txt, annotations/Sentences"
 
     def holds(self, root: Path) -> bool:
-        marks = (*(f"{split}.txt" for split in SPLITS), "Sentences", "Annotations", UNRELATED)
-        return any(exists(base / name) for base in (root / "annotations", root) for name in marks)
+        bases = (root / "annotations", root)
+        if any(exists(base / name) for base in bases for name in ("Sentences", "Annotations", UNRELATED)):
+            return True
+        both = exists(root / "images") and exists(root / "annotations")
+        names = [base / split for base in bases for split in SPLITS]
+        return any(exists(f"{name}.txt") and (both or not exists(f"{name}.jsonl")) for name in names)
 
     def splits(self, root: str | Path) -> list[str]:
         found = {path.stem for path in find_layout(root).splits.glob("*.txt")}

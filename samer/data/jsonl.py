@@ -10,6 +10,7 @@ picture as it is displayed, or of `width` x `height` where the line has these. N
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from samer.data.records import LONGEST_CAPTION, Caption, ImageRecord, Things, pl
 from samer.data.texts import field, folder_of, inside, rows_of
 from samer.runtime.files import is_dir, is_file, listing
 
+_LONGEST_LINE = 1 << 20  # bytes, of a first line that is looked at
+
 
 def _files(root: Path) -> list[Path]:
     """The files whose first line is one of this kind."""
@@ -30,7 +33,12 @@ def _files(root: Path) -> list[Path]:
 
 def _like(path: Path) -> bool:
     with open(path, "rb") as lines:
-        return b'"image"' in lines.read(4096)
+        line = lines.readline(_LONGEST_LINE)
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        value = None
+    return "image" in value if isinstance(value, dict) else b'"image"' in line  # a damaged line is refused when read
 
 
 def _captions(where: str, row: Any, defects: Defects) -> tuple[Caption, ...]:
@@ -101,15 +109,16 @@ class JsonLines(RowReader):
     ) -> list[ImageRecord]:
         name, part = split_part(split)
         root = folder_of(root, "folder of <split>.jsonl")
-        if name not in (known := self.splits(root)):
+        if not is_file(root / f"{name}.jsonl"):
+            known = self.splits(root)
             raise InputError(f"{root}: no {name}.jsonl; the splits here are {', '.join(known) or 'none'}")
         rows = take_part(list(rows_of(root / f"{name}.jsonl")), part, split)[:limit_images]
         base = [folder for folder in (root, root / "images") if is_dir(folder)]
-        records, seen = [], {}
+        records, seen, files = [], {}, {}
         lacking: list[str] = []
         for where, row in rows:
             with defects.spared():
-                image_id = field(where, row, "image", str)
+                image_id = str(Path(field(where, row, "image", str)))  # ./a.jpg is a.jpg
                 if image_id in seen:
                     raise InputError(f"{where}: {image_id[:80]!r} stands in {seen[image_id]}, too; join the lines")
                 seen[image_id] = where.rpartition(": ")[2]
@@ -118,6 +127,9 @@ class JsonLines(RowReader):
                 if picture is None:
                     lacking.append(f"{one_line(image_id)[:80]} ({seen[image_id]})")
                     continue
+                if picture in files:
+                    raise InputError(f"{where}: {image_id[:80]!r} is the picture of {files[picture]}; join the lines")
+                files[picture] = seen[image_id]
                 things = _things(where, row, picture, defects) if boxes and "boxes" in row else ()
                 records.append(ImageRecord(image_id, picture, captions, things))
         defects.absent(root / f"{name}.jsonl", lacking, len(rows), "restore it, or take the line out")

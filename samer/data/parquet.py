@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from samer.config import InputError
 from samer.data.pictures import one_line
 from samer.data.reader import Defects
-from samer.runtime.files import atomic_path, is_dir, is_file, listing, trouble
+from samer.runtime.files import about, atomic_path, file_hash, is_dir, is_file, listing, read_json, trouble, write_json
 from samer.runtime.processes import print0
 
 REMEDY = "install it to read parquet: pip install pyarrow, or pip install 'samer[parquet]'"
@@ -30,24 +30,28 @@ _MAGIC = {
 
 
 def table_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split of a folder, in order; empty where there are none.
-
-    Raises:
-        InputError: a part of a split is missing.
-    """
+    """The files of each split of a folder, in order, whether or not all are there; empty where there are none."""
     found: dict[str, dict[int, Path]] = {}
-    counts: dict[str, int] = {}
     for path in listing(folder):
         match = _NAME.fullmatch(path.name)
         if match and is_file(path):
             found.setdefault(match["split"], {})[int(match["number"] or 0)] = path
-            counts[match["split"]] = int(match["count"] or 1)
-    for split, parts in found.items():
-        missing = sorted(set(range(counts[split])) - set(parts))
-        if missing:
-            name = f"{split}-{missing[0]:05d}-of-{counts[split]:05d}.parquet"
-            raise InputError(f"{folder / name}: missing, as are {len(missing) - 1} others of {split}; restore them")
     return {split: [parts[k] for k in sorted(parts)] for split, parts in sorted(found.items())}
+
+
+def whole(files: list[Path]) -> list[Path]:
+    """The files of a split as they are.
+
+    Raises:
+        InputError: a part of it is missing.
+    """
+    matches = [_NAME.fullmatch(path.name) for path in files]
+    split, count = matches[-1]["split"], int(matches[-1]["count"] or 1)
+    missing = sorted(set(range(count)) - {int(match["number"] or 0) for match in matches})
+    if missing:
+        place = files[0].parent / f"{split}-{missing[0]:05d}-of-{count:05d}.parquet"
+        raise InputError(f"{place}: missing, as are {len(missing) - 1} others of {split}; restore them")
+    return files
 
 
 @contextmanager
@@ -123,7 +127,10 @@ def unpack(path: Path, column: str, rows: Collection[int], folder: Path, defects
     Raises:
         InputError: a row without a picture, a damaged file, or a folder that can't be written to.
     """
-    folder, held = _place(path, folder)
+    try:
+        folder, held = _place(path, folder)
+    except OSError as error:
+        raise trouble(path, error) from None
     missing = set(rows) - held.keys()
     if missing:
         print0(f"{path}: {len(missing):,} pictures are unpacked to {folder}")
@@ -141,18 +148,32 @@ def unpack(path: Path, column: str, rows: Collection[int], folder: Path, defects
 
 
 def _place(path: Path, folder: Path) -> tuple[Path, dict[int, Path]]:
-    """Where the pictures of a file as it is now go, and those that are there by row; those of earlier states go."""
-    about = path.stat()
-    place = folder / f"{path.stem}-{about.st_size:x}-{about.st_mtime_ns:x}"
+    """Where the pictures of a file's content go, and those that are there by row; those of earlier contents go."""
+    place = folder / f"{path.stem}-{_content(path, folder)}"
     if is_dir(place):
         named = {each: re.fullmatch(r"(\d{7})\.\w+", each.name) for each in listing(place)}
-        return place, {int(match[1]): each for each, match in named.items() if match}
+        return place, {int(match[1]): each for each, match in named.items() if match and each.stat().st_size}
     if is_dir(folder):
-        state = re.compile(re.escape(path.stem) + "-[0-9a-f]+-[0-9a-f]+")
+        state = re.compile(re.escape(path.stem) + "-[0-9a-f]{16}")
         for older in listing(folder):
             if state.fullmatch(older.name):
                 shutil.rmtree(older, ignore_errors=True)
     return place, {}
+
+
+def _content(path: Path, folder: Path) -> str:
+    """A file's checksum, read anew only where its size or time is not what was recorded with it."""
+    record, found = folder / f"{path.stem}.json", about(path)
+    now = {"size": found.st_size, "time": found.st_mtime_ns}
+    with suppress(InputError):  # none, or a damaged one
+        held = read_json(record)
+        checksum = held.pop("checksum", None)
+        if held == now and isinstance(checksum, str):
+            return checksum
+    checksum = file_hash(path)[:16]
+    with suppress(InputError):  # a folder that can't be written to
+        write_json(record, {**now, "checksum": checksum})
+    return checksum
 
 
 def _write(path: Path, column: str, number: int, value: object, folder: Path) -> Path:

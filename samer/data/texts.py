@@ -13,6 +13,8 @@ from samer.config import InputError
 from samer.data.pictures import one_line, regular_file
 from samer.runtime.files import is_dir, listing, lookup, trouble
 
+LARGEST = 2**53  # of a number: floats hold all whole ones up to it, so that sums with it neither overflow nor round
+
 
 def folder_of(root: str | Path, what: str) -> Path:
     """A data set's folder; a leading `~` is the home folder, which shells leave alone within data.root=~/coco.
@@ -94,18 +96,16 @@ def table(path: str | Path, value: dict[str, Any], name: str) -> list:
 
 
 def field(where: str, row: Any, name: str, kind: type | tuple[type, ...]) -> Any:
-    """A row's value of that name and kind; numbers are finite, True is none.
+    """A row's value of that name and kind; numbers are finite and at most `LARGEST`, True is none.
 
     Raises:
         InputError: `where`, which names file and row, has none.
     """
-    value = row.get(name) if isinstance(row, dict) else None
-    if (
-        not isinstance(value, kind)
-        or isinstance(value, bool)
-        or value != value
-        or value in (float("inf"), -float("inf"))
-    ):
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: not a JSON object; correct it")
+    value = row.get(name)
+    wrong = not isinstance(value, kind) or isinstance(value, bool)
+    if wrong or (isinstance(value, (int, float)) and not abs(value) <= LARGEST):  # NaN is not, either
         words = {str: "text", int: "a whole number", list: "a list", dict: "an object"}.get(kind, "a number")
         raise InputError(f"{where}: {name} must be {words}; it is {str(value)[:60]!r}; correct it")
     return value

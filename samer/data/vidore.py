@@ -23,7 +23,7 @@ from math import isfinite
 from pathlib import Path
 
 from samer.config import InputError
-from samer.data.parquet import column_named, columns_of, table_files, table_rows, unpack
+from samer.data.parquet import column_named, columns_of, table_files, table_rows, unpack, whole
 from samer.data.parts import split_part, take_part
 from samer.data.pictures import PictureError, displayed_size, one_line
 from samer.data.reader import Defects, RowReader
@@ -77,10 +77,10 @@ class _Layout:
         """The files of a split; a corpus that has one split only serves all of them."""
         held = self.tables[table]
         if split not in held and table == "corpus" and len(held) == 1:
-            return next(iter(held.values()))
+            return whole(next(iter(held.values())))
         if split not in held:
             raise InputError(f"{self.root}: {table} has no split {split!r}; use one of {', '.join(held)}")
-        return held[split]
+        return whole(held[split])
 
 
 def find_tables(root: str | Path) -> _Layout:
