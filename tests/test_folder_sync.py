@@ -128,9 +128,7 @@ def test_pictures_that_the_model_refuses_are_skipped_by_name(root, tmp_path):
 def test_a_folder_of_refused_pictures_is_told(tmp_path):
     for k in range(3):
         paint(tmp_path / "root" / f"{k}.png", k, size=9)
-    with pytest.raises(
-        NothingReadable, match=r"not one readable picture among 3 files; first: .*0\.png: it is 9 pix"
-    ):
+    with pytest.raises(NothingReadable, match=r"not one readable picture among 3 files; first: .*0\.png: it is 9 pix"):
         run(tmp_path / "c", tmp_path / "root", Choosy())
 
 
