@@ -1,5 +1,7 @@
 """What is found out when a model is loaded: files of the right names and sizes that hold no trained retriever."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -69,6 +71,24 @@ def test_a_processor_whose_pictures_do_not_fit_is_refused(toy, monkeypatch):
     monkeypatch.setattr(ToyProcessor, "patches", lambda self, *words: patches(self, *words)[:, :-1])
     with pytest.raises(InputError, match="does not take its processor's pictures"):
         Retriever.load(str(toy))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+        "CUDA error: an illegal memory access was encountered",
+        "cuBLAS error; CUDA out of memory",
+    ],
+)
+def test_trouble_of_the_machine_is_not_blamed_on_the_model(toy, monkeypatch, words):
+    def fail(self, *_):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(Retriever, "hidden_states", fail)
+    with pytest.raises(RuntimeError, match=re.escape(words)) as told:
+        Retriever.load(str(toy))
+    assert not isinstance(told.value, InputError)
 
 
 def test_a_missing_weight_is_refused_by_name(toy):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from samer.config import InputError
 from samer.retrievers.base import Projector
+from samer.runtime.commands import is_memory
 from samer.tokens import ImageLayout, VisualTokens
 
 NOISE = (96, 64)  # pixels of the pictures that are tried, where the family does not scale them to one size
@@ -47,8 +48,8 @@ def check_model(retriever: Loaded) -> None:
         patches = retriever.image_layout(inputs).patches  # refuses another number of tokens than the grid has cells
         tokens = retriever.encode_images(inputs).tokens
     except (RuntimeError, ValueError, IndexError) as error:
-        if isinstance(error, (InputError, torch.OutOfMemoryError)):
-            raise
+        if isinstance(error, InputError) or is_memory(error) or "CUDA" in str(error):
+            raise  # of the machine, not of the model
         reason = f"does not take its processor's pictures ({' '.join(str(error).split())[:160]})"
         raise InputError(f"model {retriever.name!r} {reason}; {remedy}") from None
     one, other = (tokens[row][patches[row].to(tokens.device)] for row in (0, 1))
