@@ -227,8 +227,9 @@ class Retriever(Encoder):
         """As `Encoder.image_states`; attention is read layer by layer, an image at a time, and never kept."""
         if not needs:
             return self.hidden_states(inputs), {}
-        count = len(self.family.attentions[1])
-        check_signals(needs, count)
+        config, modules = self.family.attentions
+        count = len(modules)
+        check_signals(needs, count, windowed=count < getattr(config, "num_hidden_layers", count))
         windows = {name: window for name in needs if (window := window_of(name))}
         layers = signal_layers(count)
         hidden, sums = self._columns(inputs, {*layers, *(k for _, own in windows.values() for k in own)})
