@@ -73,6 +73,22 @@ def test_a_processor_whose_pictures_do_not_fit_is_refused(toy, monkeypatch):
         Retriever.load(str(toy))
 
 
+def test_a_search_tries_no_pictures(toy, world, script, tmp_path, monkeypatch, capsys):
+    """The model that reads its query was tried when the index was made."""
+    tried = []
+    monkeypatch.setattr("samer.retrievers.checks.noise", lambda size: tried.append(size) or noise(size))
+    words = ["--data-root", world, "--cache-dir", tmp_path / "c", "--splits", "val", f"model.name={toy}"]
+    script("cache").main([str(word) for word in (*words, "merge.num_regions=4")])
+    assert len(tried) == 1
+    capsys.readouterr()
+    script("search").main(["--cache-dir", str(tmp_path / "c"), "--split", "val", "a red circle"])
+    assert len(tried) == 1
+    assert capsys.readouterr().out
+    changed(toy, lambda key, tensor: tensor[:1].expand_as(tensor) if "proj.weight" in key else tensor)
+    with pytest.raises(InputError, match="all rows of its projection are equal"):
+        Retriever.load(str(toy), pictures=False)
+
+
 @pytest.mark.parametrize(
     "words",
     [

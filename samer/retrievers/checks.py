@@ -30,10 +30,11 @@ class Loaded(Protocol):
     def encode_images(self, inputs: dict[str, Tensor]) -> VisualTokens: ...
 
 
-def check_model(retriever: Loaded) -> None:
+def check_model(retriever: Loaded, pictures: bool = True) -> None:
     """Refuses a retriever whose tokens would say nothing: a projection or a model without content.
 
-    Such files exist: a base without its adapter, weights under other names. It runs on two small pictures of noise.
+    Such files exist: a base without its adapter, weights under other names. It runs on two small pictures of noise,
+    unless it is for texts alone (`pictures` is False): then only the projection is looked at.
 
     Raises:
         InputError: all rows of the projection are equal; tokens of two pictures are equal; a picture has not as many
@@ -43,6 +44,8 @@ def check_model(retriever: Loaded) -> None:
     weight = retriever.base_projector.weight
     if len(weight) > 1 and bool((weight == weight[0]).all()):
         raise InputError(f"model {retriever.name!r}: all rows of its projection are equal; {remedy}")
+    if not pictures:
+        return
     try:
         inputs = {**retriever.image_inputs(noise(retriever.picture_size or NOISE)), "seeds": torch.arange(2)}
         patches = retriever.image_layout(inputs).patches  # refuses another number of tokens than the grid has cells
