@@ -108,7 +108,8 @@ def test_the_command_prints_the_curve_and_the_setting(base, world, script, recor
     assert [len(record.captions) for record in two] == [5, 2]
     assert curve == pytest.approx(retention_curve(retriever, two), abs=1e-5)
     assert layers == anchor_layers(curve)
-    head, *lines, setting = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr().out.splitlines()
+    head, *lines, setting = [line for line in told if not line.startswith("note: ")]
     assert head.endswith("score retention over 7 pairs of 2 images")
     assert [float(line.split()[2]) for line in lines] == pytest.approx(curve, abs=1e-4)
     assert [line.endswith("read") for line in lines] == [layers[0] <= layer <= layers[1] for layer in range(2)]

@@ -55,7 +55,8 @@ def retention_curve(retriever: Retriever, records: Sequence[ImageRecord], batch_
     if not any(record.captions for record in records):
         raise InputError(f"none of {len(records):,} images has a caption, so there is nothing to calibrate on")
     found = []
-    for batch in Progress(batched(records, batch_size), "layers", unit="batches"):
+    total = -(-len(records) // batch_size)
+    for batch in Progress(batched(records, batch_size), "calibration", total=total, unit="batches"):
         stop_here()
         inputs = retriever.record_inputs(batch)
         hidden, attention = retriever.layer_attention(inputs)
