@@ -93,7 +93,8 @@ class MergeConfig:
             each other, "apart" puts no token of the one into a region of the other ("samer" only).
         bank_size: R, the most query tokens in a bank ("querybank" only).
         sap_layers: first and last layer whose attention is averaged, such as "11-14" ("sap-mean", "sap-max" only);
-            empty: the middle ones. `samer.retrievers.retention` finds those of SAP's second version.
+            empty: the middle ones. From 0 on, of those that see the whole picture where others see a window of it;
+            scripts/layers.py finds those of SAP's second version.
 
     Raises:
         InputError: a value outside its range.

@@ -38,12 +38,13 @@ def main(argv=None):
     device = compute_device(options)
     from samer.index.read import Index
     from samer.report.evaluate import evaluate_index, index_gallery, metric_lines, metric_places, write_index_report
-    from samer.report.protocols import protocol_lines, protocols_asked
+    from samer.report.protocols import check_protocols, protocol_lines, protocols_asked
     from samer.runtime.files import write_json
 
     folder, split = options.cache_dir, options.split
     index = Index(folder)
     index.check_captions(split)
+    check_protocols(index, split, options.folds, options.sets)
     output, report = metric_places(options.output_json, folder)
     result, scores = evaluate_index(index, split, device)
     result |= protocols_asked(index, split, scores, options.folds, options.sets)

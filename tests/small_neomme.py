@@ -18,8 +18,8 @@ TEMPLATE = (
 )
 
 
-def save_neomme(folder: Path, *, padding_side: str = "right", trim: bool = False, most_side: int = 64) -> Path:
-    """Writes a random NeoMME in float32 to `folder`; pictures are scaled to at most `most_side` pixels."""
+def save_neomme(folder: Path, *, padding_side: str = "right", trim: bool = False, most_side: int | None = 64) -> Path:
+    """Writes a random NeoMME in float32 to `folder`; pictures have at most `most_side` pixels a side (None: any)."""
     named = {f"{name}_token": f"<{word}>" for name, word in (("image", "img"), ("document", "doc"), ("row", "row"))}
     tokenizer = trained_words(
         SPECIALS,

@@ -358,6 +358,15 @@ def test_the_limit_is_part_of_the_identity(base, monkeypatch):
     assert identify(str(base)).difference(before) == "processor"
 
 
+def test_a_folder_is_indexed_but_for_what_the_model_refuses(base, script, tmp_path, capsys):
+    saved(tmp_path / "album", pictures([(90, 60), (2, 500), (60, 90), (60, 60)]))
+    words = ["--images", tmp_path / "album", "--cache-dir", tmp_path / "c", "--device", "cpu", f"model.name={base}"]
+    assert script("index").main([str(word) for word in (*words, "merge.num_regions=4")]).images == 3
+    told = capsys.readouterr().out
+    assert "skipped, refused by the model: 1: 1.png; " in told
+    assert "album/1.png: it is 2 x 500 pixels; one side may be 200 times the other, cut it in parts" in told
+
+
 def test_what_the_processor_does_not_take_is_refused_by_name(shared, tmp_path):
     with pytest.raises(InputError, match=r"picture 1 of the batch is 2010 x 10 pixels"):
         shared.image_inputs(pictures([(90, 60), (2010, 10)]))

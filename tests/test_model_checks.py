@@ -1,5 +1,7 @@
 """What is found out when a model is loaded: files of the right names and sizes that hold no trained retriever."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -69,6 +71,40 @@ def test_a_processor_whose_pictures_do_not_fit_is_refused(toy, monkeypatch):
     monkeypatch.setattr(ToyProcessor, "patches", lambda self, *words: patches(self, *words)[:, :-1])
     with pytest.raises(InputError, match="does not take its processor's pictures"):
         Retriever.load(str(toy))
+
+
+def test_a_search_tries_no_pictures(toy, world, script, tmp_path, monkeypatch, capsys):
+    """The model that reads its query was tried when the index was made."""
+    tried = []
+    monkeypatch.setattr("samer.retrievers.checks.noise", lambda size: tried.append(size) or noise(size))
+    words = ["--data-root", world, "--cache-dir", tmp_path / "c", "--splits", "val", f"model.name={toy}"]
+    script("cache").main([str(word) for word in (*words, "merge.num_regions=4")])
+    assert len(tried) == 1
+    capsys.readouterr()
+    script("search").main(["--cache-dir", str(tmp_path / "c"), "--split", "val", "a red circle"])
+    assert len(tried) == 1
+    assert capsys.readouterr().out
+    changed(toy, lambda key, tensor: tensor[:1].expand_as(tensor) if "proj.weight" in key else tensor)
+    with pytest.raises(InputError, match="all rows of its projection are equal"):
+        Retriever.load(str(toy), pictures=False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+        "CUDA error: an illegal memory access was encountered",
+        "cuBLAS error; CUDA out of memory",
+    ],
+)
+def test_trouble_of_the_machine_is_not_blamed_on_the_model(toy, monkeypatch, words):
+    def fail(self, *_):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(Retriever, "hidden_states", fail)
+    with pytest.raises(RuntimeError, match=re.escape(words)) as told:
+        Retriever.load(str(toy))
+    assert not isinstance(told.value, InputError)
 
 
 def test_a_missing_weight_is_refused_by_name(toy):

@@ -223,6 +223,8 @@ def test_signals_are_those_of_eager_attention_in_layers_that_see_everything(shar
         torch.testing.assert_close(signals[name], expected[name], atol=1e-4, rtol=1e-4)
         assert (signals[name] > 0).equal(patches)
     assert (signals["last"] - signals["middle_mean"]).abs().max() > 0.05
+    with pytest.raises(InputError, match="has 3 layers of full attention, which alone are counted, from 0"):
+        shared.image_states(inputs, ["mean:2-3"])
 
 
 # --- the view of the whole ------------------------------------------------------------------------------------------

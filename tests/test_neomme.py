@@ -2,6 +2,7 @@
 
 Its picture pipeline needs torchvision. Shape letters: B images, N tokens per image."""
 
+import json
 import sys
 
 import pytest
@@ -18,13 +19,17 @@ from oracle import naive_merge
 
 from samer.compressors import make_compressor
 from samer.config import InputError, MergeConfig
+from samer.index.settings import MANY_TOKENS
 from samer.retrievers.attention import ATTENTION
-from samer.retrievers.hf import Retriever
+from samer.retrievers.hf import Retriever, identify
+from samer.retrievers.neomme import NeoMME
 
 pytest.importorskip("torchvision", reason="transformers prepares NeoMME's pictures with torchvision")
 
 from small_neomme import MASKS, PATCH, save_neomme
 from transformers import NeoMMEForRetrieval
+from transformers.image_utils import SizeDict
+from transformers.models.neomme.image_processing_neomme import get_resize_output_size
 
 TEXTS = ["two red circles left of a dog", "a car", "", "  lead, é 漢字 "]
 SIZES = [(60, 30), (40, 64), (50, 50), (64, 9), (33, 17)]  # (width, height), none above 64
@@ -71,6 +76,9 @@ def test_queries_follow_the_template(shared):
     assert said == ["<query>find: " + text + "<mask>" * MASKS for text in TEXTS]
     assert shared.processing == {
         "backend": "torchvision",
+        "most_patches": "1780",
+        "longest_side_patches": "96",
+        "picture_size": f"min_pixels 1, max_pixels {1780 * 8 * 8}",
         "patch_size": "8",
         "longest_side": "64",
         "padding_side": shared.processor.tokenizer.padding_side,
@@ -119,6 +127,49 @@ def test_the_grid_is_the_pictures_own(shared):
         torch.testing.assert_close(layout.coords[row][at], torch.tensor(places))
     total = sum(rows * columns for rows, columns in GRIDS)
     assert inputs["pixel_values"].shape == (total, 3 * PATCH * PATCH)
+
+
+def released(folder):
+    """With a processor's file that sets no limit."""
+    folder = save_neomme(folder, most_side=None)
+    held = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    assert (held.get("max_side"), held.get("size")) == (None, None)
+    return folder
+
+
+def test_no_picture_has_more_tokens_than_an_index_counts_on(tmp_path):
+    """Every shape, as transformers scales it, by loops; then some pictures themselves."""
+    retriever = Retriever.load(str(released(tmp_path / "model")))
+    pictures_of = retriever.processor.image_processor
+    most, limits = pictures_of.max_side, SizeDict(**dict(pictures_of.size))
+    counts = {}
+    for width in [*range(1, 900, 7), 1000, 3000, 20_000]:
+        for height in (1, 5, 50, 300, 757, 768, 769, 2000, 20_000):
+            rows, columns = (-(-x // PATCH) for x in get_resize_output_size(height, width, most, limits))
+            counts[width, height] = rows * (columns + 1) + 2  # a <row> each, <doc> and <img>
+    assert 1900 < max(counts.values()) <= MANY_TOKENS
+    for size in [max(counts, key=counts.get), (1000, 1414), (2000, 9)]:
+        inputs = retriever.image_inputs(pictures([size]))
+        rows, columns = retriever.image_layout(inputs).grid[0].tolist()
+        assert int(inputs["attention_mask"].sum()) == rows * (columns + 1) + 2 <= MANY_TOKENS
+    assert inputs["attention_mask"].sum() == 96 + 1 + 2  # the longest is scaled to 768 pixels
+
+
+def test_a_limit_of_its_files_stands_where_it_is_lower(tmp_path):
+    folder = released(tmp_path / "model")
+    file = folder / "processor_config.json"
+    found = json.loads(file.read_text())
+    found["image_processor"] |= {"size": {"min_pixels": 300, "max_pixels": 40 * PATCH**2}, "max_side": 900}
+    file.write_text(json.dumps(found))
+    pictures_of = Retriever.load(str(folder)).processor.image_processor
+    assert dict(pictures_of.size) == {"min_pixels": 300, "max_pixels": 40 * PATCH**2}
+    assert pictures_of.max_side == 96 * PATCH
+
+
+def test_the_limit_is_part_of_the_identity(base, monkeypatch):
+    before = identify(str(base))
+    monkeypatch.setattr(NeoMME, "settings", {**NeoMME.settings, "most_patches": 1000})
+    assert identify(str(base)).difference(before) == "processor"
 
 
 def test_a_patch_stands_where_its_pixels_are(shared):

@@ -28,6 +28,7 @@ NAMES = (
     "align",
     "cache",
     "bank",
+    "layers",
     "eval",
     "index",
     "search",

@@ -127,6 +127,22 @@ def test_a_data_set_is_trained_on_indexed_and_evaluated(name, script, base, tmp_
     assert len(protocol_lines(held)) == {"--folds": 2, "--sets": 1}.get(protocol[0] if protocol else "", 0)
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [(["--folds", "9"], "9 folds of 8 images"), (["--folds", "0"], "0 folds of 8"), (["--sets"], "is of no set")],
+)
+def test_a_protocol_that_can_t_be_is_refused_before_the_work(script, base, world, tmp_path, monkeypatch, words, reason):
+    asked = ["--data-root", world, "--cache-dir", tmp_path / "c", "--splits", "test", f"model.name={base}"]
+    script("cache").main([str(word) for word in (*asked, "merge.num_regions=4")])
+
+    def scored(*_):
+        raise AssertionError("the split was scored")
+
+    monkeypatch.setattr("samer.report.evaluate.evaluate_index", scored)
+    with pytest.raises(InputError, match=reason):
+        script("eval").main(["--cache-dir", str(tmp_path / "c"), "--output-json", str(tmp_path / "m.json"), *words])
+
+
 def karpathy_of_six(root):
     """Six images of test with seven captions each, and one of train."""
     rows = [(k, "test", [f"Caption {n} of {k}." for n in range(7)]) for k in range(1, 7)]

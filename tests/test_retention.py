@@ -4,6 +4,7 @@ import json
 import math
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,6 +98,22 @@ def test_the_curve_is_the_mean_over_pairs(retriever, eager, records):
 def test_images_without_captions_are_refused(retriever):
     with pytest.raises(InputError, match="none of 0 images has a caption"):
         retention_curve(retriever, [])
+
+
+def test_the_command_prints_the_curve_and_the_setting(base, world, script, records, retriever, capsys):
+    """Seven pairs: five of the first image, two of the second; the last line is one that settings take."""
+    words = ["--data-root", world, "--split", "val", "--pairs", 7, "--batch-size", 1, "--device", "cpu"]
+    curve, layers = script("layers").main([str(word) for word in (*words, f"model.name={base}")])
+    two = [records[0], replace(records[1], captions=records[1].captions[:2])]
+    assert [len(record.captions) for record in two] == [5, 2]
+    assert curve == pytest.approx(retention_curve(retriever, two), abs=1e-5)
+    assert layers == anchor_layers(curve)
+    told = capsys.readouterr().out.splitlines()
+    head, *lines, setting = [line for line in told if not line.startswith("note: ")]
+    assert head.endswith("score retention over 7 pairs of 2 images")
+    assert [float(line.split()[2]) for line in lines] == pytest.approx(curve, abs=1e-4)
+    assert [line.endswith("read") for line in lines] == [layers[0] <= layer <= layers[1] for layer in range(2)]
+    assert load_config(None, [setting]).merge.sap_layers == f"{layers[0]}-{layers[1]}"
 
 
 # --- the setting ----------------------------------------------------------------------------------------------------

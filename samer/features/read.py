@@ -42,6 +42,7 @@ def open_encoder(
     dtype: torch.dtype | None = None,
     local_files_only: bool = False,
     revision: str = "main",
+    pictures: bool = True,
 ) -> Encoder:
     """The encoder of a run: a retriever, or the feature store at `features`, with the projector at `adapter_path`.
 
@@ -53,6 +54,7 @@ def open_encoder(
         dtype: that the backbone computes in; None: bfloat16 on a GPU, else float32.
         local_files_only: don't ask the hub.
         revision: of the model on the hub.
+        pictures: False: it is for texts alone, as in `Retriever.load`.
 
     Raises:
         InputError: as `Retriever.load`, `FeatureStore` and `load_projector`.
@@ -63,7 +65,8 @@ def open_encoder(
     if features:
         encoder = FeatureStore(features, name, device, revision=revision)
     else:
-        encoder = Retriever.load(name, dtype=dtype, device=device, local_files_only=local_files_only, revision=revision)
+        where = {"local_files_only": local_files_only, "revision": revision}
+        encoder = Retriever.load(name, dtype=dtype, device=device, pictures=pictures, **where)
     if adapter_path:
         encoder.use_projector(load_projector(adapter_path, encoder, local_files_only=local_files_only))
     return encoder

@@ -25,7 +25,7 @@ FARTHEST = (
     "clusters start from tokens far apart (merge.center_init=farthest): with an untouched projector that found 54 % "
     "first instead of 44 % on the generated scenes; merge.center_init=raster starts as published"
 )
-MANY_TOKENS = 2000  # no image of the retrievers here has more, as they were trained
+MANY_TOKENS = 2000  # no image of the retrievers here has more: as they were trained, or by a limit of ours (NeoMME)
 TOO_MANY = f"which region each patch went to is not kept: that takes a byte, so at most {NO_REGION} regions"
 
 
@@ -168,7 +168,14 @@ class Settings:
             raise InputError(f"{error}; or give the projector that it was made with as --adapter-path") from None
 
 
-def encoder_of(index: Index, device: torch.device | str, *, model: str | None = None, features: str = "") -> Encoder:
+def encoder_of(
+    index: Index,
+    device: torch.device | str,
+    *,
+    model: str | None = None,
+    features: str = "",
+    pictures: bool = True,
+) -> Encoder:
     """The encoder that an index was made with, whatever its projection.
 
     Args:
@@ -176,13 +183,14 @@ def encoder_of(index: Index, device: torch.device | str, *, model: str | None = 
         device: to compute on.
         model: where it is instead.
         features: a feature store to read instead of images; empty: none.
+        pictures: False: it is for queries alone, as in `Retriever.load`.
 
     Raises:
         InputError: it can't be loaded, or it is another one than the index was made with.
     """
     name, revision = index.model_place(model)
     hint = "" if model else f"{index.folder} was made with it: say where it is with --model FOLDER"
-    encoder = _opened(name, device, hint, features=features, revision=revision)
+    encoder = _opened(name, device, hint, features=features, revision=revision, pictures=pictures)
     index.check_model(encoder)
     return encoder
 

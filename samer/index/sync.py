@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from samer.compressors import Compressor, make_compressor
@@ -32,6 +33,7 @@ from samer.index.tensors import kept_part
 from samer.index.write import check_settings, writing
 from samer.retrievers.banks import Bank
 from samer.retrievers.base import Encoder, image_seeds
+from samer.retrievers.family import RefusedPicture
 from samer.runtime.files import atomic_path, is_dir
 from samer.runtime.progress import Progress, batched, prefetched
 from samer.runtime.signals import stop_here
@@ -315,10 +317,22 @@ class _Update:
                 images.append(picture.image)
                 ready.names.append(name)
                 ready.contents.append(picture.content)
-        if images:
-            seeds = image_seeds(self._records(ready.names))
-            ready.inputs.update({**self.writer.retriever.image_inputs(images), "seeds": seeds})
+        ready.inputs.update(self._inputs(ready, images))
         return ready
+
+    def _inputs(self, ready: _Ready, images: list[Image]) -> dict[str, Tensor]:
+        """What the model needs of pictures; one that it can't be given is skipped, and the others prepared again."""
+        while images:
+            try:
+                inputs = self.writer.retriever.image_inputs(images)
+            except RefusedPicture as error:
+                name = ready.names.pop(error.number)
+                del ready.contents[error.number], images[error.number]
+                detail = f"{Path(self.root, name)}: it {error.reason}"
+                ready.skipped.append(Skipped(name, "refused by the model", detail))
+            else:
+                return {**inputs, "seeds": image_seeds(self._records(ready.names))}
+        return {}
 
     def _held_content(self, name: str, file: Path) -> str | None:
         """A file's content, if the index held a picture with that content when the run began."""

@@ -22,6 +22,7 @@ from samer.index.settings import encoder_of
 from samer.report.gallery import Gallery, Shown, check_images, make_gallery, noting_replaced
 from samer.report.page import headline, metrics_table, write_report
 from samer.runtime.files import check_writable
+from samer.scoring import StoredImages
 
 
 def check_place(path: str | Path, indexes: Sequence[str | Path] = (), inputs: Sequence[str | Path] = ()) -> Path:
@@ -101,7 +102,7 @@ def means_and_totals(index: Index, split: str) -> dict:
         `sizes`: `vectors` {mean, fewest, most, total}; `bytes` {mean, total} of the stored vectors; `operations` of
         MaxSim, 2 D sum(M) sum(vectors), {mean, total}, whose mean is per query and image.
     """
-    counts = torch.cat([mask.sum(1) for _, _, mask in index.images(split)])  # (I,)
+    counts = torch.cat([_counts(images) for _, images in index.stored(split)])  # (I,)
     fewest, most, total = int(counts.min()), int(counts.max()), int(counts.sum())
     if fewest == most:
         return {}
@@ -112,6 +113,13 @@ def means_and_totals(index: Index, split: str) -> dict:
     vectors = {"mean": total / len(counts), "fewest": fewest, "most": most, "total": total}
     sizes = {"bytes": {"mean": size / len(counts), "total": size}}
     return {"sizes": {"vectors": vectors, **sizes, "operations": {"mean": operations / pairs, "total": operations}}}
+
+
+def _counts(images: StoredImages) -> Tensor:
+    """How many vectors each live image of a shard has, (n,) long; tokens are not read for it."""
+    count, most = images.tokens.shape[:2]
+    counts = torch.full((count,), most) if images.mask is None else images.mask.sum(1)
+    return counts if images.live is None else counts[images.live]
 
 
 def size_line(sizes: dict) -> str:

@@ -32,14 +32,9 @@ def fold_means(scores: Tensor, image_of: Tensor, count: int) -> dict:
     Raises:
         InputError: fewer images than folds, or a fold without a query.
     """
-    if not 1 <= count <= scores.shape[1]:
-        raise InputError(f"{count} folds of {scores.shape[1]:,} images; give at least 1 fold and an image for each")
     found: dict[str, list[dict[str, float]]] = {"text_to_image": [], "image_to_text": []}
-    folds = np.array_split(np.arange(scores.shape[1]), count)
-    for number, images in enumerate(folds, start=1):
-        asked = (image_of >= int(images[0])) & (image_of <= int(images[-1]))
-        if not asked.any():
-            raise InputError(f"fold {number} of {count} has no query; give fewer folds")
+    folds = _folds(scores.shape[1], image_of, count)
+    for images, asked in folds:
         own = scores[asked][:, images[0] : images[-1] + 1]
         positives = image_of[asked][:, None] == image_of.new_tensor(images)
         described = positives.any(0)
@@ -49,7 +44,20 @@ def fold_means(scores: Tensor, image_of: Tensor, count: int) -> dict:
         direction: {name: round(float(np.mean([fold[name] for fold in rows])), 6) for name in rows[0]}
         for direction, rows in found.items()
     }
-    return {"count": count, "images": [len(images) for images in folds], **means}
+    return {"count": count, "images": [len(images) for images, _ in folds], **means}
+
+
+def _folds(count_images: int, image_of: Tensor, count: int) -> list[tuple[np.ndarray, Tensor]]:
+    """Images of each fold, and which queries ask for them, (Q,) bool."""
+    if not 1 <= count <= count_images:
+        raise InputError(f"{count} folds of {count_images:,} images; give at least 1 fold and an image for each")
+    folds = []
+    for number, images in enumerate(np.array_split(np.arange(count_images), count), start=1):
+        asked = (image_of >= int(images[0])) & (image_of <= int(images[-1]))
+        if not asked.any():
+            raise InputError(f"fold {number} of {count} has no query; give fewer folds")
+        folds.append((images, asked))
+    return folds
 
 
 def within_sets(scores: Tensor, image_of: Tensor, ids: Sequence[str]) -> dict:
@@ -67,12 +75,7 @@ def within_sets(scores: Tensor, image_of: Tensor, ids: Sequence[str]) -> dict:
     Raises:
         InputError: an image of no set.
     """
-    sets: dict[str, list[int]] = {}
-    for number, name in enumerate(ids):
-        group, slash, _ = name.rpartition("/")
-        if not slash:
-            raise InputError(f"image {name[:80]!r} is of no set (no folder in its id); leave --sets out")
-        sets.setdefault(group, []).append(number)
+    sets = _sets(ids)
     hits, owners, sizes = np.zeros(len(image_of)), np.zeros(len(image_of), dtype=int), []
     for number, images in enumerate(sets.values()):
         members = image_of.new_tensor(images)
@@ -87,32 +90,61 @@ def within_sets(scores: Tensor, image_of: Tensor, ids: Sequence[str]) -> dict:
     return {"sets": len(sizes), "images_per_set": round(float(np.mean(sizes)), 6), "accuracy": accuracy}
 
 
-def protocols_asked(index: Index, split: str, scores: Tensor, folds: int | None, sets: bool) -> dict:
-    """`folds` and `within_sets` of an index's split, where they are asked for.
+def _sets(ids: Sequence[str]) -> dict[str, list[int]]:
+    """Numbers of the images of each set."""
+    sets: dict[str, list[int]] = {}
+    for number, name in enumerate(ids):
+        group, slash, _ = name.rpartition("/")
+        if not slash:
+            raise InputError(f"image {name[:80]!r} is of no set (no folder in its id); leave --sets out")
+        sets.setdefault(group, []).append(number)
+    return sets
+
+
+def check_protocols(index: Index, split: str, folds: int | None, sets: bool) -> None:
+    """Refuses protocols that the split can't be measured by, before it is scored.
 
     Args:
         index: with captions.
         split: of it.
-        scores: (Q, I) of the whole split.
         folds: how many; None: not asked for.
         sets: whether accuracy within sets is asked for.
 
     Raises:
-        InputError: relevance is graded, and more than its own image may answer a query.
+        InputError: as `fold_means` and `within_sets`; relevance is graded, and more than its own image may answer a
+            query.
+    """
+    if folds is None and not sets:
+        return
+    if index.grades(split) is not None:
+        raise InputError(
+            f"{index.folder}: relevance of {split} is graded; folds and sets are of data whose queries "
+            "describe one image each: leave --folds and --sets out"
+        )
+    ids = list(index.numbers(split))
+    if folds is not None:
+        _folds(len(ids), _image_of(index, split), folds)
+    if sets:
+        _sets(ids)
+
+
+def protocols_asked(index: Index, split: str, scores: Tensor, folds: int | None, sets: bool) -> dict:
+    """`folds` and `within_sets` of an index's split, where they are asked for; arguments as `check_protocols` takes.
+
+    Args:
+        scores: (Q, I) of the whole split.
     """
     found: dict = {}
-    if folds is not None or sets:
-        if index.grades(split) is not None:
-            raise InputError(
-                f"{index.folder}: relevance of {split} is graded; folds and sets are of data whose queries "
-                "describe one image each: leave --folds and --sets out"
-            )
-        image_of = torch.cat([images for _, images, _ in index.queries(split)])
     if folds is not None:
-        found["folds"] = fold_means(scores, image_of, folds)
+        found["folds"] = fold_means(scores, _image_of(index, split), folds)
     if sets:
-        found["within_sets"] = within_sets(scores, image_of, [name for ids, *_ in index.images(split) for name in ids])
+        found["within_sets"] = within_sets(scores, _image_of(index, split), list(index.numbers(split)))
     return found
+
+
+def _image_of(index: Index, split: str) -> Tensor:
+    """The image that each query describes, (Q,)."""
+    return torch.cat([images for _, images, _ in index.queries(split)])
 
 
 def protocol_lines(result: dict) -> list[str]:

@@ -38,19 +38,23 @@ def window_of(name: str) -> tuple[str, list[int]] | None:
     return found and (found[1], [*range(int(found[2]), int(found[3]) + 1)])
 
 
-def check_signals(needs: Sequence[str], layers: int | None = None) -> None:
+def check_signals(needs: Sequence[str], layers: int | None = None, *, windowed: bool = False) -> None:
     """Refuses a name that is neither in `ATTENTION` nor such as "mean:11-14", and a layer that is not there.
 
     Args:
         needs: names of signals.
-        layers: how many the language model has; None: not known.
+        layers: how many the language model has that see the whole picture; None: not known.
+        windowed: whether it has others, which are not counted.
     """
     for name in needs:
         window = window_of(name)
         if name not in ATTENTION and window is None:
             raise InputError(f"attention signal {name!r} is unknown; there are {', '.join(ATTENTION)}, and mean:11-14")
         if window and layers is not None and window[1][-1] >= layers:
-            raise InputError(f"merge.sap_layers {name.partition(':')[2]}: the model has {layers} layers, from 0 on")
+            which = " of full attention, which alone are counted" if windowed else ""
+            raise InputError(
+                f"merge.sap_layers {name.partition(':')[2]}: the model has {layers} layers{which}, from 0 on"
+            )
 
 
 _COLUMNS = "samer_columns"  # an attention of transformers' registry: sdpa, and a look at the chosen layers

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from samer.config import InputError
 from samer.retrievers.base import Projector
+from samer.runtime.commands import is_memory
 from samer.tokens import ImageLayout, VisualTokens
 
 NOISE = (96, 64)  # pixels of the pictures that are tried, where the family does not scale them to one size
@@ -29,10 +30,11 @@ class Loaded(Protocol):
     def encode_images(self, inputs: dict[str, Tensor]) -> VisualTokens: ...
 
 
-def check_model(retriever: Loaded) -> None:
+def check_model(retriever: Loaded, pictures: bool = True) -> None:
     """Refuses a retriever whose tokens would say nothing: a projection or a model without content.
 
-    Such files exist: a base without its adapter, weights under other names. It runs on two small pictures of noise.
+    Such files exist: a base without its adapter, weights under other names. It runs on two small pictures of noise,
+    unless it is for texts alone (`pictures` is False): then only the projection is looked at.
 
     Raises:
         InputError: all rows of the projection are equal; tokens of two pictures are equal; a picture has not as many
@@ -42,13 +44,15 @@ def check_model(retriever: Loaded) -> None:
     weight = retriever.base_projector.weight
     if len(weight) > 1 and bool((weight == weight[0]).all()):
         raise InputError(f"model {retriever.name!r}: all rows of its projection are equal; {remedy}")
+    if not pictures:
+        return
     try:
         inputs = {**retriever.image_inputs(noise(retriever.picture_size or NOISE)), "seeds": torch.arange(2)}
         patches = retriever.image_layout(inputs).patches  # refuses another number of tokens than the grid has cells
         tokens = retriever.encode_images(inputs).tokens
     except (RuntimeError, ValueError, IndexError) as error:
-        if isinstance(error, (InputError, torch.OutOfMemoryError)):
-            raise
+        if isinstance(error, InputError) or is_memory(error) or "CUDA" in str(error):
+            raise  # of the machine, not of the model
         reason = f"does not take its processor's pictures ({' '.join(str(error).split())[:160]})"
         raise InputError(f"model {retriever.name!r} {reason}; {remedy}") from None
     one, other = (tokens[row][patches[row].to(tokens.device)] for row in (0, 1))

@@ -93,6 +93,7 @@ class Retriever(Encoder):
         device: torch.device | str = "cpu",
         local_files_only: bool = False,
         revision: str = "main",
+        pictures: bool = True,
     ) -> Retriever:
         """Loads a retriever in transformers format, e.g. `vidore/colpali-v1.3-hf`, or a folder.
 
@@ -102,6 +103,7 @@ class Retriever(Encoder):
             device: to compute on.
             local_files_only: don't ask the hub.
             revision: of the model on the hub: a branch, tag or commit.
+            pictures: False: it is for texts alone, and is not tried on pictures (`checks.check_model`).
 
         Raises:
             InputError: not found, of no known family, weights that the checkpoint does not hold, or a model that does
@@ -146,7 +148,7 @@ class Retriever(Encoder):
                 "Use a checkpoint made for this transformers version"
             )
         retriever = cls(model.to(device), processor, name, revision=revision, dtype=dtype)
-        check_model(retriever)
+        check_model(retriever, pictures)
         return retriever
 
     @cached_property
@@ -227,8 +229,9 @@ class Retriever(Encoder):
         """As `Encoder.image_states`; attention is read layer by layer, an image at a time, and never kept."""
         if not needs:
             return self.hidden_states(inputs), {}
-        count = len(self.family.attentions[1])
-        check_signals(needs, count)
+        config, modules = self.family.attentions
+        count = len(modules)
+        check_signals(needs, count, windowed=count < getattr(config, "num_hidden_layers", count))
         windows = {name: window for name in needs if (window := window_of(name))}
         layers = signal_layers(count)
         hidden, sums = self._columns(inputs, {*layers, *(k for _, own in windows.values() for k in own)})

@@ -19,6 +19,9 @@ from samer.retrievers.family import Family
 from samer.tokens import ImageLayout
 
 ORIGIN = 2  # the row and the column of the first patch: <doc> and <img> come before
+# Of a picture, in patches; OURS, as the released processor's file sets no limit. With the ceilings of a grid, a <row>
+# behind each row, <doc> and <img> a picture has at most 1,780 + 2 * 96 + 1,780 / 96 + 4 < 2,000 tokens.
+MOST_PATCHES, LONGEST_SIDE = 1780, 96
 
 
 class NeoMME(Family):
@@ -34,18 +37,28 @@ class NeoMME(Family):
     projection = "multi_vector_head.proj"
     options: Mapping[str, Any] = {"output_dense": False}
     required = ("position_ids",)  # else patches get the positions of words
-    settings: Mapping[str, Any] = {"backend": "torchvision"}
+    settings: Mapping[str, Any] = {
+        "backend": "torchvision",
+        "most_patches": MOST_PATCHES,
+        "longest_side_patches": LONGEST_SIDE,
+    }
 
     @classmethod
     def load_processor(cls, name: str, **where: Any) -> Any:
-        """As `Family.load_processor`.
+        """As `Family.load_processor`; larger pictures are scaled to `MOST_PATCHES`, or less where its files say so.
 
         Raises:
             InputError: torchvision is not installed.
         """
         if find_spec("torchvision") is None:
             raise InputError("torchvision prepares its pictures, and is not installed: pip install torchvision")
-        return super().load_processor(name, **where)
+        processor = super().load_processor(name, **where)
+        pictures = processor.image_processor
+        size, side = dict(pictures.size or {}), pictures.patch_size
+        most = min(size.get("max_pixels") or MOST_PATCHES * side**2, MOST_PATCHES * side**2)
+        pictures.size = {"min_pixels": size.get("min_pixels") or 1, "max_pixels": most}
+        pictures.max_side = min(pictures.max_side or LONGEST_SIDE * side, LONGEST_SIDE * side)
+        return processor
 
     @property
     def image_token_id(self) -> int:
@@ -79,7 +92,7 @@ class NeoMME(Family):
         return {
             **super().processing,
             "patch_size": str(pictures.patch_size),
-            "longest_side": str(pictures.max_side or "as it is"),
+            "longest_side": str(pictures.max_side),
             "document_prompt": self.processor.apply_chat_template(page, task="document", tokenize=False),
             "query_prompt": self._prompts(["{query}"])[0],
         }

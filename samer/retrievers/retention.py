@@ -2,6 +2,8 @@
 
     layers = anchor_layers(retention_curve(retriever, records))   # then merge.sap_layers="{layers[0]}-{layers[1]}"
 
+scripts/layers.py does that.
+
 Layer by layer, a tenth of an image's patches is kept, those that its other patches look at most, and a caption of the
 image is scored by them: retention is that score over the score by all patches. The layers just before the last fall
 below the median are taken. The paper calibrates on 500 pairs of its model's training set.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,8 +23,21 @@ from torch import Tensor
 from samer.config import InputError
 from samer.data.records import ImageRecord
 from samer.retrievers.hf import Retriever
+from samer.runtime.progress import Progress, batched
+from samer.runtime.signals import stop_here
 
 KEPT = 0.10  # of an image's patches
+
+
+def first_pairs(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
+    """The first so many pairs of an image and a caption of it, by image; those without captions are left out."""
+    found = []
+    for record in records:
+        captions = record.captions[:count]
+        count -= len(captions)
+        if captions:
+            found.append(replace(record, captions=captions))
+    return found
 
 
 @torch.no_grad()
@@ -39,8 +55,9 @@ def retention_curve(retriever: Retriever, records: Sequence[ImageRecord], batch_
     if not any(record.captions for record in records):
         raise InputError(f"none of {len(records):,} images has a caption, so there is nothing to calibrate on")
     found = []
-    for start in range(0, len(records), batch_size):
-        batch = records[start : start + batch_size]
+    total = -(-len(records) // batch_size)
+    for batch in Progress(batched(records, batch_size), "calibration", total=total, unit="batches"):
+        stop_here()
         inputs = retriever.record_inputs(batch)
         hidden, attention = retriever.layer_attention(inputs)
         tokens = retriever.project(hidden)  # (B, N, D)

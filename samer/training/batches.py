@@ -61,7 +61,7 @@ class CaptionDataset(Dataset):
 
     def boxless(self) -> int:
         """How many captions have no box, neither of a phrase nor of their image; they train with background only."""
-        return sum(not len(label_boxes(row.record, row.caption)[0]) for row in self.rows)
+        return sum(not any(each.boxes for each in (*row.caption.phrases, *row.record.things)) for row in self.rows)
 
 
 class Collator:
