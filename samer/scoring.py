@@ -306,14 +306,28 @@ def int8_product_works(device: torch.device) -> bool:
         )
         left[0], right[0] = 127, -127
         try:
-            # laid out as `score_stored` does: columns of a wider row-major matrix
-            wide = torch.cat([right, right]).to(device).t().contiguous()
+            wide = _as_columns(torch.cat([right, right]).to(device))
             product = _ReusedProduct(torch._int_mm, torch.int32)(left.to(device), wide[:, columns:])
         except (AttributeError, TypeError, RuntimeError, NotImplementedError):
             return False  # `_float_product` takes its place
         if product.dtype != torch.int32 or not torch.equal(product.cpu(), left.int() @ right.int().t()):
             return False
     return True
+
+
+def _as_columns(rows: Tensor) -> Tensor:
+    """(c, D) int8 as the right operand (D, c) of a product: column-major on a GPU, whose kernels are made for that."""
+    return rows.t() if rows.is_cuda else rows.t().contiguous()
+
+
+def _int_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """The int32 product by torch's int8 kernel, or in float32 where the kernel refuses these sizes."""
+    try:
+        return torch._int_mm(left, right, out=out)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return out.copy_(_float_product(left, right))
 
 
 def _half_product(left: Tensor, right: Tensor) -> Tensor:
@@ -380,12 +394,12 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     flat, spans = _valid_rows(queries)  # (n, D) float32
     whole, scales = quantise_queries(flat)
     fast = int8_product_works(tokens.device) and width % 8 == 0
-    product = _ReusedProduct(torch._int_mm, torch.int32) if fast else _float_product
+    product = _ReusedProduct(_int_product, torch.int32) if fast else _float_product
     # the products' second operand has a multiple of 8 columns, as some kernels want
     columns = -(-len(whole) // 8) * 8
     right = torch.zeros(columns, width, dtype=torch.int8, device=tokens.device)
     right[: len(whole)] = whole
-    right = right.t().contiguous()
+    right = _as_columns(right)
     if block_elements is None:
         block_elements = _CPU_BLOCK_ELEMENTS if tokens.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
     wide = min(columns, _BLOCK_QUERY_TOKENS)

@@ -5,6 +5,8 @@
 What is checked there is also checked with the CPU in the GPU's place, so that the checks themselves are known to work.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from samer.features.read import open_encoder
 from samer.index.read import Index
 from samer.index.write import build_index
 from samer.retrievers.hf import Retriever
+from samer.scoring import StoredImages, pack_signs, score_stored
+from samer.tokens import QueryTokens
 from samer.world.retriever import PUBLISHED, Geometry, build_colpali, in_halves, page_texts, train_tokenizer
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or hidden without -m gpu")
@@ -87,6 +91,27 @@ def test_a_search_on_the_device_finds_what_the_cpu_finds(exact_float32, on_the_c
     scores, _ = fresh.scores("test", device)
     torch.testing.assert_close(scores, index.scores("test")[0], atol=1e-4, rtol=0)
     assert scores.device.type == "cpu"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", [8, 16, 24, 64, 128])
+def test_products_of_every_size_are_the_cpus(device, width):
+    generator = torch.Generator().manual_seed(width)
+    for queries, length, images, regions in (
+        (1, 1, 1, 1),
+        (1, 5, 3, 6),
+        (5, 13, 7, 9),
+        (20, 60, 40, 3),
+        (79, 40, 8, 9),
+    ):
+        tokens = torch.randint(-127, 128, (images, regions, width), generator=generator, dtype=torch.int8)
+        words = F.normalize(torch.randn(queries, length, width, generator=generator), dim=-1)
+        mask = torch.ones(queries, length, dtype=torch.bool)
+        for kind in (StoredImages(tokens, 0.01), StoredImages(pack_signs(tokens.float()))):
+            there = replace(kind, tokens=kind.tokens.to(device))
+            found = score_stored(QueryTokens(words.to(device), mask.to(device)), there)
+            expected = score_stored(QueryTokens(words, mask), kind)
+            torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -204,6 +204,21 @@ def test_a_product_that_does_not_work_is_not_used(how, monkeypatch, fresh_check)
         assert torch.equal(score_stored(*case), scores)
 
 
+def test_sizes_that_the_kernel_refuses_are_multiplied_otherwise(monkeypatch, fresh_check):
+    case = ask(9, 4, 24), stored_int8(40, 3, 24)
+    expected = score_stored(*case)
+    assert scoring.int8_product_works(CPU)
+    refused = []
+
+    def refuse(left, right, out):
+        refused.append(left.shape)
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+    monkeypatch.setattr(torch, "_int_mm", refuse)
+    assert torch.equal(score_stored(*case), expected)
+    assert refused
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_both_products_give_the_same_scores(sizes, monkeypatch):
     q, m, i, k, width = sizes
