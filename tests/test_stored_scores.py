@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import ask, best_of, unit
 
-from samer import scoring
+from samer import products, scoring
 from samer.config import InputError
 from samer.scoring import (
     StoredImages,
@@ -370,7 +370,7 @@ def test_halves_are_multiplied_as_they_are_where_the_device_can(monkeypatch, kin
     query_mask, image_mask = torch.rand(5, 7, generator=generator) > 0.3, torch.rand(9, 4, generator=generator) > 0.3
     query_mask[:, 0] = image_mask[:, 0] = True
     plain = scoring.maxsim(queries, images, query_mask, image_mask)
-    monkeypatch.setattr(scoring, "_half_product", product)
+    monkeypatch.setattr(scoring, "half_product", product)
     monkeypatch.setattr(scoring, "half_product_works", lambda device, dtype: dtype == kind)
     fast = scoring.maxsim(queries, images, query_mask, image_mask)
     assert fast.dtype == torch.float32
@@ -384,15 +384,15 @@ def test_halves_are_multiplied_as_they_are_where_the_device_can(monkeypatch, kin
 
 
 def test_a_product_of_halves_is_checked_before_it_is_used(monkeypatch):
-    scoring.half_product_works.cache_clear()
+    products.half_product_works.cache_clear()
     try:
-        assert not scoring.half_product_works(CPU, torch.bfloat16)  # torch has none on a CPU
-        scoring.half_product_works.cache_clear()
-        monkeypatch.setattr(scoring, "_half_product", lambda left, right: left.float() @ right.float())
-        assert scoring.half_product_works(CPU, torch.bfloat16)
-        assert not scoring.half_product_works(CPU, torch.float32)
-        scoring.half_product_works.cache_clear()
-        monkeypatch.setattr(scoring, "_half_product", lambda left, right: (left @ right).float())  # rounded sums
-        assert not scoring.half_product_works(CPU, torch.bfloat16)
+        assert not products.half_product_works(CPU, torch.bfloat16)  # torch has none on a CPU
+        products.half_product_works.cache_clear()
+        monkeypatch.setattr(products, "half_product", lambda left, right: left.float() @ right.float())
+        assert products.half_product_works(CPU, torch.bfloat16)
+        assert not products.half_product_works(CPU, torch.float32)
+        products.half_product_works.cache_clear()
+        monkeypatch.setattr(products, "half_product", lambda left, right: (left @ right).float())  # rounded sums
+        assert not products.half_product_works(CPU, torch.bfloat16)
     finally:
-        scoring.half_product_works.cache_clear()
+        products.half_product_works.cache_clear()
