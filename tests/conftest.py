@@ -47,7 +47,9 @@ def pytest_runtest_logreport(report):
         NO_CODE["seconds"] += report.duration
 
 
-def pytest_sessionfinish():
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workerinput"):  # a worker's outcomes reach the process that started it, too
+        return
     cases = NO_CODE["passed"] + NO_CODE["failed"]
     if cases and (log := os.environ.get("SAMER_FAULT_LOG")):
         row = {"group": "code in data", "cases": cases, "survived": NO_CODE["passed"], "bytes_lost": 0}

@@ -29,6 +29,8 @@ from samer.training.alignment import Alignment
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "samer_k64_colpali.yaml"
 CPU = torch.device("cpu")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or hidden without -m gpu")
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +68,9 @@ def of(config, **settings):
     return replace(config, align=replace(config.align, **settings))
 
 
-def test_a_run_gives_a_retriever_that_has_learned(config):
-    folder = align(of(config, epochs=25, learning_rate=5e-3, phrase_weight=1.0), CPU)
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_a_run_gives_a_retriever_that_has_learned(config, device):
+    folder = align(of(config, epochs=25, learning_rate=5e-3, phrase_weight=1.0), torch.device(device))
     history = json.loads((folder / "history.json").read_text())["epochs"]
     assert [entry["epoch"] for entry in history] == list(range(1, 26))
     assert history[-1]["contrast"] < 0.7 * history[0]["contrast"]

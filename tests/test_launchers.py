@@ -194,7 +194,9 @@ def test_tests_run_in_the_repo(place):
     status, said, calls = called(place, "test", "tests/test_merging.py")
     assert (status, said) == (0, "")
     assert {folder for folder, _ in calls} == {str(place / "the repo")}
-    assert calls[-1][1] == ["-m", "pytest", "tests/test_merging.py"]
+    *words, last = calls[-1][1]
+    assert words[:4] == ["-m", "pytest", "-n", "auto"]  # a worker for each core
+    assert last == "tests/test_merging.py"
 
 
 @pytest.mark.parametrize("launcher", ["cache", "features", "train"])
