@@ -131,7 +131,7 @@ WRONG = {
     "no list": (lambda v: v.pop("images"), "captions", "no list 'images'"),
     "id": (lambda v: v["images"][1].update(id="2"), "captions", "image 2: id must be a whole number; it is '2'"),
     "no name": (lambda v: v["images"][1].pop("file_name"), "captions", "image 2: file_name must be text"),
-    "no object": (lambda v: v["images"].__setitem__(0, None), "captions", "image 1: id must be a whole number"),
+    "no object": (lambda v: v["images"].__setitem__(0, None), "captions", "image 1: not a JSON object; correct it"),
     "twice": (lambda v: v["images"][1].update(id=1), "captions", "image 2: 1 is also image 1; remove one"),
     "no text": (lambda v: v["annotations"][3].update(caption=4), "captions", "annotation 4: caption must be text"),
     "blank": (lambda v: v["annotations"][0].update(caption=" "), "captions", "image 4: caption 1 is empty"),
