@@ -39,7 +39,7 @@ NAMES = (
     "verify",
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "assets").glob("*.md")), *sorted((ROOT / "assets" / "results").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "assets").glob("*.md")), *sorted((ROOT / "assets/results").glob("*.md"))]
 
 
 def base_set():
