@@ -7,7 +7,7 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-[ -n "${DATA_ROOT:-}" ] || { echo "error: DATA_ROOT is not set; give the Flickr30k-Entities folder: DATA_ROOT=DIR bash bash/cache.sh" >&2; exit 2; }
+[ -n "${DATA_ROOT:-}" ] || { echo "error: DATA_ROOT is not set; give the data set's folder: DATA_ROOT=DIR bash bash/cache.sh" >&2; exit 2; }
 prepare
 words "${SPLITS:-val test}"
 launch "${REPO}scripts/cache.py" --data-root="$DATA_ROOT" --adapter-path="${ADAPTER_PATH:-}" \

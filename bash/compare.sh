@@ -3,7 +3,7 @@
 #   DATA_ROOT (the built-in world, generated)   CONFIG (configs/demo.yaml; with DATA_ROOT configs/samer_k64_colpali.yaml)
 #   OUTPUT_DIR (outputs/compare)   FEATURES_DIR (computed into OUTPUT_DIR/features)   SEEDS ("0 1 2")
 # e.g. DATA_ROOT=/data/flickr30k_entities FEATURES_DIR=features/flickr_colpali bash bash/compare.sh
-# or fewer tables: bash bash/compare.sh --sections untouched adapted
+# or fewer tables: bash bash/compare.sh --sections untouched adapted --methods none samer kmeans --budgets 64 16
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Retrieval metrics of a cached split. Variables (default):
+# Retrieval metrics of a cached split. Variables (default) and any flag, such as --folds 5 (COCO) or --sets (ImageCoDe):
 #   CACHE_DIR (outputs/flickr_samer_k64)   SPLIT (test)   OUTPUT_JSON ($CACHE_DIR/metrics_$SPLIT.json)   DEVICE (auto)
 #   DATA_ROOT (empty; else the report beside OUTPUT_JSON shows pictures)   FEATURES_DIR (empty: from the images)
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh

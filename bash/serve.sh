@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A page to search indexes by words. Variables (default):
 #   CACHE_DIR (outputs/flickr_samer_k64; several with spaces between, or one a line)   PORT (8000)   DEVICE (auto)
-#   DATA_ROOT (none; Flickr30k-Entities, where the pictures of such an index lie)
+#   DATA_ROOT (none; the data set's folder, where the pictures of an index made by bash/cache.sh lie)
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 

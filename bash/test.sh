@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint and tests; installs what they need. Arguments go to pytest, e.g. bash bash/test.sh tests/test_merging.py
+# Lint and tests, a worker for each core (8 at most) and a thread each; installs what they need. Arguments go to pytest,
+# e.g. bash bash/test.sh tests/test_merging.py -n 0 (no workers: output as it comes, a debugger)
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
@@ -8,4 +9,5 @@ REPO=
 prepare serve test
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$PYTHON" -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"

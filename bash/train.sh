@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains the projector. Variables (default) and any section.key=value override:
-#   DATA_ROOT (required)   NPROC_PER_NODE (1; more: torchrun)   CONFIG (configs/samer_k64_colpali.yaml)
+#   DATA_ROOT (required; its kind is guessed, data.name=coco says it)   NPROC_PER_NODE (1; more: torchrun)
+#   CONFIG (configs/samer_k64_colpali.yaml; for ColQwen2 configs/samer_k64_colqwen2.yaml)
 #   RUN_NAME (samer_k64_colpali)   OUTPUT_DIR (checkpoints/$RUN_NAME)
 #   and, where set, over the config's own value: MODEL_NAME LOCAL_FILES_ONLY TRAIN_BATCH_SIZE EVAL_BATCH_SIZE
 #   GRAD_ACCUM_STEPS LEARNING_RATE NUM_TRAIN_EPOCHS BF16 REPORT_TO NUM_REGIONS CLUSTER_ITERS SPATIAL_WEIGHT
@@ -10,7 +11,7 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-[ -n "${DATA_ROOT:-}" ] || { echo "error: DATA_ROOT is not set; give the Flickr30k-Entities folder: DATA_ROOT=DIR bash bash/train.sh" >&2; exit 2; }
+[ -n "${DATA_ROOT:-}" ] || { echo "error: DATA_ROOT is not set; give the data set's folder: DATA_ROOT=DIR bash bash/train.sh" >&2; exit 2; }
 RUN_NAME=${RUN_NAME:-samer_k64_colpali}
 settings=("data.root=$DATA_ROOT" "train.run_name=$RUN_NAME" "train.output_dir=${OUTPUT_DIR:-${REPO}checkpoints/$RUN_NAME}")
 while read -r variable key; do

@@ -7,10 +7,12 @@ import difflib
 import functools
 import math
 import os
+import re
 import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ class InputError(ValueError):
     """
 
 
+Budget = int | str  # K, or "1/16": the share of an image's N tokens that K is, in lowest terms
+_SHARE = re.compile(r"([0-9]{1,9}) ?/ ?([0-9]{1,9})")
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 120, 120
 
@@ -45,6 +49,29 @@ def whole_number(key: str, value: object) -> int:
     return _coerce(value, int, key)
 
 
+def as_budget(key: str, value: object) -> Budget:
+    """`value` as K, or as a share of N: 64 and 64.0, "1/16" and "2/32" are some; "64", 0.0625 and "16/16" are none.
+
+    Raises:
+        InputError: it is none; names it by `key`.
+    """
+    if isinstance(value, str) and (share := _SHARE.fullmatch(value.strip())):
+        part, whole = map(int, share.groups())
+        _require(0 < part < whole, key, "a share above 0 and below 1, such as 1/16, or a whole number", value)
+        return str(Fraction(part, whole))
+    try:
+        found = whole_number(key, value)
+    except InputError as error:
+        raise InputError(f"{error}; a share of an image's tokens is written as 1/16") from None
+    _require(found >= 1, key, "at least 1", found)
+    return found
+
+
+def vectors_of(regions: Budget, tokens: int) -> int:
+    """K of an image of so many tokens: `regions` itself, or that share of them, rounded up."""
+    return regions if isinstance(regions, int) else math.ceil(tokens * Fraction(regions))
+
+
 def _require(holds: bool, key: str, rule: str, value: object) -> None:
     if not holds:
         raise InputError(f"{key} must be {rule}; it is {_shown(value)}")
@@ -55,37 +82,52 @@ class MergeConfig:
     """How images are compressed: the merge of METHOD sections 2-3, or another compressor at the same budget.
 
     Attributes:
-        num_regions: K, the budget of vectors per image.
+        num_regions: K, the budget of vectors per image; or "1/16": a 16th of its N tokens, rounded up.
         cluster_iters: T, clustering iterations.
         spatial_weight: gamma, weight of the squared distance in the unit square.
         assignment_temperature: tau_a of the soft assignment.
         object_penalty: eta, weight of the instance inconsistency (training with labels only).
         center_init: "raster" (published) or "farthest".
-        compressor: a name in `samer.compressors.COMPRESSORS`; all but "samer" take `num_regions` only.
+        compressor: a name in `samer.compressors.COMPRESSORS`; all but "samer" take `num_regions` and what names them.
+        global_view: where a retriever sees a page in tiles and once as a whole, "joined" merges the tokens of both with
+            each other, "apart" puts no token of the one into a region of the other ("samer" only).
+        bank_size: R, the most query tokens in a bank ("querybank" only).
+        sap_layers: first and last layer whose attention is averaged, such as "11-14" ("sap-mean", "sap-max" only);
+            empty: the middle ones. From 0 on, of those that see the whole picture where others see a window of it;
+            scripts/layers.py finds those of SAP's second version.
 
     Raises:
         InputError: a value outside its range.
     """
 
-    num_regions: int = 64
+    num_regions: Budget = 64
     cluster_iters: int = 3
     spatial_weight: float = 0.1
     assignment_temperature: float = 0.07
     object_penalty: float = 1.0
     center_init: str = "raster"
     compressor: str = "samer"
+    bank_size: int = 2048
+    sap_layers: str = ""
+    global_view: str = "joined"
 
     def __post_init__(self) -> None:
         _settle(self, "merge.")
-        _require(self.num_regions >= 1, "merge.num_regions", "at least 1", self.num_regions)
+        _require(self.bank_size >= 1, "merge.bank_size", "at least 1", self.bank_size)
         _require(self.cluster_iters >= 1, "merge.cluster_iters", "at least 1", self.cluster_iters)
         for name in ("spatial_weight", "object_penalty"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, f"merge.{name}", "a finite number >= 0", value)
         value = self.assignment_temperature
         _require(math.isfinite(value) and value > 0, "merge.assignment_temperature", "a finite number > 0", value)
+        ends = re.fullmatch(r"([0-9]{1,4})-([0-9]{1,4})", self.sap_layers)
+        rule = "first and last layer, such as 11-14, or empty"
+        right = not self.sap_layers or (bool(ends) and int(ends[1]) <= int(ends[2]))
+        _require(right, "merge.sap_layers", rule, self.sap_layers)
         rule = "'raster' or 'farthest'"
         _require(self.center_init in ("raster", "farthest"), "merge.center_init", rule, self.center_init)
+        rule = "'joined' or 'apart'"
+        _require(self.global_view in ("joined", "apart"), "merge.global_view", rule, self.global_view)
 
 
 @dataclass(frozen=True)
@@ -105,7 +147,7 @@ class ObjectsConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The frozen retriever: a hub id or a folder of ColPali in transformers format; `revision`: of the hub id."""
+    """The frozen retriever: a hub id or a folder in transformers format; `revision`: of the hub id."""
 
     name: str = "vidore/colpali-v1.3-hf"
     revision: str = "main"
@@ -119,13 +161,15 @@ class ModelConfig:
 class DataConfig:
     """A data set on disk, how it is read, and how much of it; `features` names a feature store to train from.
 
-    `reader`: a name in `samer.data.READERS`. `max_megapixels`: larger pictures are refused before they are decoded, as
+    `name`: of its kind, in `samer.data.READERS`; empty: guessed from the folder, and told. `reader`: an older word for
+    `name`, which takes its value. `max_megapixels`: larger pictures are refused before they are decoded, as
     a small file can claim any size. `strict`: refuse what a reader otherwise leaves out and tells, such as a box
     outside its picture.
     """
 
     root: str = ""
-    reader: str = "flickr"
+    name: str = ""
+    reader: str = ""
     features: str = ""
     train_split: str = "train"
     eval_split: str = "val"
@@ -136,6 +180,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _settle(self, "data.")
+        if self.reader:
+            rule = f"what data.name says, {self.name!r}, or left out"
+            _require(self.name in ("", self.reader), "data.reader", rule, self.reader)
+            object.__setattr__(self, "name", self.reader)
+            object.__setattr__(self, "reader", "")
         most = self.max_megapixels
         _require(math.isfinite(most) and most > 0, "data.max_megapixels", "a finite number > 0", most)
         for name in ("limit_train_images", "limit_eval_images"):
@@ -148,8 +197,9 @@ class TrainConfig:
     """Projector-only training (METHOD section 4); batch sizes count captions per device.
 
     `budgets`: train one projector for all of these K, the loss averaged over them; written as a list in
-    merge.num_regions, whose largest is then the K of validation and index. `select_best`: keep the projector of the
-    epoch with the best validation R@1; `early_stop_patience`: stop after so many epochs without a better one.
+    merge.num_regions, all whole numbers or all shares, whose largest is then the K of validation and index.
+    `select_best`: keep the projector of the epoch with the best validation R@1; `early_stop_patience`: stop after so
+    many epochs without a better one.
     `report_to`: none, or trackers that accelerate knows, by comma, such as tensorboard,wandb; each must be installed.
     """
 
@@ -172,13 +222,14 @@ class TrainConfig:
     logging_steps: int = 10
     save_steps: int = 500
     resume: bool = True
-    budgets: tuple[int, ...] = ()
+    budgets: tuple[Budget, ...] = ()
     select_best: bool = False
     early_stop_patience: int | None = None
 
     def __post_init__(self) -> None:
         _settle(self, "train.")
-        _require(all(k >= 1 for k in self.budgets), "merge.num_regions", "at least 1", list(self.budgets))
+        alike = len({type(k) for k in self.budgets}) < 2
+        _require(alike, "merge.num_regions", "a list of whole numbers or one of shares", list(self.budgets))
         patience = self.early_stop_patience
         _require(patience is None or patience >= 1, "train.early_stop_patience", "at least 1, or null", patience)
         at_least_one = ("train_batch_size", "eval_batch_size", "grad_accum_steps", "logging_steps", "save_steps")
@@ -208,7 +259,10 @@ class Config:
         budgets = self.train.budgets
         rule = "the largest of train.budgets; give the list as merge.num_regions instead"
         _require(
-            not budgets or max(budgets) == self.merge.num_regions, "merge.num_regions", rule, self.merge.num_regions
+            not budgets or max(budgets, key=Fraction) == self.merge.num_regions,
+            "merge.num_regions",
+            rule,
+            self.merge.num_regions,
         )
 
 
@@ -232,6 +286,8 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     """`value` as type `kind`, or InputError; numbers written as text (PyYAML reads 5e-5 so) are read as numbers."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a number of numpy's or torch's
         value = value.item()
+    if kind == Budget:
+        return as_budget(key, value)
     if isinstance(kind, types.UnionType):
         inner = [k for k in typing.get_args(kind) if k is not type(None)]
         return None if value is None else _coerce(value, inner[0], key)
@@ -241,7 +297,7 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         inner = typing.get_args(kind)[0]
         if not isinstance(value, (list, tuple)):
             raise InputError(
-                f"{key} must be a list{' of whole numbers' if inner is int else ''}; it is {_shown(value)}"
+                f"{key} must be a list{' of whole numbers' if inner == Budget else ''}; it is {_shown(value)}"
             )
         return tuple(_coerce(item, inner, key) for item in value)
     if typing.get_origin(kind) is dict:
@@ -343,25 +399,25 @@ def _spread_budgets(values: Any, where: str) -> Any:
     regions = merge.get("num_regions") if isinstance(merge, dict) else None
     if not isinstance(regions, list):
         return values
-    if not regions or not all(isinstance(k, int) and not isinstance(k, bool) for k in regions):
-        raise InputError(
-            f"{where}: merge.num_regions must be a whole number or a list of them; it is {_shown(regions)}"
-        )
+    if not regions:
+        raise InputError(f"{where}: merge.num_regions must be a whole number, a share, or a list of such; it is []")
+    regions = [as_budget(f"{where}: merge.num_regions", k) for k in regions]
     train = values.get("train") or {}
     if isinstance(train, dict):  # else it is refused by name when the settings are built
         train = {**train, "budgets": regions}
-    return {**values, "merge": {**merge, "num_regions": max(regions)}, "train": train}
+    return {**values, "merge": {**merge, "num_regions": max(regions, key=Fraction)}, "train": train}
 
 
-def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: typing.Sequence[str] = (), kind: type = Config) -> Any:
     """Reads a config file and applies `section.key=value` overrides, values read as YAML, text as it is.
 
     Args:
         path: a YAML file; None starts from the defaults.
         overrides: e.g. `["merge.num_regions=32", "train.learning_rate=5e-5"]`.
+        kind: a dataclass of sections.
 
     Returns:
-        A checked `Config`.
+        Checked settings, a `Config` or another `kind`.
 
     Raises:
         InputError: unreadable file, unknown key, wrong type or value out of range, named.
@@ -369,14 +425,14 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     values = load_yaml(path) if path is not None else {}
     where = str(path) if path is not None else "config"
     values = _spread_budgets(values, where)
-    build_dataclass(Config, values, where)  # the file is checked by itself, so that a message names it rightly
+    build_dataclass(kind, values, where)  # the file is checked by itself, so that a message names it rightly
     values = dict(values or {})
     for override in overrides:
         key, equals, text = override.partition("=")
         section, dot, name = key.partition(".")
         if not equals or not dot or not section or not name:
             raise InputError(f"override {override!r} is not of the form section.key=value, e.g. merge.num_regions=32")
-        if _is_text(section, name):
+        if _is_text(kind, section, name):
             value = text  # a path stays as it was typed, whatever YAML would make of it
         else:
             try:
@@ -388,15 +444,15 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
             values["train"] = {k: v for k, v in values["train"].items() if k != "budgets"}  # it replaces a list too
     values = _spread_budgets(values, " ".join([f"{where} with", *overrides]))
     # the overrides are checked together: a range may hold only with the file's value or another override's
-    return build_dataclass(Config, values, " ".join([f"{where} with", *overrides]) if overrides else where)
+    return build_dataclass(kind, values, " ".join([f"{where} with", *overrides]) if overrides else where)
 
 
-def _is_text(section: str, name: str) -> bool:
+def _is_text(settings: type, section: str, name: str) -> bool:
     """Whether a setting is plain text."""
-    kind = typing.get_type_hints(Config).get(section)
-    return kind is not None and typing.get_type_hints(kind).get(name) is str
+    kind = _kinds(settings).get(section)
+    return kind is not None and _kinds(kind).get(name) is str
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Any) -> str:
     """The config as YAML text that `load_config` reads back to an equal config."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

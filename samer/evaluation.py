@@ -15,7 +15,8 @@ from torch import Tensor
 from samer.compressors import Compressor, make_compressor
 from samer.config import InputError, MergeConfig
 from samer.data.records import ImageRecord
-from samer.metrics import bootstrap_intervals, query_metrics, retrieval_metrics
+from samer.metrics import bootstrap_intervals, graded_metrics, query_metrics, summary
+from samer.retrievers.banks import Bank, query_states
 from samer.retrievers.base import Encoder
 from samer.runtime.processes import from_first, gather_objects, rank, world_size
 from samer.runtime.progress import batched, prefetched
@@ -33,12 +34,28 @@ def fit_records(records: Sequence[ImageRecord]) -> list[ImageRecord]:
 
 @torch.no_grad()
 def fitted_compressor(
-    retriever: Encoder, records: Sequence[ImageRecord], merge: MergeConfig, batch_size: int
+    retriever: Encoder,
+    records: Sequence[ImageRecord],
+    merge: MergeConfig,
+    batch_size: int,
+    bank_texts: Sequence[str] = (),
+    bank: Bank | None = None,
 ) -> Compressor:
     """The compressor that `merge` names, fitted on the corpus `records` where it has something to learn from one.
 
     The first process fits it and the others take over what it learned: two devices need not agree in the last bit, and
     codes that differ in one would mix in an index. So every process must call this, with the same corpus.
+
+    Args:
+        retriever: with the projector in use.
+        records: the corpus.
+        merge: compressor and settings.
+        batch_size: images, or texts, per forward pass.
+        bank_texts: what a query bank is made of; only where the compressor `needs_queries`.
+        bank: one that is there already, instead.
+
+    Raises:
+        InputError: an unknown compressor, or one that needs queries and gets none.
     """
     compressor = make_compressor(merge)
 
@@ -49,6 +66,11 @@ def fitted_compressor(
 
     if compressor.needs_corpus:
         compressor.load_state(from_first(learned))
+    if compressor.needs_queries:
+        if bank is None:
+            states = query_states(retriever, bank_texts, merge.bank_size, "given texts", batch_size)
+            bank = states.bank(retriever.current_projector())
+        compressor.load_state(bank.state)
     return compressor
 
 
@@ -81,14 +103,18 @@ def join_queries(batches: Sequence[QueryTokens]) -> QueryTokens:
     return QueryTokens(tokens, torch.cat([F.pad(batch.mask, (0, missing)) for batch, missing in zip(batches, short)]))
 
 
-def check_described(records: Sequence[ImageRecord]) -> None:
+def check_described(records: Sequence[ImageRecord], undescribed: bool = False) -> None:
     """Refuses images without captions where both directions are measured, before any work.
+
+    Args:
+        records: of the split.
+        undescribed: whether such images belong to the data set (`Reader.undescribed`): they are what else can be found.
 
     Raises:
         InputError: names the first.
     """
     bare = [record.image_id for record in records if not record.captions]
-    if bare:
+    if bare and not (undescribed and len(bare) < len(records)):
         raise InputError(
             f"{len(bare):,} of {len(records):,} images have no caption, the first is {bare[0]}; image to text needs "
             "one of each: take them out of the split"
@@ -120,25 +146,72 @@ def score_records(
 
 
 def evaluate_records(
-    retriever: Encoder, records: Sequence[ImageRecord], merge: MergeConfig, *, batch_size: int
+    retriever: Encoder, records: Sequence[ImageRecord], merge: MergeConfig, *, batch_size: int, bank: Bank | None = None
 ) -> dict[str, float]:
-    """Text-to-image metrics of a split, from `score_records`; every process returns the same ones."""
-    compressor = fitted_compressor(retriever, records, merge, batch_size)
+    """Text-to-image metrics of a split, from `score_records`; every process returns the same ones.
+
+    Images that answer a caption are those that its `grades` name, or its own.
+
+    `bank` as in `fitted_compressor`.
+    """
+    compressor = fitted_compressor(retriever, records, merge, batch_size, bank=bank)
     scores = score_records(retriever, records, compressor, batch_size=batch_size)
     owner = torch.tensor([k for k, record in enumerate(records) for _ in record.captions])
-    return retrieval_metrics(scores, owner[:, None] == torch.arange(len(records)))
+    grades = grade_matrix(caption_grades(records), len(records))
+    values = relevance_metrics(scores, owner[:, None] == torch.arange(len(records)) if grades is None else grades)
+    return {name: summary(name, value) for name, value in values.items()}
 
 
-def both_directions(scores: Tensor, image_of: Tensor, *, resamples: int = 1000, seed: int = 0) -> dict[str, dict]:
+def caption_grades(records: Sequence[ImageRecord]) -> list[list[list[int]]]:
+    """[number of an image, grade] of every image that answers a caption, per caption; all [] where none has grades.
+
+    Images that are not among the records are left out; a caption that is left with none has its own, at 1.
+    """
+    place = {record.image_id: k for k, record in enumerate(records)}
+    rows = [
+        [[place[name], grade] for name, grade in caption.grades if name in place]
+        for record in records
+        for caption in record.captions
+    ]
+    own = (k for k, record in enumerate(records) for _ in record.captions)
+    return [row or [[k, 1]] for k, row in zip(own, rows)] if any(rows) else rows
+
+
+def grade_matrix(rows: Sequence[Sequence[Sequence[int]]], images: int) -> Tensor | None:
+    """Grades (Q, I) uint8 of `caption_grades`; None where a query has none, as relevance is not graded then."""
+    if not rows or not all(rows):
+        return None
+    grades = torch.zeros(len(rows), images, dtype=torch.uint8)
+    for query, row in enumerate(rows):
+        numbers, values = zip(*row)
+        grades[query, list(numbers)] = torch.tensor(values, dtype=torch.uint8)
+    return grades
+
+
+def relevance_metrics(scores: Tensor, truth: Tensor) -> dict[str, np.ndarray]:
+    """Per-query metrics: `graded_metrics` of grades, `query_metrics` of bool."""
+    return query_metrics(scores, truth) if truth.dtype == torch.bool else graded_metrics(scores, truth)
+
+
+def recall_sum(directions: dict[str, dict]) -> float:
+    """rSum: R@1, R@5 and R@10 of both directions of `both_directions`, added up, at most 600."""
+    return round(sum(metrics[f"r@{k}"]["value"] for metrics in directions.values() for k in (1, 5, 10)), 6)
+
+
+def both_directions(
+    scores: Tensor, image_of: Tensor, *, grades: Tensor | None = None, resamples: int = 1000, seed: int = 0
+) -> dict[str, dict]:
     """Metrics of a score matrix in both directions, with 95 % bootstrap intervals over queries.
 
     Args:
         scores: (Q, I) float32.
         image_of: (Q,) whole numbers, the image that each query describes.
+        grades: (Q, I) whole numbers, how well each image answers each query; None: its own does, no other.
 
     Returns:
         `{"text_to_image": {metric: {"value": v, "interval": [low, high]}}, "image_to_text": {...}}`; captions of one
-        image are resampled together.
+        image are resampled together. Image to text asks the images that answer some query; recall is that of the best
+        of an image's captions, of its five where it has five.
     """
     scores = torch.from_numpy(scores) if isinstance(scores, np.ndarray) else scores
     check_tensor("scores", scores)
@@ -150,22 +223,23 @@ def both_directions(scores: Tensor, image_of: Tensor, *, resamples: int = 1000, 
             f"image_of must be {len(scores)} whole numbers, a query's image each; it is {image_of.dtype} "
             f"{tuple(image_of.shape)}"
         )
-    positives = image_of[:, None] == torch.arange(scores.shape[1])
-    described = positives.any(0)
+    truth = image_of[:, None] == torch.arange(scores.shape[1]) if grades is None else grades
+    if truth.shape != scores.shape:
+        raise InputError(f"grades {tuple(truth.shape)} must have the shape of scores, {tuple(scores.shape)}")
+    described = (truth > 0).any(0)
     directions = {
-        "text_to_image": (scores, positives, image_of.numpy()),
-        "image_to_text": (scores.T[described], positives.T[described], None),
+        "text_to_image": (scores, truth, image_of.numpy()),
+        "image_to_text": (scores.T[described], truth.T[described], None),
     }
     result: dict[str, dict] = {}
     for name, (matrix, truth, groups) in directions.items():
-        values = query_metrics(matrix, truth)
+        values = relevance_metrics(matrix, truth)
         intervals = bootstrap_intervals(values, resamples=resamples, seed=seed, groups=groups)
-        points = {
-            metric: float(np.median(value) if metric == "median_rank" else np.mean(value))
-            for metric, value in values.items()
-        }
         result[name] = {
-            metric: {"value": round(point, 6), "interval": [round(float(edge), 6) for edge in intervals[metric]]}
-            for metric, point in points.items()
+            metric: {
+                "value": round(summary(metric, value), 6),
+                "interval": [round(float(edge), 6) for edge in intervals[metric]],
+            }
+            for metric, value in values.items()
         }
     return result

@@ -111,15 +111,16 @@ class PhraseIndex:
         return torch.from_numpy(covered)
 
     def own_tokens(self, images: Sequence[int], tokens: Sequence[Tensor]) -> OwnTokens:
-        """Query tokens of the captions of some images.
+        """Query tokens of the captions of some images; an image without a caption has none.
 
         Args:
             images: their numbers, B of them.
             tokens: the valid tokens (m, D) of every caption of the split, as a projector made them.
         """
-        rows = [torch.tensor(self._entries[image]) for image in images]  # each (t, 3)
+        rows = [torch.tensor(self._entries[image], dtype=torch.long).reshape(-1, 3) for image in images]  # each (t, 3)
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # (B, T, 3)
-        vectors = [torch.cat([tokens[number] for number in row[:, 0].unique().tolist()]) for row in rows]
+        none = tokens[0][:0]
+        vectors = [torch.cat([none, *(tokens[number] for number in row[:, 0].unique().tolist())]) for row in rows]
         vectors = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True)
         return OwnTokens(vectors, padded[..., 0].to(vectors.device), padded[..., 2].to(vectors.device))
 

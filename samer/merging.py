@@ -14,18 +14,21 @@ are the product of the assignment with a.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samer.config import InputError, MergeConfig
+from samer.config import InputError, MergeConfig, vectors_of
 from samer.objects import instance_inconsistency
 from samer.tokens import MergedTokens, check_tensor
 
 LENGTH_ERROR = 0.05  # unit tokens may be off so much; in bfloat16 they are off by 0.004
 MOST_LABELS = 2**16  # instances of an image; the prior counts each in every region
 
-__all__ = ["MergeConfig", "check_tokens", "check_unit", "keep_short", "keep_tokens", "merge_tokens"]
+__all__ = ["MergeConfig", "check_tokens", "check_unit", "each_budget", "keep_short", "keep_tokens", "merge_tokens"]
 
 
 def merge_tokens(
@@ -35,6 +38,7 @@ def merge_tokens(
     *,
     mask: Tensor | None = None,
     instance_labels: Tensor | None = None,
+    views: Tensor | None = None,
 ) -> MergedTokens:
     """Merges N unit tokens per image into at most K (METHOD sections 2-3).
 
@@ -47,19 +51,34 @@ def merge_tokens(
         config: K and the other settings.
         mask: (B, N) bool, False at padding, whose contents (NaN too) do not matter.
         instance_labels: (B, N) long, 0 is background: adds the object prior. Training only.
+        views: (B, N) bool, True at tokens of a second view of the whole picture, for `config.global_view` "apart".
 
     Returns:
-        `MergedTokens` with K = min(config.num_regions, N); `assignments` are those of the last clustering iteration.
+        `MergedTokens` with K = min(config.num_regions, N), or of a share the K of N, padding counted: an image fills as
+        many as its own tokens give. `assignments` are those of the last clustering iteration.
 
     Raises:
         InputError: anything but tensors; shapes, dtypes or devices that do not fit; an image without a valid token; a
             token or place that is not finite; labels that are no small numbers.
     """
     check_tokens(tokens, coords, mask, instance_labels)
+    if views is not None:
+        check_tensor("views", views, torch.bool, like=tokens)
+        if views.shape != tokens.shape[:2]:
+            raise InputError(f"views of shape {tuple(views.shape)} does not fit tokens of shape {tuple(tokens.shape)}")
     if not isinstance(config, MergeConfig):
         raise InputError(f"config must be a MergeConfig, such as MergeConfig(num_regions=64); it is {config!r:.80}")
     if config.compressor != "samer":
         raise InputError(f"merge_tokens is samer's; for {config.compressor!r} use samer.compressors.make_compressor")
+    if isinstance(config.num_regions, str):
+        coords = coords.expand(len(tokens), -1, -1)
+
+        def merge(regions: int, rows: Tensor | slice) -> MergedTokens:
+            sides = {"mask": mask, "instance_labels": instance_labels, "views": views}
+            own = {name: None if value is None else value[rows] for name, value in sides.items()}
+            return merge_tokens(tokens[rows], coords[rows], replace(config, num_regions=regions), **own)
+
+        return each_budget(config.num_regions, tokens.shape[1], mask, merge)
     dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
     with torch.autocast(tokens.device.type, enabled=False):
         tokens = tokens.to(dtype)
@@ -71,13 +90,17 @@ def merge_tokens(
             return keep_tokens(tokens, coords, mask)
         one = torch.ones_like(coords[..., :1]) if mask is None else mask[..., None].to(dtype)
         augmented = torch.cat([tokens, coords, one], dim=-1)  # a: (B, N, D + 3), zero at padding
-        centres, assignments = _cluster(augmented.detach(), config, mask)
+        start = _starts(augmented.detach(), config, mask)
+        barrier = _barrier(views, start) if views is not None and config.global_view == "apart" else None
+        centres, assignments = _cluster(augmented.detach(), start, config, barrier)
         logits = augmented @ centres.transpose(1, 2)  # (B, N, K): -d + const(i)
         if instance_labels is not None and config.object_penalty > 0:
             labels = instance_labels if mask is None else instance_labels.masked_fill(~mask, 0)
             hard = F.one_hot(assignments, config.num_regions).to(dtype) * one  # (B, N, K)
             penalty = instance_inconsistency(hard, labels, int(labels.max()) + 1)
             logits = logits - config.object_penalty * penalty
+        if barrier is not None:
+            logits = logits.masked_fill(barrier, float("-inf"))
         weights = (logits / config.assignment_temperature).softmax(dim=-1)
         if mask is not None:
             weights = weights * mask[..., None]
@@ -88,6 +111,39 @@ def merge_tokens(
         visible = assignments if mask is None else assignments.masked_fill(~mask, -1)
         result = MergedTokens(merged, places, full, weights, visible)
         return result if mask is None else keep_short(result, tokens, coords, mask)
+
+
+def each_budget(
+    share: str, count: int, mask: Tensor | None, merge: Callable[[int, Tensor | slice], MergedTokens]
+) -> MergedTokens:
+    """Merges the images of a batch that have the same K together, where K is a share of each image's own tokens.
+
+    Args:
+        share: of `config.Budget`.
+        count: N, padding counted; the result is as wide as an image of so many tokens is, whatever the batch holds.
+        mask: (B, N) bool, False at padding; None if nothing is padded.
+        merge: of K and the rows of the batch that have it; its result has at most K regions.
+    """
+    width = vectors_of(share, count)
+    if mask is None:
+        return merge(width, slice(None))
+    budgets = torch.tensor([vectors_of(share, length) for length in mask.sum(1).tolist()])
+    rows, parts = [], []
+    for regions in budgets.unique().tolist():
+        rows.append((budgets == regions).nonzero()[:, 0].to(mask.device))
+        found = merge(regions, rows[-1])
+        more = width - found.tokens.shape[1]
+        parts.append(
+            (
+                F.pad(found.tokens, (0, 0, 0, more)),
+                F.pad(found.coords, (0, 0, 0, more)),
+                F.pad(found.mask, (0, more)),
+                F.pad(found.weights, (0, more)),
+                found.assignments,
+            )
+        )
+    back = torch.cat(rows).argsort()
+    return MergedTokens(*(torch.cat(column)[back] for column in zip(*parts)))
 
 
 def check_tokens(tokens: Tensor, coords: Tensor, mask: Tensor | None, labels: Tensor | None = None) -> None:
@@ -159,13 +215,31 @@ def _bounds(sums: Tensor, spatial_weight: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _cluster(augmented: Tensor, config: MergeConfig, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _starts(augmented: Tensor, config: MergeConfig, mask: Tensor | None) -> Tensor:
+    """Indices (B, K) of the tokens that are the first centres."""
+    return (_raster if config.center_init == "raster" else _farthest)(augmented, config, mask)
+
+
+def _barrier(views: Tensor, start: Tensor) -> Tensor:
+    """(B, N, K) bool, True where a token may not go: a region stays with the view that its first centre is of.
+
+    Where no first centre is of a token's own view (a very small K), the token goes anywhere.
+    """
+    kinds = views.gather(1, start)  # (B, K)
+    other = views[..., None] != kinds[:, None]
+    return other & ~other.all(2, keepdim=True)
+
+
+@torch.no_grad()
+def _cluster(augmented: Tensor, start: Tensor, config: MergeConfig, barrier: Tensor | None) -> tuple[Tensor, Tensor]:
     """Final centres b (B, K, D + 3) and the last hard assignment (B, N); that of padding means nothing."""
-    start = (_raster if config.center_init == "raster" else _farthest)(augmented, config, mask)  # (B, K)
     first = augmented.gather(1, start[..., None].expand(-1, -1, augmented.shape[2]))
     centres, _ = _bounds(first, config.spatial_weight)
     for _ in range(config.cluster_iters):
-        nearest = (augmented @ centres.transpose(1, 2)).argmax(-1)  # (B, N)
+        closeness = augmented @ centres.transpose(1, 2)  # (B, N, K)
+        if barrier is not None:
+            closeness = closeness.masked_fill(barrier, float("-inf"))
+        nearest = closeness.argmax(-1)  # (B, N)
         moved, size = _bounds(_cluster_sums(augmented, nearest, config.num_regions), config.spatial_weight)
         centres = torch.where(size > 0, moved, centres)
     return centres, nearest

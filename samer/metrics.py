@@ -42,7 +42,7 @@ def retrieval_metrics(scores: Tensor | np.ndarray, positives: Tensor | np.ndarra
 
     Source: METHOD section 5 (the figures reported, ties, scores that are not finite).
     """
-    return {name: _summary(name, values) for name, values in query_metrics(scores, positives).items()}
+    return {name: summary(name, values) for name, values in query_metrics(scores, positives).items()}
 
 
 def query_metrics(scores: Tensor | np.ndarray, positives: Tensor | np.ndarray) -> dict[str, np.ndarray]:
@@ -88,6 +88,46 @@ def query_metrics(scores: Tensor | np.ndarray, positives: Tensor | np.ndarray) -
     for k in _NDCG_CUTOFFS:
         dcg = np.where(ranks <= k, gains, 0.0).sum(axis=1)  # (Q,)
         values[f"ndcg@{k}"] = 100.0 * dcg / ideal[np.minimum(counts, k) - 1]
+    return values
+
+
+def graded_metrics(scores: Tensor | np.ndarray, grades: Tensor | np.ndarray) -> dict[str, np.ndarray]:
+    """Return per-query values where candidates answer a query better or worse.
+
+    Every metric but nDCG asks only whether a candidate answers at all, as `query_metrics`. nDCG's gain is the grade
+    itself (linear, as trec_eval; some tools take 2^grade - 1), its ideal the best order of all that answer. Of equal
+    scores the lower grade comes first.
+
+    Args:
+        scores: (Q, I), as in `retrieval_metrics`.
+        grades: (Q, I) whole numbers of at least 0, 0 where a candidate does not answer.
+
+    Returns:
+        As `query_metrics`.
+
+    Raises:
+        InputError: as `query_metrics`; grades that are no whole numbers, or below 0.
+    """
+    scores, grades = _matrix("scores", scores), torch.as_tensor(_matrix("grades", grades))
+    if grades.is_floating_point() or grades.is_complex() or grades.dtype == torch.bool:
+        raise InputError(f"grades are {grades.dtype}; expected whole numbers")
+    if grades.numel() and int(grades.min()) < 0:
+        raise InputError(f"grades hold {int(grades.min())}; expected at least 0")
+    values = query_metrics(scores, grades > 0)
+    depth = min(_DEEPEST_CUTOFF, scores.shape[1])
+    gains, ideal = np.empty((len(scores), depth)), np.empty((len(scores), depth))  # (Q, J)
+    rows_per_block = max(1, _BLOCK_ELEMENTS // scores.shape[1])
+    for start in range(0, len(scores), rows_per_block):
+        rows = slice(start, start + rows_per_block)
+        block, truth = _rows(scores, rows), _rows(grades, rows).double()  # (b, I)
+        block = block.to(torch.promote_types(block.dtype, torch.float32)).to(truth.device)
+        ascending, order = truth.sort(dim=1, stable=True)
+        ranked = block.gather(1, order).argsort(dim=1, descending=True, stable=True)[:, :depth]
+        gains[rows] = ascending.gather(1, ranked).cpu().numpy()
+        ideal[rows] = ascending.flip(1)[:, :depth].cpu().numpy()
+    discounts = 1.0 / np.log2(np.arange(depth) + 2.0)  # (J,)
+    for k in _NDCG_CUTOFFS:
+        values[f"ndcg@{k}"] = 100.0 * (gains[:, :k] @ discounts[:k]) / (ideal[:, :k] @ discounts[:k])
     return values
 
 
@@ -171,6 +211,48 @@ def bootstrap_intervals(
     return {name: (float(low[column]), float(high[column])) for column, name in enumerate(names)}
 
 
+def bootstrap_tests(
+    differences: np.ndarray, groups: np.ndarray, *, resamples: int = 10_000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bound mean paired differences, and test each against 0, by the bootstrap over groups of queries.
+
+    Args:
+        differences: (Q, C), C comparisons of two systems on the same queries.
+        groups: (Q,) integers; queries that share one are drawn together, as in `bootstrap_intervals`.
+        resamples, seed: as there; intervals are those that it gives with as many resamples.
+
+    Returns:
+        95 % intervals (C, 2), and two-sided p values (C,): twice the share of resampled means on the far side of 0, the
+        sample itself counted as one of them. So p < 0.05 where the 95 % interval leaves 0 out, up to its steps.
+
+    Raises:
+        InputError: no query, or shapes that differ.
+
+    Source: Efron and Tibshirani (1993), sections 13.3 and 15.4 (achieved significance levels from percentiles).
+    """
+    if differences.ndim != 2 or len(differences) == 0 or np.shape(groups) != differences.shape[:1]:
+        raise InputError(
+            f"differences {differences.shape} and groups {np.shape(groups)}: expected (Q, C) and (Q,), Q above 0"
+        )
+    member = np.unique(groups, return_inverse=True)[1]
+    count = int(member.max()) + 1
+    sums = np.zeros((count, differences.shape[1]))
+    np.add.at(sums, member, differences.astype(np.float64))
+    sizes = np.bincount(member, minlength=count)  # (G,)
+    generator = np.random.default_rng(seed)
+    means = np.empty((resamples, differences.shape[1]))
+    rows_per_block = max(1, _BLOCK_ELEMENTS // count)
+    for start in range(0, resamples, rows_per_block):
+        rows = min(rows_per_block, resamples - start)
+        draws = generator.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
+        times = np.bincount(draws.ravel(), minlength=rows * count).reshape(rows, count)
+        means[start : start + rows] = (times @ sums) / (times @ sizes)[:, None]
+    means[np.abs(means) < 1e-9] = 0.0  # what sums of opposite differences leave
+    share = np.minimum((means <= 0).sum(0), (means >= 0).sum(0))
+    p = np.minimum(1.0, 2.0 * (1 + share) / (resamples + 1))
+    return np.quantile(means, [0.025, 0.975], axis=0).T, p
+
+
 def _matrix(name: str, values: Tensor | np.ndarray) -> Tensor | np.ndarray:
     """A tensor as it is, anything else as an array of a kind that torch has."""
     if isinstance(values, Tensor):
@@ -186,7 +268,7 @@ def _matrix(name: str, values: Tensor | np.ndarray) -> Tensor | np.ndarray:
     return array.astype(np.float64 if wide else array.dtype.newbyteorder("="), copy=False)
 
 
-def _summary(name: str, values: np.ndarray) -> float:
+def summary(name: str, values: np.ndarray) -> float:
     """Reduce per-query values to the metric."""
     return float(np.median(values) if name == _MEDIAN_RANK else np.mean(values))
 

@@ -15,6 +15,15 @@ import torch
 from torch import Tensor
 
 from samer.config import InputError, whole_number
+from samer.products import (
+    ReusedProduct,
+    as_columns,
+    float_product,
+    half_product,
+    half_product_works,
+    int8_product_works,
+    int_product,
+)
 from samer.tokens import QueryTokens, check_tensor
 
 # One block's token products. On a CPU they should stay in cache between the matrix product and the maximum
@@ -100,9 +109,9 @@ def _working_product(queries: Tensor, images: Tensor) -> tuple[torch.dtype, Call
     if queries.requires_grad or images.requires_grad:
         product = torch.mm
     elif queries.dtype == images.dtype and half_product_works(images.device, images.dtype):
-        return images.dtype, _half_product
+        return images.dtype, half_product
     else:
-        product = _ReusedProduct(torch.mm)
+        product = ReusedProduct(torch.mm)
     return torch.promote_types(torch.promote_types(queries.dtype, images.dtype), torch.float32), product
 
 
@@ -147,21 +156,6 @@ class _ValidTokens:
                 products.masked_fill_(~image_mask[..., None], torch.finfo(products.dtype).min)
             totals.index_add_(0, owner, products.amax(dim=1).t())
         return totals / self.lengths[:, None]
-
-
-class _ReusedProduct:
-    """A matrix product into memory that is used again: fresh pages for every block would cost half a product more."""
-
-    def __init__(self, function: Callable[..., Tensor], dtype: torch.dtype | None = None) -> None:
-        """`function` takes `out`; its results are of `dtype`, by default that of its operands."""
-        self.function, self.dtype, self.memory = function, dtype, None
-
-    def __call__(self, left: Tensor, right: Tensor) -> Tensor:
-        """(n, D) times (D, c); valid until the next call."""
-        size = len(left) * right.shape[1]
-        if self.memory is None or len(self.memory) < size:
-            self.memory = left.new_empty(size, dtype=self.dtype or left.dtype)
-        return self.function(left, right, out=self.memory[:size].view(len(left), -1))
 
 
 def _score_block(
@@ -295,46 +289,6 @@ def unpack_signs(packed: Tensor) -> Tensor:
     return eights.view(torch.int8).view(*packed.shape[:-1], -1)
 
 
-@functools.cache
-def int8_product_works(device: torch.device) -> bool:
-    """Whether torch's int8 product (a private function) is here and right, extremes included; asked once per device."""
-    generator = torch.Generator().manual_seed(0)
-    for rows, width, columns in ((64, 128, 32), (96, 64, 48), (1024, 128, 1024)):
-        left, right = (
-            torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
-            for shape in ((rows, width), (columns, width))
-        )
-        left[0], right[0] = 127, -127
-        try:
-            # laid out as `score_stored` does: columns of a wider row-major matrix
-            wide = torch.cat([right, right]).to(device).t().contiguous()
-            product = _ReusedProduct(torch._int_mm, torch.int32)(left.to(device), wide[:, columns:])
-        except (AttributeError, TypeError, RuntimeError, NotImplementedError):
-            return False  # `_float_product` takes its place
-        if product.dtype != torch.int32 or not torch.equal(product.cpu(), left.int() @ right.int().t()):
-            return False
-    return True
-
-
-def _half_product(left: Tensor, right: Tensor) -> Tensor:
-    """float32 product of bfloat16 or float16 operands on a GPU's tensor cores: products are exact, sums are float32."""
-    return torch.mm(left, right, out_dtype=torch.float32)
-
-
-@functools.cache
-def half_product_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device multiplies halves into float32, and rightly; asked once per device and dtype."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(shape, generator=generator).to(dtype) for shape in ((96, 128), (128, 64)))
-    try:
-        product = _half_product(left.to(device), right.to(device))
-    except (TypeError, RuntimeError, NotImplementedError):  # only CUDA has it
-        return False
-    return product.dtype == torch.float32 and torch.allclose(product.cpu(), left.float() @ right.float(), atol=1e-4)
-
-
 def quantise_queries(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """(n, D) float tokens as int8 and a scale each, (n,): a token's maximum over an image does not see its scale."""
     scale = tokens.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
@@ -380,12 +334,12 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     flat, spans = _valid_rows(queries)  # (n, D) float32
     whole, scales = quantise_queries(flat)
     fast = int8_product_works(tokens.device) and width % 8 == 0
-    product = _ReusedProduct(torch._int_mm, torch.int32) if fast else _float_product
+    product = ReusedProduct(int_product, torch.int32) if fast else float_product
     # the products' second operand has a multiple of 8 columns, as some kernels want
     columns = -(-len(whole) // 8) * 8
     right = torch.zeros(columns, width, dtype=torch.int8, device=tokens.device)
     right[: len(whole)] = whole
-    right = right.t().contiguous()
+    right = as_columns(right)
     if block_elements is None:
         block_elements = _CPU_BLOCK_ELEMENTS if tokens.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
     wide = min(columns, _BLOCK_QUERY_TOKENS)
@@ -431,13 +385,6 @@ def _units(images: StoredImages, width: int) -> Tensor:
     """What the products of each image's values are worth, (I,) float32: its scale, or 1 / sqrt(D) for signs."""
     unit = width**-0.5 if images.scale is None else images.scale
     return torch.as_tensor(unit, dtype=torch.float32, device=images.tokens.device).expand(len(images.tokens))
-
-
-def _float_product(left: Tensor, right: Tensor) -> Tensor:
-    """The int32 product, by float32: exact, as |values| <= 127 keep every partial sum of D <= 1,040 below 2^24."""
-    if left.shape[1] > 1040:
-        raise InputError(f"int8 tokens of width {left.shape[1]}: without an int8 product at most 1,040 can be scored")
-    return (left.float() @ right.float()).to(torch.int32)
 
 
 def _valid_rows(queries: QueryTokens) -> tuple[Tensor, list[slice]]:

@@ -50,6 +50,13 @@ class ImageLayout:
     grid: Tensor
     source: Tensor
 
+    @property
+    def views(self) -> Tensor:
+        """(B, N) bool, True at image tokens that hold no patch of the grid: a second view of the whole picture."""
+        named = torch.zeros(*self.patches.shape[:1], self.patches.shape[1] + 1, device=self.source.device)
+        place = torch.where(self.source < 0, self.patches.shape[1], self.source)
+        return self.patches & (named.scatter_(1, place, 1)[:, :-1] == 0)
+
 
 @dataclass(frozen=True)
 class VisualTokens:
@@ -64,6 +71,7 @@ class VisualTokens:
         attention: signals by name, (B, N) float each: how much attention a patch receives (`retrievers.attention`).
         grid: (B, 2) long, rows and columns, as in `ImageLayout`; None where nobody asks for pictures.
         source: (B, P) long, the token of each patch, as in `ImageLayout`; None likewise.
+        views: (B, N) bool, as `ImageLayout.views`; None if there are none.
     """
 
     tokens: Tensor
@@ -74,6 +82,7 @@ class VisualTokens:
     attention: Mapping[str, Tensor] = field(default_factory=dict)
     grid: Tensor | None = None
     source: Tensor | None = None
+    views: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,8 @@ class MergedTokens:
         tokens: (B, K, D), unit norm where valid, zero elsewhere.
         coords: (B, K, 2), weighted mean positions.
         mask: (B, K) bool, False where an image has fewer vectors than K.
-        weights: (B, N, K), the assignment, soft or hard; rows sum to 1, rows of padding and of dropped tokens are 0.
+        weights: (B, N, K), the assignment, soft or hard; rows sum to 1, rows of padding and of dropped tokens are 0. Of
+            `querybank` the votes: columns sum to 1, rows to anything.
         assignments: (B, N) long, the hard cluster of each token, -1 at padding and at dropped tokens.
     """
 

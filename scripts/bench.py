@@ -1,6 +1,7 @@
 """Benchmarks: medians of several runs, the baseline in the same process, ratios reported.
 
 python scripts/bench.py merge     the operator against its own products, a loop over images and clusters, and H-Pool
+python scripts/bench.py querybank merging in the space of queries, beside farthest and raster SaMer
 python scripts/bench.py maxsim    exact scoring against the bare product and other engines (the extra `peers`)
 python scripts/bench.py scale     one million images of 64 x 128 int8 on disk: time and memory of a search (8.2 GB)
 python scripts/bench.py eval      5,000 captions against 1,000 images: scores, metrics, memory
@@ -9,6 +10,7 @@ python scripts/bench.py quality   what each stored dtype keeps: recall, overlap 
 python scripts/bench.py train     training from pixels and from stored features
 python scripts/bench.py pictures  photographs of 12, 50 and 108 megapixels: memory, pace, what reducing costs
 python scripts/bench.py latency   one query at a time, alone and beside a busy process, by how torch's threads wait
+python scripts/bench.py gpu       a random ColPali of the published size on a GPU: encoding, merging, training, scoring
 python scripts/bench.py help      how long --help of every script takes, beside an interpreter that does nothing
 """
 
@@ -33,6 +35,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from samer.runtime.commands import WAITING, run
@@ -103,6 +106,52 @@ def merge_loop(tokens, coords, config):
                 places[k] = coords[members].mean(0)
     weights = (-distance() / config.assignment_temperature).softmax(1)
     return torch.stack([F.normalize((w[:, None] * tokens).sum(0) / w.sum(), dim=0) for w in weights.t()])
+
+
+def queries(runs):
+    """Images of 1,030 x 128 to 64 by a bank of 2,048, in batches of 1 and 8, no gradient; SaMer on the same images.
+
+    The images are drawn around a few directions each, as real ones are, and bank and patches about the same ones.
+    """
+    import torch
+
+    from samer import MergeConfig, visual_coords
+    from samer.compressors import make_compressor
+    from samer.compressors.querybank import pick_one
+    from samer.tokens import VisualTokens
+
+    images, bank = photographed(8)
+    visual = VisualTokens(images, visual_coords(32, 32, prompt_tokens=6))
+    one = VisualTokens(images[:1], visual.coords)
+    merges = {name: MergeConfig(compressor="samer", center_init=name) for name in ("raster", "farthest")}
+    merges["querybank"] = MergeConfig(compressor="querybank")
+    makers = {name: make_compressor(merge) for name, merge in merges.items()}
+    makers["querybank"].fit_queries(bank)
+    share, room = torch.full((len(bank),), 1 / len(bank)), torch.empty(2, len(bank), images.shape[1])
+    jobs = [lambda each=each, some=some: each(some) for each in makers.values() for some in (one, visual)]
+    product = lambda: torch.mm(bank, images[0].T, out=room[0])
+    times = medians(max(9, runs // 10), product, lambda: pick_one(images[0], bank, share, 64, room), *jobs)
+    print("ms per image of 1,030 x 128 to 64 vectors, bank of 2,048; and how many times raster SaMer's")
+    print(f"  the product of bank and tokens: {times[0]:.2f}; with it the picks, of {64}: {times[1]:.2f}")
+    for place, name in enumerate(makers):
+        alone, many = times[2 + 2 * place], times[3 + 2 * place] / len(images)
+        print(f"  {name:10}{alone:7.2f} alone{many:7.2f} in a batch of 8{many / (times[3] / len(images)):7.1f}")
+
+
+def photographed(count):
+    """Unit tokens (count, 1030, 128) and a bank (2048, 128): smooth fields of directions, a common one in all."""
+    import torch
+    import torch.nn.functional as F
+
+    generator = torch.Generator().manual_seed(1)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    themes, common = normal(300, 128), normal(128)
+    fields = F.interpolate(normal(count, 20, 6, 6), size=(32, 32), mode="bicubic").flatten(2)  # which theme where
+    held = themes[torch.randint(0, 300, (count, 20), generator=generator)]
+    patches = (3 * fields).softmax(1).transpose(1, 2) @ held  # (count, 1024, 128)
+    tokens = torch.cat([patches, normal(count, 6, 128)], dim=1) + common + 0.3 * normal(count, 1030, 128)
+    asked = themes[torch.randint(0, 300, (2048,), generator=generator)] + 0.5 * common + 0.5 * normal(2048, 128)
+    return F.normalize(tokens, dim=-1), F.normalize(asked, dim=-1)
 
 
 def score(runs):
@@ -474,7 +523,8 @@ def compare_reduced():
     queries = found.tokens, found.mask
     cosines, scores = {"reduced": [], "stored again": []}, {"reduced": [], "stored again": []}
     with tempfile.TemporaryDirectory() as place:
-        for path in sorted((ROOT / "tests/fixtures/photos/images/Images").iterdir()):
+        paths = sorted((ROOT / "tests/fixtures/photos/images/Images").iterdir())
+        for path in paths:
             image = load_image(path)
             file, again = Path(place) / "a.jpg", Path(place) / "b.jpg"
             image.resize((10 * image.width, 10 * image.height), Image.LANCZOS).save(file, quality=92)
@@ -489,7 +539,7 @@ def compare_reduced():
                     .abs()
                     .flatten()
                 )
-    print("8 photographs of 400 pixels, enlarged 10 times, against the same read whole:")
+    print(f"{len(paths)} photographs of 400 pixels, enlarged 10 times, against the same read whole:")
     for name in cosines:
         cosine, score = torch.cat(cosines[name]), torch.cat(scores[name])
         print(f"  {name}: cosine of vectors {cosine.mean():.5f}, least {cosine.min():.4f};", end=" ")
@@ -592,15 +642,179 @@ def helps(runs):
         print(f"{name:18}{statistics.median(row):7.3f} s, at most {max(row):.3f} s")
 
 
+def on_gpu(runs):
+    """A random ColPali of the published size, 2.9 billion parameters in bfloat16, through every command on a GPU.
+
+    Pictures are generated ones; times and memory do not depend on what is seen.
+    """
+    import torch
+
+    from samer.config import InputError
+    from samer.retrievers.hf import Retriever
+    from samer.world.retriever import PUBLISHED, build_colpali, in_halves, page_texts, train_tokenizer
+    from samer.world.write import write_world
+
+    if not torch.cuda.is_available():
+        raise InputError("no CUDA device here; `bench.py gpu` is for one with 24 GB")
+    print(torch.cuda.get_device_name(), f"{os.cpu_count()} CPU cores")
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        with in_halves("cuda"):
+            model, processor = build_colpali(train_tokenizer(page_texts(20, 0), 500), PUBLISHED, seed=0)
+        for made in (model, processor):
+            made.save_pretrained(place / "model")
+        del model
+        write_world(place / "world", {"train": 192, "test": 192})
+        started = time.perf_counter()
+        retriever = Retriever.load(str(place / "model"), device="cuda", dtype=torch.bfloat16)
+        loaded = time.perf_counter()
+        retriever.identity  # noqa: B018
+        words = f"its files hashed in {time.perf_counter() - loaded:.0f} s, once a process"
+        print(f"loaded in {loaded - started:.0f} s; {words}", flush=True)
+        tokens = encoding(retriever, place / "world", max(3, runs // 40))
+        merging_on_gpu(tokens, max(5, runs // 10))
+        commands_on_gpu(retriever, place)
+        scoring_on_gpu(max(3, runs // 20))
+
+
+def gpu_seconds(runs, function):
+    """Median seconds of a function on the GPU after one call that does not count, and peak memory in GB."""
+    import torch
+
+    times = []
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(runs + 1):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:]), torch.cuda.max_memory_allocated() / 1e9
+
+
+def encoding(retriever, world, runs):
+    """Pictures and captions per second, by batch; returns the tokens of 32 pictures."""
+    from samer.data import flickr
+
+    records = flickr.load_split(world, "test", boxes=False)
+    for batch in (1, 4, 16, 32):
+        inputs = retriever.record_inputs(records[:batch])
+        seconds, peak = gpu_seconds(runs, lambda inputs=inputs: retriever.encode_images(inputs))
+        started = time.perf_counter()
+        retriever.record_inputs(records[:batch])
+        before = time.perf_counter() - started
+        words = (
+            f"{batch / seconds:.1f} pictures/s, peak {peak:.1f} GB; read and resized on the CPU {batch / before:.0f}/s"
+        )
+        print(f"encode, batch {batch}: {words}", flush=True)
+    inputs = retriever.query_inputs([caption.text for record in records[:8] for caption in record.captions][:32])
+    seconds, _ = gpu_seconds(runs, lambda: retriever.encode_queries(inputs))
+    print(f"encode 32 captions: {1000 * seconds:.0f} ms")
+    return retriever.encode_images(retriever.record_inputs(records[:32]))
+
+
+def merging_on_gpu(visual, runs):
+    """Milliseconds an image, 32 at a time, of compressors that run on the GPU, K = 64."""
+    import torch
+
+    from samer import MergeConfig
+    from samer.compressors import make_compressor
+
+    found, bank = photographed(32)
+    visual = replace(visual, tokens=found.to(visual.tokens.device))
+    rows = {}
+    for name, merge in {
+        "raster": MergeConfig(),
+        "farthest": MergeConfig(center_init="farthest"),
+        "querybank": MergeConfig(compressor="querybank"),
+        "kmeans": MergeConfig(compressor="kmeans"),
+    }.items():
+        compressor = make_compressor(merge)
+        if name == "querybank":
+            compressor.fit_queries(bank.to(visual.tokens.device))
+        with torch.no_grad():
+            rows[name] = gpu_seconds(runs, lambda compressor=compressor: compressor(visual))
+    for name, (seconds, peak) in rows.items():
+        print(f"merge 32 x 1,030 to 64, {name}: {1000 * seconds / 32:.3f} ms an image, peak {peak:.1f} GB", flush=True)
+
+
+def commands_on_gpu(retriever, place):
+    """The store, training by the published recipe from it and from pixels, and the index: pace and memory of each."""
+    import torch
+
+    from samer import MergeConfig
+    from samer.config import load_config
+    from samer.features.write import write_features
+    from samer.index.write import build_index
+    from samer.training.loop import train
+
+    def timed(name, count, what, function):
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            done = function()
+        seconds, peak = time.perf_counter() - started, torch.cuda.max_memory_allocated() / 1e9
+        seconds = getattr(done, "seconds", seconds)
+        print(f"{name}: {count / seconds:.1f} {what}/s, {seconds:.0f} s, peak {peak:.1f} GB", flush=True)
+
+    world, store = place / "world", place / "store"
+    timed("feature store", 192, "pictures", lambda: write_features(store, world, ["train"], retriever))
+    words = [f"model.name={place / 'model'}", f"data.root={world}", "data.eval_split=", "train.num_train_epochs=1"]
+    sources = {"pixels": [], "the store": [f"data.features={store}"]}
+    for number, (source, more) in enumerate(sources.items()):
+        out = f"train.output_dir={place / f'run{number}'}"
+        config = load_config(ROOT / "configs" / "samer_k64_colpali.yaml", [*words, out, *more])
+        timed(f"training from {source}, 32 captions at a time", 960, "captions", lambda config=config: train(config))
+        torch.cuda.empty_cache()
+    for name, merge in {"SaMer": MergeConfig(), "farthest": MergeConfig(center_init="farthest")}.items():
+        index = lambda merge=merge, name=name: build_index(place / name, world, ["test"], retriever, merge)
+        timed(f"index, {name}", 192, "pictures (and 960 captions)", index)
+
+
+def scoring_on_gpu(runs):
+    """Milliseconds of exact top 10 of 200,000 images of 64 vectors, by how they are stored."""
+    import torch
+    import torch.nn.functional as F
+
+    from samer import QueryTokens
+    from samer.scoring import StoredImages, search
+
+    images = clustered(2000).repeat(100, 1, 1).cuda()
+    names = list(map(str, range(len(images))))
+    kinds = {
+        "float16": StoredImages(images.half()),
+        "int8": StoredImages((images * 300).clamp(-127, 127).to(torch.int8), 1 / 300),
+    }
+    del images
+    for count in (1, 32):
+        queries = F.normalize(torch.randn(count, 32, 128, device="cuda"), dim=-1)
+        query = QueryTokens(queries, torch.ones(count, 32, dtype=torch.bool, device="cuda"))
+        for name, stored in kinds.items():
+            with torch.no_grad():
+                seconds, peak = gpu_seconds(
+                    runs, lambda query=query, stored=stored: search(query, [(names, stored)], 10)
+                )
+            print(f"{count} x 32 query vectors, 200,000 images, {name}: {1000 * seconds:.0f} ms, peak {peak:.1f} GB")
+
+
 def main(argv=None):
     """Runs one of them."""
-    what = {"merge": merge, "maxsim": score, "scale": scale, "eval": evaluation, "cache": building, "quality": quality}
+    what = {
+        "merge": merge,
+        "querybank": queries,
+        "maxsim": score,
+        "scale": scale,
+        "eval": evaluation,
+        "cache": building,
+        "quality": quality,
+    }
     apart = {
         "train": training,
         "pictures": photographs,
         "latency": latency,
         "help": helps,
-    }  # they measure processes of their own
+        "gpu": on_gpu,
+    }  # they measure processes of their own, or train
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*what, *apart])
     parser.add_argument("--runs", type=int, default=200, help="timed calls (200; the longer ones a part of it)")

@@ -8,6 +8,8 @@ Writes CACHE_DIR/manifest.json and, per split, shards of image and query tokens;
 An index that is there answers for its model, projector, merge and dtype; what is asked for otherwise is refused. For a
 new one, without --adapter-path the retriever's own projection is used. Model and merge settings come from --config if
 given, else from the adapter's config.json, else from the defaults; section.key=value overrides any of them.
+merge.compressor=querybank takes its query bank from --bank, else from bank.safetensors beside the adapter, else makes
+one of the captions of data.train_split; the index keeps it.
 """
 
 import sys
@@ -22,13 +24,13 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import add_compute_options, compute_device, run, split_words
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run, split_words
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", required=True, help="the data set's folder; boxes are not read")
-    parser.add_argument("--reader", help="kind of data set at --data-root (flickr)")
+    parser.add_argument("--reader", help=DATA_KINDS)
     parser.add_argument("--cache-dir", required=True, help="where the index goes")
     parser.add_argument("--adapter-path", default="", help="trained projector: folder or hub id; empty: untouched")
     parser.add_argument("--splits", nargs="+", default=["val", "test"], help="default: val test")
@@ -39,6 +41,7 @@ def main(argv=None):
     )
     parser.add_argument("--limit-images", type=int, help="the first so many images of each split")
     parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
+    parser.add_argument("--bank", default="", help="query bank for merge.compressor=querybank (scripts/bank.py)")
     add_compute_options(parser)
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
@@ -47,6 +50,7 @@ def main(argv=None):
     if not options.cache_dir:
         parser.error("--cache-dir is empty; name the index")
     from samer.data.pictures import limit_pixels
+    from samer.index.banks import bank_for
     from samer.index.manifest import describe
     from samer.index.settings import Asked, settings_for
     from samer.index.write import build_index
@@ -71,11 +75,13 @@ def main(argv=None):
             dtype=settings.dtype,
             limit_images=options.limit_images,
             assignments=settings.assignments,
-            reader=options.reader or settings.config.data.reader,
+            reader=options.reader or settings.config.data.name,
             strict=settings.config.data.strict,
+            bank=bank_for(settings, retriever, options.bank),
+            bank_split=settings.config.data.train_split,
         )
-        for summary in summaries:
-            print0(describe(summary, options.cache_dir))
+        for line in [*(describe(summary, options.cache_dir) for summary in summaries), *retriever.notes]:
+            print0(line)
     return summaries
 
 

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import add_compute_options, compute_device, run
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run
 
 
 def main(argv=None):
@@ -27,8 +27,10 @@ def main(argv=None):
     parser.add_argument("--cache-dir", required=True, help="the index, made by scripts/cache.py")
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument("--output-json", required=True, help="where the metrics go")
-    parser.add_argument("--data-root", help="the data set's folder, with boxes, for the report's pictures")
-    parser.add_argument("--reader", default="flickr", help="kind of data set at --data-root (flickr)")
+    parser.add_argument("--data-root", help="the data set's folder, for the report's pictures; boxes are read")
+    parser.add_argument("--reader", default="", help=DATA_KINDS)
+    parser.add_argument("--folds", type=int, help="also the mean over so many folds of the images (COCO 1K: 5)")
+    parser.add_argument("--sets", action="store_true", help="also accuracy within an image's set (ImageCoDe)")
     parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
     parser.add_argument("--model", help="where the model is, if not where the index says")
     add_compute_options(parser)
@@ -36,16 +38,19 @@ def main(argv=None):
     device = compute_device(options)
     from samer.index.read import Index
     from samer.report.evaluate import evaluate_index, index_gallery, metric_lines, metric_places, write_index_report
+    from samer.report.protocols import check_protocols, protocol_lines, protocols_asked
     from samer.runtime.files import write_json
 
     folder, split = options.cache_dir, options.split
     index = Index(folder)
     index.check_captions(split)
+    check_protocols(index, split, options.folds, options.sets)
     output, report = metric_places(options.output_json, folder)
     result, scores = evaluate_index(index, split, device)
+    result |= protocols_asked(index, split, scores, options.folds, options.sets)
     images, queries = result["images"], result["queries"]
     print(f"{folder}, {split}: {images:,} images x {result['vectors_per_image']} vectors, {queries:,} queries")
-    for line in metric_lines(result):
+    for line in [*metric_lines(result), *protocol_lines(result)]:
         print(f"  {line}")
     write_json(output, result)
     gallery = None

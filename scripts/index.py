@@ -7,7 +7,8 @@
     python scripts/index.py --cache-dir outputs/pictures --compact   (after much adding and deleting)
 
 Model, projector, merge and dtype are chosen when an index is made; from then on it answers for itself, and what is
-asked for otherwise is refused. A folder that was moved is named as --images: its pictures stay if they are the same.
+asked for otherwise is refused. merge.compressor=querybank needs a query bank then: --bank, or bank.safetensors beside
+the projector. A folder that was moved is named as --images: its pictures stay if they are the same.
 Pictures are found in subfolders too; what can't be read is skipped, counted at the end, and listed in --skipped FILE.
 Interrupted, it goes on where it stopped, in steps of 256 pictures. A picture that was taken out but is still in the
 folder comes back when the folder is indexed again. Deleting notes rows and adding writes new files, so an index that
@@ -46,6 +47,7 @@ def main(argv=None):
     parser.add_argument(
         "--assignments", action=argparse.BooleanOptionalAction, help="keep each patch's region, a byte each (default)"
     )
+    parser.add_argument("--bank", default="", help="query bank for merge.compressor=querybank (scripts/bank.py)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (32)")
     add_compute_options(parser)
     parser.add_argument("--config", help="YAML file with model and merge settings")
@@ -75,6 +77,7 @@ def index_folder(options):
     """Makes the index what the folder of pictures is; what is gone stays unless --sync is given."""
     from samer.config import InputError
     from samer.data.pictures import SUFFIXES, find_pictures, limit_pixels
+    from samer.index.banks import bank_for
     from samer.index.manifest import describe
     from samer.index.settings import Asked, settings_for
     from samer.index.sync import NothingReadable, update_images, write_skipped
@@ -90,11 +93,12 @@ def index_folder(options):
         raise InputError(f"{found.root}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))}){why}")
     device = compute_device(options)
     encoder = settings.open(device)
+    bank = bank_for(settings, encoder, options.bank)
     for note in settings.notes:
         print("note:", note)
     print(f"{len(found.paths):,} pictures under {found.root}; writing the index to {options.cache_dir}", flush=True)
     started = time.monotonic()
-    how = {"batch_size": options.batch_size, "dtype": settings.dtype, "assignments": settings.assignments}
+    how = {"batch_size": options.batch_size, "dtype": settings.dtype, "assignments": settings.assignments, "bank": bank}
     merge = settings.config.merge
     try:
         summary, changes = update_images(options.cache_dir, found, encoder, merge, **how, remove_gone=options.sync)

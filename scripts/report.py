@@ -20,13 +20,13 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import add_compute_options, compute_device, run
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", required=True, help="the data set's folder, with boxes")
-    parser.add_argument("--reader", default="flickr", help="kind of data set at --data-root (flickr)")
+    parser.add_argument("--data-root", required=True, help="the data set's folder; boxes are read where there are any")
+    parser.add_argument("--reader", default="", help=DATA_KINDS)
     parser.add_argument("--out", required=True, help="the HTML file; pictures for papers go beside it")
     parser.add_argument("--method", nargs="+", required=True, metavar="NAME=CACHE_DIR", help="in the gallery and table")
     parser.add_argument(

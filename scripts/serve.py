@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import add_compute_options, compute_device, run, wait_quietly
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run, wait_quietly
 
 
 def main(argv=None):
@@ -29,7 +29,7 @@ def main(argv=None):
     parser.add_argument("--cache-dir", required=True, nargs="+", help="made by scripts/index.py or scripts/cache.py")
     parser.add_argument("--split", help="default: each index's only one")
     parser.add_argument("--data-root", help="the data set's folder, for indexes that scripts/cache.py made")
-    parser.add_argument("--reader", default="flickr", help="kind of data set at --data-root (flickr)")
+    parser.add_argument("--reader", default="", help=DATA_KINDS)
     parser.add_argument("--model", help="where the model is, if not where the indexes say")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1, this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="8000; 0: any that is free")

@@ -1,10 +1,15 @@
-"""Trains the projector of a frozen ColPali under the SaMer merge.
+"""Trains the projector of a frozen retriever under the SaMer merge.
 
     python scripts/train.py --config configs/samer_k64_colpali.yaml data.root=/data/flickr30k_entities
     torchrun --nproc-per-node 4 scripts/train.py --config configs/samer_k64_colpali.yaml data.root=... train.bf16=true
 
 Writes projector.safetensors, config.json (what it belongs to), config.yaml (the settings as resolved), history.json and
-the last two checkpoints to train.output_dir; run again, it resumes there.
+the last two checkpoints to train.output_dir; with merge.compressor=querybank also bank.safetensors, its query bank. Run
+again, it resumes there.
+
+Retrievers (model.name) in transformers format: ColPali, ColQwen2, ColModernVBert, NeoMME, or two towers joined by
+scripts/align.py. Data sets (data.root), whose kind is guessed unless data.name says it: flickr (Flickr30k-Entities),
+coco, imagecode, vidore, captions (*_caps.txt), jsonl (your own). Objects are learned from boxes where there are any.
 """
 
 import sys

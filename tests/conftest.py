@@ -47,12 +47,25 @@ def pytest_runtest_logreport(report):
         NO_CODE["seconds"] += report.duration
 
 
-def pytest_sessionfinish():
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workerinput"):  # a worker's outcomes reach the process that started it, too
+        return
     cases = NO_CODE["passed"] + NO_CODE["failed"]
     if cases and (log := os.environ.get("SAMER_FAULT_LOG")):
         row = {"group": "code in data", "cases": cases, "survived": NO_CODE["passed"], "bytes_lost": 0}
         with open(log, "a", encoding="utf-8") as lines:
             lines.write(json.dumps({**row, "seconds": round(NO_CODE["seconds"], 2)}) + "\n")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registry_order():
+    """Monkeypatch puts what was taken out of the registry back at its end; the next module has it as it is shipped."""
+    from samer.compressors import COMPRESSORS
+
+    held = dict(COMPRESSORS)
+    yield
+    COMPRESSORS.clear()
+    COMPRESSORS.update(held)
 
 
 @pytest.fixture(scope="session")

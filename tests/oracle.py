@@ -11,8 +11,8 @@ def _normalise(v):
     return v / v.norm().clamp(min=1e-12)
 
 
-def naive_merge(tokens, coords, config, labels=None):
-    """One image: tokens (N, D), coords (N, 2), labels (N,) or None -> tokens, coords, weights, assignments."""
+def naive_merge(tokens, coords, config, labels=None, views=None):
+    """One image: tokens (N, D), coords (N, 2), labels and views (N,) or None -> the fields of `MergedTokens`."""
     n = len(tokens)
     k_max = config.num_regions
     if n <= k_max:
@@ -35,10 +35,15 @@ def naive_merge(tokens, coords, config, labels=None):
     mu = [v0[i].clone() for i in start]
     s = [p0[i].clone() for i in start]
 
+    views = [False] * n if views is None or config.global_view == "joined" else views.tolist()
+    kinds = [views[i] for i in start]
+
     def distances(v, p):
         rows = []
         for k in range(len(mu)):
             rows.append((1 - (v * mu[k]).sum(-1)) + config.spatial_weight * (p - s[k]).square().sum(-1))
+            astray = torch.tensor([view in kinds and view != kinds[k] for view in views])
+            rows[-1] = torch.where(astray, float("inf"), rows[-1])
         return torch.stack(rows, dim=1)  # (N, K)
 
     for _ in range(config.cluster_iters):

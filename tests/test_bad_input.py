@@ -157,7 +157,14 @@ CASES = {
     "data.root null": (lambda b: b.train("data.root=null"), ["null: not a folder", "DATA_ROOT"]),
     "no such root": (lambda b: b.train(f"data.root={b.folder}/no"), ["{folder}/no: not a folder", "DATA_ROOT"]),
     "root is a file": (lambda b: b.train(f"data.root={b.xml()}"), ["{xml}: not a folder", "DATA_ROOT"]),
-    "root is empty": (lambda b: b.train(f"data.root={b.world}/images"), ["no split file", "DATA_ROOT"]),
+    "root is empty": (
+        lambda b: b.train(f"data.root={b.world}/images", "data.name=flickr"),
+        ["no split file", "DATA_ROOT"],
+    ),
+    "root of no known kind": (
+        lambda b: b.train(f"data.root={b.world}/images"),
+        ["images: no data set of a known kind", "flickr: ", "dataset_coco.json", "DATA_ROOT"],
+    ),
     "cache: no such root": (lambda b: b.cache("--data-root", b.folder / "no"), ["{folder}/no: not a folder"]),
     "unknown split": (lambda b: b.train("data.train_split=trian"), ["no split 'trian'", "test, train, val"]),
     "cache: unknown split": (lambda b: b.cache("--splits", "tset"), ["no split 'tset'", "test, train, val"]),
@@ -475,7 +482,7 @@ def test_captions_that_name_nothing_boxed_train_and_are_counted(bench, capsys):
     result = bench.main(bench.train("data.limit_train_images=2", "train.num_train_epochs=1", "train.logging_steps=1"))
     boxless = sum("[/EN#" not in line for line in sentences.read_text().splitlines()[:4])
     assert boxless >= 1
-    line = capsys.readouterr().out.splitlines()[0]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training ")]
     assert f"on 9 captions of 2 images ({5 + boxless} captions name nothing boxed, 1 unrelated ones left out)" in line
     history = json.loads((result.output_dir / "history.json").read_text())
     losses = [entry["loss"] for entry in history if "loss" in entry]

@@ -83,7 +83,12 @@ def test_plan_at_the_papers_size(registry):
     assert len({(row.section, row.name) for row in rows}) == len(rows)
     of = lambda section: {row.name: row for row in rows if row.section == section}
     assert [row.section for row in rows] == sorted((row.section for row in rows), key=SECTIONS.index)
-    assert list(of("untouched")) == list(of("adapted")) == every_name(registry)
+    assert list(of("untouched")) == every_name(registry)
+    boxless = [f"samer, {init}, without boxes" for init in CENTRES]
+    assert [name for name in of("adapted") if name not in boxless] == every_name(registry)
+    for init, name in zip(CENTRES, boxless):
+        own = MergeConfig(center_init=init, object_penalty=0.0)
+        assert (of("adapted")[name].merge, of("adapted")[name].trained) == (own, own)
     for name, merge in variants(MergeConfig()).items():
         assert (of("untouched")[name].merge, of("untouched")[name].trained) == (merge, None)
         assert (of("adapted")[name].merge, of("adapted")[name].trained) == (merge, merge)
@@ -226,7 +231,7 @@ def test_every_planned_row_is_in_the_results(bench):
     written = json.loads((bench.out / "results.json").read_text())
     assert written == json.loads(json.dumps(bench.results))
     planned = [row for row in plan(MergeConfig(num_regions=K), TOKENS) if row.section in FIRST]
-    assert len(planned) == 7 + 7 + 6 + 11
+    assert len(planned) == 7 + 9 + 6 + 11
     for row, entry in zip(planned, written["rows"], strict=True):
         assert (entry["section"], entry["name"]) == (row.section, row.name)
         assert entry["merge"] == asdict(row.merge)
@@ -303,7 +308,7 @@ def test_trained_rows_equal_an_index_made_with_the_projector(bench, values, tmp_
     through = MergeConfig(**row["trained_through"])
     for seed, r1, run in zip(SEEDS, row["seeds"], runs_of(row, values), strict=True):
         projector = bench.out / "projectors" / f"{slug(through)}-seed{seed}"
-        assert json.loads((projector / "config.json").read_text())["merge"] == row["trained_through"]
+        assert MergeConfig(**json.loads((projector / "config.json").read_text())["merge"]) == through
         found = recall(bench, tmp_path / f"{seed}", MergeConfig(**row["merge"]), projector)
         assert r1 == pytest.approx(found["text_to_image"]["r@1"]["value"], abs=2e-4)
         assert run["ndcg@10"].mean() == pytest.approx(found["text_to_image"]["ndcg@10"]["value"], abs=2e-4)
@@ -320,10 +325,10 @@ def test_training_changes_what_is_measured(bench):
 # --- means, spreads, intervals, differences -------------------------------------------------------------------------
 
 
-def naive_interval(chosen, owner):
+def naive_interval(chosen, owner, resamples=1000):
     """95 % of means over images drawn with replacement, captions of an image together."""
     images = np.unique(owner)
-    draws = np.random.default_rng(0).integers(len(images), size=(1000, len(images)))
+    draws = np.random.default_rng(0).integers(len(images), size=(resamples, len(images)))
     of = [chosen[owner == image] for image in images]
     return np.quantile([np.concatenate([of[k] for k in draw]).mean() for draw in draws], [0.025, 0.975])
 
@@ -390,11 +395,11 @@ def test_differences_recomputed_from_the_per_query_values(bench, values):
             assert (found is None) == (not subset.any())
             if found:
                 assert found["r@1"] == near(paired[subset].mean())
-        assert entry["interval"] == near(list(naive_interval(paired, bench.owner)))
+        assert entry["interval"] == near(list(naive_interval(paired, bench.owner, 10_000)))
     entry = next(entry for entry in bench.results["differences"] if entry["r@1"] and len(entry["seeds"]) == 2)
     paired = stacks[tuple(entry["of"])].mean(0) - stacks[tuple(entry["minus"])].mean(0)
     for subset, found in zip(thirds(bench), entry["by_size"]):
-        assert found["interval"] == near(list(naive_interval(paired[subset], bench.owner[subset])))
+        assert found["interval"] == near(list(naive_interval(paired[subset], bench.owner[subset], 10_000)))
 
 
 def test_which_differences_are_asked_for(bench):
@@ -462,7 +467,7 @@ def test_a_second_run_trains_and_measures_nothing(bench, monkeypatch, capsys):
     assert state(bench.out) == before
     assert still((bench.out / "results.json").read_text()) == still(written)
     out = capsys.readouterr().out
-    assert "31 rows: 22 projectors to train (2 seeds), " in out
+    assert "33 rows: 22 projectors to train (2 seeds), " in out
     assert f"8 images of test, {TOKENS} tokens each, K = {K}; writing to {bench.out}" in out
 
 
@@ -470,9 +475,9 @@ def count_measured(monkeypatch):
     """Settings of every call of `measure` from now on."""
     calls = []
 
-    def spy(encoder, records, merges, batch_size):
+    def spy(encoder, records, merges, batch_size, asked):
         calls.append(list(merges))
-        return measure(encoder, records, merges, batch_size)
+        return measure(encoder, records, merges, batch_size, asked)
 
     monkeypatch.setattr(compare_run, "measure", spy)
     return calls
@@ -654,12 +659,15 @@ def test_the_tables_are_those_of_the_results(bench):
     assert text == markdown(json.loads((bench.out / "results.json").read_text()))
     found = tables(text)
     assert list(found) == [
+        "Claims",
         "Untouched projection",
         "The same projection-only training",
         "Components of SaMer",
         "Taking the gain apart",
         "Grounding",
         "By the smallest object named",
+        "By size",
+        "Against the controls, captions",
         "Paired differences",
         "Cost",
     ]
@@ -770,7 +778,8 @@ def test_a_few_sections_make_a_few_tables(bench, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == [*report, "results.json", "results.md"]
     assert "<table" not in (out / "report.html").read_text()
     crossed = {**bench.results, "rows": [row for row in bench.results["rows"] if row["section"] == "crossed"]}
-    crossed = {key: value for key, value in crossed.items() if key != "cost"} | {"differences": []}
+    compared = ("cost", "claims", "against", "discriminates")
+    crossed = {key: value for key, value in crossed.items() if key not in compared} | {"differences": []}
     assert [path.name for path in write_tables(crossed, tmp_path / "tables")] == ["results.md"]
     assert list(tables(markdown(crossed))) == ["Taking the gain apart"]
 

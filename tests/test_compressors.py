@@ -85,6 +85,10 @@ def make(name, regions):
     compressor = make_compressor(MergeConfig(num_regions=regions, compressor=name))
     if compressor.needs_corpus:
         compressor.codes = codebook()
+    if compressor.needs_queries:  # queries about what the images hold, and others
+        words = torch.randn(300, DIM, generator=torch.Generator().manual_seed(80))
+        seen = scene(3, seed=81).tokens.flatten(0, 1)
+        compressor.fit_queries(F.normalize(torch.cat([words, seen]), dim=-1), torch.arange(510) % 3 + 1.0)
     return compressor
 
 
@@ -119,8 +123,10 @@ def test_contract(name, regions):
         assert (merged.tokens[~merged.mask] == 0).all()
         assert ((merged.coords >= 0) & (merged.coords <= 1)).all()
         mass = merged.weights.sum(2)
-        assert ((mass - 1).abs() < 1e-5).logical_or(mass == 0).all()
         assert (mass[~valid] == 0).all()
+        if name == "querybank":  # its weights are shares of a vector, not of a token
+            mass = merged.weights.sum(1)
+        assert ((mass - 1).abs() < 1e-5).logical_or(mass == 0).all()
         assert (merged.assignments[~valid] == -1).all()
         assert ((merged.assignments >= -1) & (merged.assignments < places)).all()
 
@@ -132,7 +138,7 @@ def test_weights_say_which_token_went_where(name):
         merged = make(name, 9)(visual)
         means = F.normalize(merged.weights.transpose(1, 2) @ visual.tokens.nan_to_num(nan=0), dim=-1)
         close(merged.tokens, codebook()[(means @ codebook().T).argmax(-1)] if name == "hpc" else means)
-        if name != "samer":
+        if name not in ("samer", "querybank"):
             assert merged.weights.unique().tolist() == [0, 1]
             went = torch.where(merged.weights.sum(2) > 0, merged.weights.argmax(2), -1)
             assert torch.equal(merged.assignments, went)
@@ -232,10 +238,13 @@ def test_what_does_not_fit_is_refused(name):
 def test_what_is_missing_is_named():
     assert {name: kind.needs for name, kind in COMPRESSORS.items() if kind.needs} == NEEDS
     assert [name for name, kind in COMPRESSORS.items() if kind.needs_corpus] == ["hpc"]
+    assert [name for name, kind in COMPRESSORS.items() if kind.needs_queries] == ["querybank"]
     with pytest.raises(InputError, match=r"seeds, one per image"):
         make("random", 9)(dataclasses.replace(scene(), seeds=None))
     with pytest.raises(InputError, match="hpc has no codebook yet; call fit"):
         make_compressor(MergeConfig(num_regions=9, compressor="hpc"))(scene())
+    with pytest.raises(InputError, match="querybank has no bank of queries yet; call fit_queries"):
+        make_compressor(MergeConfig(num_regions=9, compressor="querybank"))(scene())
 
 
 # --- each against its own oracle ------------------------------------------------------------------------------------
@@ -498,7 +507,7 @@ def test_a_compressor_of_ones_own_reaches_the_scores(frozen, world, tmp_path, mo
 
 
 def test_an_unknown_name_is_refused_before_any_work(frozen, base, tmp_path):
-    listed = "'hpol' is unknown; use one of grid, hpc, hpool, kmeans, none, random, samer, sap-max, sap-mean"
+    listed = "'hpol' is unknown; use one of grid, hpc, hpool, kmeans, none, querybank, random, samer, sap-max, sap-mean"
     with pytest.raises(InputError, match=listed):
         make_compressor(MergeConfig(compressor="hpol"))
     with pytest.raises(InputError, match=listed):

@@ -39,6 +39,7 @@ from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector
 from samer.runtime import commands as runtime_commands
 from samer.runtime import processes as runtime_processes
+from samer.runtime.gather import gather_ragged
 from samer.training import loop as training_loop
 from samer.training.batches import CaptionDataset, Collator
 from samer.training.model import ProjectorModel
@@ -64,6 +65,7 @@ STORES = {
     "cache-int8": ("cache", ["--splits", "train", "val", "--cache-dtype", "int8"]),
     "cache-binary": ("cache", ["--splits", "test", "--cache-dtype", "binary", "--assignments"]),
     "cache-codebook": ("cache", ["--splits", "val", "test", "merge.compressor=hpc"]),
+    "cache-bank": ("cache", ["--splits", "val", "merge.compressor=querybank", "merge.bank_size=50"]),
     "cache-stored": ("cache", ["--splits", "val", "test", "--features", "{folder}/features"]),
     "cache-few": ("cache", ["--splits", "val", "--limit-images", "1"]),
 }
@@ -211,6 +213,22 @@ def gradients(model):
     return [model.projection.weight.grad, model.projection.bias.grad]
 
 
+def gather_several_widths(folder):
+    """What each process of a job does whose images have other numbers of vectors."""
+    with runtime_processes.process_group():
+        rank = runtime_processes.rank()
+        tokens, mask = rows_of(rank)
+        gathered, valid = gather_ragged(tokens.requires_grad_(), mask)
+        (gathered * (1 + rank)).square().sum().backward()
+        torch.save((gathered.detach(), valid, tokens.grad), folder / f"ragged-{rank}.pt")
+
+
+def rows_of(rank):
+    """Two images with 3 vectors at most, of the second process with 5."""
+    tokens = torch.randn(2, 3 + 2 * (rank == 1), 4, generator=torch.Generator().manual_seed(rank))
+    return tokens, torch.arange(tokens.shape[1]) < torch.tensor([[1], [tokens.shape[1]]])
+
+
 def train_with_a_late_process(base, world, folder):
     """A process that looks late for an earlier run in the folder must not take this very run for one."""
     check = training_loop.check_output
@@ -303,6 +321,22 @@ def done(start, setting):
         assert codes == [0] * count, "\n".join(said)[-3000:]
         folders[count] = folder
     return folders
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_rows_of_several_widths_are_gathered(start, tmp_path, count):
+    codes, said = ended(start(count, tmp_path, gather_several_widths, tmp_path), tmp_path)
+    assert codes == [0] * count, said
+    parts = [rows_of(rank) for rank in range(count)]
+    pads = [5 - tokens.shape[1] for tokens, _ in parts]
+    wanted = torch.cat([torch.nn.functional.pad(tokens, (0, 0, 0, pad)) for (tokens, _), pad in zip(parts, pads)])
+    seen = torch.cat([torch.nn.functional.pad(mask, (0, pad)) for (_, mask), pad in zip(parts, pads)])
+    for rank, (tokens, _) in enumerate(parts):
+        gathered, valid, gradient = torch.load(tmp_path / f"ragged-{rank}.pt", weights_only=True)
+        assert torch.equal(gathered, wanted)
+        assert torch.equal(valid, seen)
+        # every process's sum of squares, times (1 + its number) squared
+        torch.testing.assert_close(gradient, 2 * tokens * sum((1 + k) ** 2 for k in range(count)))
 
 
 # --- the same results -----------------------------------------------------------------------------------------------

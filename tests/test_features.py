@@ -434,7 +434,7 @@ def test_the_best_epoch_is_kept_and_training_stops_early(store, base, world, tmp
     script = iter([30.0, 50.0, 40.0, 45.0, 60.0])
     seen = []
 
-    def fake(retriever, records, merge, *, batch_size):
+    def fake(retriever, records, merge, *, batch_size, bank):
         seen.append(retriever.current_projector().hash)
         value = next(script)
         return {"r@1": value, "r@5": value, "r@10": value}

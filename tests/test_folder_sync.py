@@ -28,6 +28,7 @@ from samer.index import write as index_write
 from samer.index.pictures import compact_images
 from samer.index.read import Index
 from samer.index.sync import Changes, NothingReadable, update_images, write_skipped
+from samer.retrievers.family import RefusedPicture
 from samer.runtime import signals
 
 MERGE = MergeConfig(num_regions=6)
@@ -92,6 +93,43 @@ def is_anew(folder, root, tmp_path, **more):
     ours, theirs = (Index(each).search(ask(3), "images", 20) for each in (folder, tmp_path / "anew"))
     shutil.rmtree(tmp_path / "anew")
     return same and ours == theirs
+
+
+class Choosy(Counting):
+    """Takes no picture of more than 8 pixels a side."""
+
+    def image_inputs(self, images):
+        for number, image in enumerate(images):
+            if max(image.size) > 8:
+                raise RefusedPicture(number, f"is {image.width} pixels wide; cut it in parts")
+        return super().image_inputs(images)
+
+
+def test_pictures_that_the_model_refuses_are_skipped_by_name(root, tmp_path):
+    """All but one of a batch, a whole batch, an edited one; what the others have is what they have without."""
+    for name in ("p1.png", "p3.png", "p4.png", "sub/a.png"):
+        paint(root / name, 1, size=9)
+    changes, encoded = run(tmp_path / "c", root, Choosy())
+    assert (changes.new, encoded) == (4, 4)
+    assert [(each.path, each.reason, each.transient) for each in changes.skipped] == [
+        (name, "refused by the model", False) for name in ("p1.png", "p3.png", "p4.png", "sub/a.png")
+    ]
+    assert changes.skipped[0].detail == f"{root / 'p1.png'}: it is 9 pixels wide; cut it in parts"
+    assert "skipped, refused by the model: 4: p1.png, p3.png, p4.png and 1 more" in "\n".join(changes.lines())
+    for each in changes.skipped:
+        (root / each.path).unlink()
+    assert is_anew(tmp_path / "c", root, tmp_path)
+    paint(root / "p0.png", 2, size=9)
+    assert run(tmp_path / "c", root, Choosy())[0].unreadable == 1
+    assert run(tmp_path / "c", root, Choosy(), remove_gone=True)[0].removed
+    assert sorted(rows(tmp_path / "c")) == ["p2.png", "p5.png", "sub/b.png"]
+
+
+def test_a_folder_of_refused_pictures_is_told(tmp_path):
+    for k in range(3):
+        paint(tmp_path / "root" / f"{k}.png", k, size=9)
+    with pytest.raises(NothingReadable, match=r"not one readable picture among 3 files; first: .*0\.png: it is 9 pix"):
+        run(tmp_path / "c", tmp_path / "root", Choosy())
 
 
 # --- what is on disk decides ----------------------------------------------------------------------------------------

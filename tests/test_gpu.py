@@ -5,15 +5,12 @@
 What is checked there is also checked with the CPU in the GPU's place, so that the checks themselves are known to work.
 """
 
-import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import ColPaliConfig, ColPaliForRetrieval, ColPaliProcessor, PaliGemmaConfig, SiglipVisionConfig
-from transformers.models.gemma import GemmaConfig
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from samer.config import MergeConfig
 from samer.data import flickr
@@ -22,7 +19,9 @@ from samer.features.read import open_encoder
 from samer.index.read import Index
 from samer.index.write import build_index
 from samer.retrievers.hf import Retriever
-from samer.world.retriever import page_texts, train_tokenizer
+from samer.scoring import StoredImages, pack_signs, score_stored
+from samer.tokens import QueryTokens
+from samer.world.retriever import PUBLISHED, Geometry, build_colpali, in_halves, page_texts, train_tokenizer
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or hidden without -m gpu")
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])
@@ -95,6 +94,27 @@ def test_a_search_on_the_device_finds_what_the_cpu_finds(exact_float32, on_the_c
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", [8, 16, 24, 64, 128])
+def test_products_of_every_size_are_the_cpus(device, width):
+    generator = torch.Generator().manual_seed(width)
+    for queries, length, images, regions in (
+        (1, 1, 1, 1),
+        (1, 5, 3, 6),
+        (5, 13, 7, 9),
+        (20, 60, 40, 3),
+        (79, 40, 8, 9),
+    ):
+        tokens = torch.randint(-127, 128, (images, regions, width), generator=generator, dtype=torch.int8)
+        words = F.normalize(torch.randn(queries, length, width, generator=generator), dim=-1)
+        mask = torch.ones(queries, length, dtype=torch.bool)
+        for kind in (StoredImages(tokens, 0.01), StoredImages(pack_signs(tokens.float()))):
+            there = replace(kind, tokens=kind.tokens.to(device))
+            found = score_stored(QueryTokens(words.to(device), mask.to(device)), there)
+            expected = score_stored(QueryTokens(words, mask), kind)
+            torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_bfloat16_on_the_device_is_near_float32_on_the_cpu(base, world, device):
     records = flickr.load_split(world, "test", boxes=False)
     exact = open_encoder(str(base), "cpu", dtype=torch.float32)
@@ -112,54 +132,26 @@ def test_bfloat16_on_the_device_is_near_float32_on_the_cpu(base, world, device):
 
 # --- a ColPali of full size -----------------------------------------------------------------------------------------
 
-VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
-TEXT = {
-    "hidden_size": 2048,
-    "intermediate_size": 16384,
-    "num_hidden_layers": 18,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 1,
-    "head_dim": 256,
-}
-VOCABULARY = 257216  # of vidore/colpali-v1.3-hf, as the sizes above
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = Geometry(
+    image_size=112,
+    patch_size=14,
+    **{
+        f"{kind}_{name}": size
+        for kind in ("vision", "text")
+        for name, size in (("width", 32), ("layers", 2), ("mlp", 48))
+    },
+    heads=4,
+    embedding_dim=128,
+    text_heads=2,
+    vocabulary=4000,
+)
 
 
-def colpali_config(processor, vision, text, side, vocabulary):
-    return ColPaliConfig(
-        vlm_config=PaliGemmaConfig(
-            vision_config=SiglipVisionConfig(**vision, image_size=side, patch_size=14, vision_use_head=False),
-            text_config=GemmaConfig(**text, vocab_size=vocabulary),
-            image_token_index=processor.image_token_id,
-            vocab_size=vocabulary,
-            projection_dim=text["hidden_size"],
-            hidden_size=text["hidden_size"],
-        ),
-        embedding_dim=128,
-    )
-
-
-def make_processor(side):
-    pictures = SiglipImageProcessorPil(size={"height": side, "width": side}, image_seq_length=(side // 14) ** 2)
-    return ColPaliProcessor(image_processor=pictures, tokenizer=train_tokenizer(page_texts(20, 0), 500))
-
-
-@contextlib.contextmanager
-def halves():
-    """Within the block, new weights are bfloat16; float32 ones of this size would need twice the memory."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def encode_four(device, vision, text, side, vocabulary):
+def encode_four(device, geometry):
     """Four images through a random ColPali of these sizes, made on the device: tokens, bytes of weights, peak bytes."""
-    processor = make_processor(side)
-    with halves(), torch.device(device):
-        model = ColPaliForRetrieval(colpali_config(processor, vision, text, side, vocabulary))
+    tokenizer = train_tokenizer(page_texts(20, 0), 500)
+    with in_halves(device):
+        model, processor = build_colpali(tokenizer, geometry, seed=0)
     weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     retriever = Retriever(model, processor, "a random ColPali")
     generator = torch.Generator().manual_seed(0)
@@ -186,7 +178,7 @@ def test_the_peak_memory_of_a_full_size_colpali():
     free, _ = torch.cuda.mem_get_info()
     if free < 12e9:
         pytest.skip(f"{free / 1e9:.1f} GB free on the GPU; 12 are needed")
-    visual, weights, peak = encode_four("cuda", VISION, TEXT, 448, VOCABULARY)
+    visual, weights, peak = encode_four("cuda", PUBLISHED)
     print(f"\nfull-size ColPali, bfloat16: weights {weights / 1e9:.2f} GB, peak with 4 images {peak / 1e9:.2f} GB")
     check_tokens(visual, 1024)
     assert 5.8e9 < weights < 5.9e9
@@ -195,8 +187,7 @@ def test_the_peak_memory_of_a_full_size_colpali():
 
 
 def test_a_small_colpali_goes_the_same_way():
-    text = {**SMALL, "num_key_value_heads": 1, "head_dim": 16}
-    visual, weights, _ = encode_four("cpu", SMALL, text, 112, 2000)
+    visual, weights, _ = encode_four("cpu", SMALL)
     check_tokens(visual, 64)
     assert weights < 1e6
     assert torch.get_default_dtype() == torch.float32
@@ -205,7 +196,7 @@ def test_a_small_colpali_goes_the_same_way():
 def test_the_full_size_is_that_of_the_released_model():
     """Counted without memory: PaliGemma's 2.92 billion at 448 pixels, and METHOD's 262,272 of the projection."""
     with torch.device("meta"):
-        model = ColPaliForRetrieval(colpali_config(make_processor(448), VISION, TEXT, 448, VOCABULARY))
+        model, _ = build_colpali(train_tokenizer(page_texts(20, 0), 500), PUBLISHED, seed=0)
     sizes = {name: weight.numel() for name, weight in model.named_parameters()}
     own = sum(size for name, size in sizes.items() if name.startswith("embedding_proj_layer"))
     assert own == 262_272

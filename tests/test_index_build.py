@@ -229,6 +229,13 @@ def test_the_manifest_says_what_it_is_made_of_and_nothing_else(made, frozen, bas
         "base_model": str(base),  # as the user named it: a hub id, or here a folder
         "revision": "main",
         "transformers": transformers.__version__,
+        "processing": {
+            "backend": "pil",
+            "picture_size": "height 64, width 64",
+            "padding_side": "left",
+            "visual_prompt_prefix": "Describe the image.",
+            "query_prefix": "Question: ",
+        },
     }
     assert list(splits) == ["val", "test"]
     for split, count in (("val", 6), ("test", 8)):

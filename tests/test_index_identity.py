@@ -295,8 +295,11 @@ def visual_tokens():
     generator = torch.Generator().manual_seed(5)
     tokens = normalize(torch.randn(3, 64, DIM, generator=generator), dim=-1)
     coords = torch.stack(torch.meshgrid(torch.linspace(0, 1, 8), torch.linspace(0, 1, 8), indexing="ij"), -1)
-    signals = {name: torch.rand(3, 64, generator=generator) for name in ("middle_mean", "middle_max", "last")}
-    return VisualTokens(tokens, coords.view(1, 64, 2).expand(3, -1, -1), seeds=torch.arange(3), attention=signals)
+    names = ("middle_mean", "middle_max", "last", "mean:1-2", "max:1-2")
+    signals = {name: torch.rand(3, 64, generator=generator) for name in names}
+    views = (torch.arange(64) > 50).expand(3, -1)
+    places = coords.view(1, 64, 2).expand(3, -1, -1)
+    return VisualTokens(tokens, places, seeds=torch.arange(3), attention=signals, views=views)
 
 
 OTHER = {
@@ -306,7 +309,11 @@ OTHER = {
     "assignment_temperature": 1.0,
     "object_penalty": 3.0,
     "center_init": "farthest",
+    "bank_size": 16,
+    "sap_layers": "1-2",
+    "global_view": "apart",
 }
+LATER = {"bank_size": 2048, "sap_layers": "", "global_view": "joined"}  # settings that earlier files lack
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
@@ -318,6 +325,7 @@ def test_a_setting_matters_if_the_compressor_says_so(name):
     def made(settings):
         compressor = make_compressor(settings)
         compressor.fit([visual])
+        compressor.fit_queries(visual.tokens.flatten(0, 1))
         return compressor(visual).tokens
 
     base = MergeConfig(num_regions=6, compressor=name)
@@ -392,7 +400,10 @@ def test_a_manifest_comes_back_as_it_was_written(root, tmp_path):
     manifest = read_index_manifest(path)
     assert manifest_from_json(json.loads(json.dumps(to_json(manifest))), path) == manifest
     assert manifest.splits["images"].deleted == {"images-00000.safetensors": (1, 2)}
-    assert json.loads(path.read_text())["merge"] == asdict(MERGE)
+    held = json.loads(path.read_text())
+    assert {**held["merge"], **LATER} == asdict(MERGE)
+    assert not held.keys() & {"bank", "bank_source"}  # files without a bank are as before there were banks
+    assert not LATER.keys() & held["merge"].keys()
     rest = {
         key: value
         for key, value in json.loads(json.dumps(to_json(manifest))).items()

@@ -117,7 +117,7 @@ def test_an_override_after_the_seeds_is_one(place, script):
         place, "compare", "train.seed=1", DATA_ROOT="d", CONFIG=str(ROOT / "configs/demo.yaml")
     )
     taken = []
-    check = mock.patch("samer.compare.plan.check_request", lambda sections, seeds: taken.append(seeds) or 1 / 0)
+    check = mock.patch("samer.compare.plan.check_request", lambda sections, seeds, *_: taken.append(seeds) or 1 / 0)
     with check, pytest.raises(ZeroDivisionError):
         script("compare").main(words[1:])
     assert taken == [[0, 1, 2]]
@@ -194,7 +194,9 @@ def test_tests_run_in_the_repo(place):
     status, said, calls = called(place, "test", "tests/test_merging.py")
     assert (status, said) == (0, "")
     assert {folder for folder, _ in calls} == {str(place / "the repo")}
-    assert calls[-1][1] == ["-m", "pytest", "tests/test_merging.py"]
+    *words, last = calls[-1][1]
+    assert words[:4] == ["-m", "pytest", "-n", "auto"]  # a worker for each core
+    assert last == "tests/test_merging.py"
 
 
 @pytest.mark.parametrize("launcher", ["cache", "features", "train"])

@@ -13,7 +13,7 @@ SCRIPTS = sorted(path for path in ROOT.glob("scripts/*.py") if path.name != "__i
 RANKS = [
     {"config"},
     {"runtime", "tokens"},
-    {"coords", "objects", "merging", "scoring", "losses", "metrics"},
+    {"coords", "objects", "merging", "products", "scoring", "losses", "metrics"},
     {"compressors", "reducers", "data"},
     {"grounding", "retrievers"},
     {"features"},
@@ -30,7 +30,8 @@ ALLOWED = {
     "config": set(),
     "metrics": {"tokens", "config"},
     "losses": {"tokens", "config"},
-    "scoring": {"tokens", "config"},
+    "products": {"config"},
+    "scoring": {"tokens", "products", "config"},
     "coords": {"tokens", "config"},
     "objects": {"tokens", "config"},
     "merging": {"tokens", "config", "objects"},
@@ -152,6 +153,7 @@ def test_the_readers_are_not_imported_for_their_types():
                 "samer.data.records",
                 "samer.data.pictures",
                 "samer.data.contents",
+                "samer.data.parts",
                 "samer.data.stamps",
             }
             assert not readers, f"{name} imports {sorted(readers)}"

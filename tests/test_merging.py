@@ -167,7 +167,8 @@ def _merge_with_fixed_centres(variable, fixed, coords, config, labels):
     import samer.merging as merging
 
     original = merging._cluster
-    merging._cluster = lambda augmented, c, m: original(torch.cat([fixed, augmented[..., -3:].detach()], dim=-1), c, m)
+    held = lambda augmented: torch.cat([fixed, augmented[..., -3:].detach()], dim=-1)
+    merging._cluster = lambda augmented, *more: original(held(augmented), *more)
     try:
         return merge_tokens(variable, coords, config, instance_labels=labels).tokens
     finally:

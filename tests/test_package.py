@@ -23,9 +23,23 @@ from samer.config import load_config
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 COMMANDS = PROJECT["project"]["scripts"]
-NAMES = ("train", "cache", "eval", "index", "search", "serve", "features", "compare", "report", "verify")
+NAMES = (
+    "train",
+    "align",
+    "cache",
+    "bank",
+    "layers",
+    "eval",
+    "index",
+    "search",
+    "serve",
+    "features",
+    "compare",
+    "report",
+    "verify",
+)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "assets" / "README.md", *sorted((ROOT / "assets" / "results").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "assets").glob("*.md")), *sorted((ROOT / "assets/results").glob("*.md"))]
 
 
 def base_set():
@@ -237,15 +251,20 @@ def test_the_snippet_of_the_readme_runs():
     assert names["scores"].shape == (3, 8)
 
 
+def anchors(page):
+    """What a link can name in a page: its headings, as they are written in addresses."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(page):
-    text = page.read_text(encoding="utf-8")
-    anchors = {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in re.findall(r"^#+ (.*)$", text, re.M)}
-    for link in re.findall(r"\]\(([^)]+)\)", text):
-        if link.startswith("#"):
-            assert link[1:] in anchors, f"{page.name}: no heading {link}"
-        elif not link.startswith("http"):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        file, _, heading = link.partition("#")
+        if not link.startswith("http"):
+            target = page.parent / file if file else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not heading or heading in anchors(target), f"{page.name}: no heading {link}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

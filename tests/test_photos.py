@@ -1,7 +1,11 @@
 """The whole pipeline on real photographs of every kind of file: tall, wide, grey, palette, CMYK, rotated by EXIF."""
 
+import importlib.util
 import json
+import re
+import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -10,17 +14,26 @@ from conftest import save_colpali
 from oracle import naive_labels, naive_merge
 from PIL import Image
 
-from samer.config import MergeConfig, ObjectsConfig
+from samer.config import InputError, MergeConfig, ObjectsConfig
 from samer.data import flickr
 from samer.data.records import ImageRecord
 from samer.index.read import Index
 from samer.merging import merge_tokens
+from samer.report.photographs import photographs, small_thing
 from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector
 from samer.scoring import maxsim
 
 PHOTOS = Path(__file__).resolve().parent / "fixtures" / "photos"
-SPLITS = {"train": ["1001", "1002", "1003", "1004"], "val": ["1005", "1006"], "test": ["1007", "1008"]}
+SPLITS = {
+    split: [str(number) for numbers in parts for number in numbers]
+    for split, parts in {
+        "train": (range(1001, 1005), range(1009, 1019)),
+        "val": (range(1005, 1007), range(1019, 1024)),
+        "test": (range(1007, 1009), range(1024, 1030)),
+    }.items()
+}
+LICENCES = ("public domain", "released into the public domain", "CC0", "CC BY 2.0", "CC BY 4.0", "CC BY-SA 4.0")
 MERGE = MergeConfig(num_regions=16)
 FARTHEST = MergeConfig(num_regions=16, center_init="farthest")
 
@@ -68,21 +81,74 @@ def test_every_kind_of_file_is_there():
     assert {mode for mode, _, _ in kinds.values()} == {"RGB", "L", "P", "CMYK"}
     assert {shape for _, _, shape in kinds.values()} == {-1, 0, 1}
     assert kinds["1007"][1] == 6
-    assert {split: flickr.load_split(PHOTOS, split, boxes=True)[0].image_id for split in SPLITS} == {
-        split: ids[0] for split, ids in SPLITS.items()
-    }
+    for split, ids in SPLITS.items():
+        assert [record.image_id for record in flickr.load_split(PHOTOS, split, boxes=True)] == ids
+
+
+def test_every_photograph_has_its_licence_and_is_small():
+    lines = (PHOTOS / "SOURCES.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| 1")]
+    assert [row[0] for row in rows] == sorted(image_id for ids in SPLITS.values() for image_id in ids)
+    assert len(rows) >= 24
+    for image_id, split, package, file, author, licence, source, _ in rows:
+        assert image_id in SPLITS[split]
+        assert all((package, file, author, source)), image_id
+        assert licence.startswith(LICENCES), image_id
+        with Image.open(photo(image_id)) as image:
+            assert max(image.size) <= 400, image_id
+    assert len(list((PHOTOS / "images" / "Images").iterdir())) == len(rows)
+    assert sum(path.stat().st_size for path in PHOTOS.rglob("*") if path.is_file()) < 2_000_000
+
+
+@pytest.mark.parametrize("image_id", [image_id for ids in SPLITS.values() for image_id in ids])
+def test_captions_and_boxes_fit(image_id):
+    """Five captions; what they name is boxed, or marked as not to be boxed, and nothing else is."""
+    captions = (PHOTOS / "annotations" / "Sentences" / f"{image_id}.txt").read_text(encoding="utf-8").splitlines()
+    assert len(captions) == len(set(captions)) == 5
+    named = {chain for caption in captions for chain in re.findall(r"\[/EN#(\d+)/", caption)}
+    width, height = as_displayed(image_id).size
+    tree = ElementTree.parse(PHOTOS / "annotations" / "Annotations" / f"{image_id}.xml")
+    assert [int(tree.find(f"size/{side}").text) for side in ("width", "height")] == [width, height]
+    boxed, unboxed = set(), set()
+    for item in tree.findall("object"):
+        chains = {name.text for name in item.findall("name")}
+        box = item.find("bndbox")
+        (unboxed if box is None else boxed).update(chains)
+        if box is not None:
+            left, top, right, bottom = (int(box.find(edge).text) for edge in ("xmin", "ymin", "xmax", "ymax"))
+            assert 1 <= left < right <= width, chains
+            assert 1 <= top < bottom <= height, chains
+    assert boxed
+    assert not boxed & unboxed
+    assert named - {"0"} == boxed | unboxed
+
+
+def test_the_folder_is_what_the_notes_say():
+    """Captions, boxes, splits and origins, written again; the pictures need their packages (make_photos.py)."""
+    spec = importlib.util.spec_from_file_location("make_photos", PHOTOS.parent / "make_photos.py")
+    maker = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    annotations = PHOTOS / "annotations"
+    assert (PHOTOS / "SOURCES.md").read_text(encoding="utf-8") == maker.sources()
+    for each in maker.photos():
+        assert each.id in SPLITS[each.split]
+        assert photo(each.id).name == each.file_name
+        sentences = (annotations / "Sentences" / f"{each.id}.txt").read_text(encoding="utf-8")
+        assert sentences == "".join(f"{caption}\n" for caption in each.captions)
+        boxes = (annotations / "Annotations" / f"{each.id}.xml").read_text(encoding="utf-8")
+        assert boxes == maker.annotation(each, as_displayed(each.id).size)
 
 
 def test_training_sees_the_boxes(run, base):
     """The first step, whose projection is the untouched one, computed again from pictures, boxes and loops."""
     history = json.loads((run["folder"] / "out" / "history.json").read_text())
     steps = [entry for entry in history if "loss" in entry]
-    assert run["trained"].steps == len(steps) == 8  # 20 captions in batches of 5, twice
+    assert run["trained"].steps == len(steps) == 28  # 70 captions in batches of 5, twice
     retriever = Retriever.load(str(base))
     records = flickr.load_split(PHOTOS, "train", boxes=True)
     rng = np.random.default_rng([0, 0])  # the seed and the epoch: images are shuffled, then their captions
-    rows = [(image, caption) for image in rng.permutation(4).tolist() for caption in records[image].captions]
-    rows = [rows[k] for k in rng.permutation(20)[:5].tolist()]
+    rows = [(image, caption) for image in rng.permutation(14).tolist() for caption in records[image].captions]
+    rows = [rows[k] for k in rng.permutation(70)[:5].tolist()]
     images, words, on_own = [], [], []
     for image, caption in rows:
         labels = torch.tensor(naive_labels(caption, ObjectsConfig()))
@@ -101,7 +167,7 @@ def test_training_sees_the_boxes(run, base):
     assert len(on_own) >= 3  # there are tokens inside boxes
     assert steps[0]["object_mass_on_own"] == pytest.approx(np.mean(on_own), abs=1e-4)
     assert steps[0]["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
-    assert np.mean([entry["loss"] for entry in steps[4:]]) < np.mean([entry["loss"] for entry in steps[:4]])
+    assert np.mean([entry["loss"] for entry in steps[14:]]) < np.mean([entry["loss"] for entry in steps[:14]])
 
 
 def share_on_own(token, labels, clusters, weights):
@@ -230,7 +296,9 @@ def test_the_rotated_picture_is_not_stored_as_the_file_lies(run, trained):
 
 # Of the retriever in assets/, by photograph: mean of the processor's pixels, and the score of QUERY with all tokens,
 # merged from raster and from farthest centres. Decoders of JPEG differ by a step of 255 here and there; steps at random
-# moved these by 0.0001, 0.0013, 0.010 and 0.006 at most, and the tolerances are above that. A failure prints new rows.
+# moved these by 0.0002, 0.0023, 0.010 and 0.010 at most, and the tolerances are above that. Two photographs are left
+# out: on such a step a centre moves in them, and a merged score by up to 0.1. A failure prints new rows.
+UNSTEADY = {"1020", "1021"}
 QUERY = "a red circle on the left"
 FROZEN = {
     "1001": (-0.0489, 0.3883, 0.2292, 0.2530),
@@ -241,6 +309,25 @@ FROZEN = {
     "1006": (0.1478, 0.3993, 0.3259, 0.3329),
     "1007": (-0.4881, 0.2132, 0.1243, 0.1276),
     "1008": (-0.2952, 0.2468, 0.1413, 0.1413),
+    "1009": (-0.0193, 0.4457, 0.3572, 0.3683),
+    "1010": (-0.1585, 0.3741, 0.2230, 0.2400),
+    "1011": (0.1066, 0.5375, 0.4400, 0.4389),
+    "1012": (-0.2804, 0.1640, 0.0155, 0.0166),
+    "1013": (-0.1770, 0.4002, 0.2879, 0.3106),
+    "1014": (-0.2225, 0.1725, 0.0658, 0.0676),
+    "1015": (-0.0795, 0.3999, 0.2334, 0.2950),
+    "1016": (0.0581, 0.2189, 0.1296, 0.1319),
+    "1017": (0.1748, 0.3245, 0.2358, 0.2355),
+    "1018": (-0.4839, 0.1642, 0.0859, 0.0864),
+    "1019": (-0.1389, 0.4371, 0.3114, 0.3375),
+    "1022": (0.2162, 0.4195, 0.3356, 0.3388),
+    "1023": (-0.6989, 0.2126, 0.1225, 0.1231),
+    "1024": (-0.0969, 0.3417, 0.2443, 0.2447),
+    "1025": (0.0889, 0.3171, 0.2298, 0.2469),
+    "1026": (-0.7520, 0.1813, 0.0995, 0.1008),
+    "1027": (-0.1470, 0.2445, 0.1594, 0.1647),
+    "1028": (0.3085, 0.3819, 0.2786, 0.2994),
+    "1029": (-0.2307, 0.1968, 0.0725, 0.0727),
 }
 TOLERANCE = (0.01, 0.005, 0.02, 0.02)
 
@@ -255,5 +342,48 @@ def test_photographs_give_the_frozen_numbers():
         raster, farthest = (merge_tokens(visual.tokens, visual.coords, merge).tokens for merge in (MERGE, FARTHEST))
         scores = [float(maxsim(query, tokens)) for tokens in (visual.tokens, raster, farthest)]
         found[image_id] = (float(inputs["pixel_values"].mean()), *scores)
+    assert set(found) | UNSTEADY == {image_id for ids in SPLITS.values() for image_id in ids}
     differences = np.abs(np.array(list(found.values())) - np.array(list(FROZEN.values())))
     assert (differences < TOLERANCE).all(), json.dumps({name: np.round(row, 4).tolist() for name, row in found.items()})
+
+
+@pytest.mark.parametrize("image_id", ["1009", "1014", "1019"])
+def test_the_smallest_thing_of_some_patches_is_shown(image_id):
+    """Found again in the files: of all boxed things with every box 1 % of the picture, the one with the smallest."""
+    annotations = PHOTOS / "annotations"
+    tree = ElementTree.parse(annotations / "Annotations" / f"{image_id}.xml")
+    whole = int(tree.find("size/width").text) * int(tree.find("size/height").text)
+    areas = {}
+    for item in tree.findall("object"):
+        if (box := item.find("bndbox")) is not None:
+            left, top, right, bottom = (int(box.find(edge).text) for edge in ("xmin", "ymin", "xmax", "ymax"))
+            for name in item.findall("name"):
+                area = (right - left + 1) * (bottom - top + 1) / whole
+                areas[name.text] = min(area, areas.get(name.text, 1.0))
+    wanted = min(area for area in areas.values() if area >= 0.01)
+    caption = small_thing(photographs(PHOTOS, [image_id])[0])
+    (phrase,) = caption.phrases
+    sentences = (annotations / "Sentences" / f"{image_id}.txt").read_text(encoding="utf-8")
+    chains = re.findall(rf"\[/EN#(\d+)/[^ ]+ {re.escape(phrase.text)}\]", sentences)
+    assert chains
+    assert {areas[chain] for chain in chains} == {wanted}
+
+
+def test_the_figures_of_photographs(script, base, tmp_path):
+    words = ["--out", tmp_path, "--photos", PHOTOS, "--retriever", base, "--images", "1028", "1014"]
+    pictures = {}
+    for regions in ("4", "9"):
+        script("figures").main([str(word) for word in (*words, "--regions", regions)])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["photo_evidence.jpg", "photo_regions.jpg"]
+        for path in tmp_path.iterdir():
+            with Image.open(path) as image:
+                pictures[path.stem, regions] = np.asarray(image.convert("RGB")).astype(int)
+    for name, columns in (("photo_regions", 3), ("photo_evidence", 4)):
+        few, many = pictures[name, "4"], pictures[name, "9"]
+        assert few.shape[0] > 2 * 240  # two rows
+        assert few.shape[1] > columns * 240 * 320 / 213  # of the wider photograph
+        first = few[50:280, 14:374] - many[50:280, 14:374]
+        assert abs(first).max() < 40  # the photograph itself, beside whose last column JPEG may differ
+        assert abs(few[50:280, 400:] - many[50:280, 400:]).max() > 80
+    with pytest.raises(InputError, match="--images 7: in no split"):
+        script("figures").main([str(word) for word in (*words[:-1], "7")])

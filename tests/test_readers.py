@@ -17,6 +17,8 @@ from samer.index import settings as index_settings
 from samer.index.read import Index
 from samer.training import loop as training_loop
 
+KINDS = "captions, catalogue, coco, flickr, imagecode, jsonl, vidore"
+
 
 class Catalogue(Reader):
     """A data set of another kind: one JSON file per split, [name, picture, caption, box or null] each."""
@@ -61,7 +63,7 @@ def catalogue(monkeypatch, tmp_path, world):
 def test_an_unknown_reader_is_refused_and_the_known_are_named(name, catalogue):
     with pytest.raises(InputError) as caught:
         make_reader(name)
-    assert str(caught.value) == f"data.reader {name!r} is unknown; use one of catalogue, flickr"
+    assert str(caught.value) == f"data.name {name!r} is unknown; use one of {KINDS}"
 
 
 def test_a_reader_needs_load_split_and_nothing_else(catalogue):
@@ -210,7 +212,7 @@ def test_a_script_reads_with_the_reader_that_is_set(script, catalogue, base, tmp
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_refuses_an_unknown_reader(script, catalogue, base, tmp_path, name):
     words = [*words_of(name, catalogue[1], tmp_path / "out", base), "data.reader=other"]
-    with pytest.raises(InputError, match=r"data\.reader 'other' is unknown; use one of catalogue, flickr"):
+    with pytest.raises(InputError, match=rf"data\.name 'other' is unknown; use one of {KINDS}"):
         script(name).main(words)
     assert not (tmp_path / "out").exists()
 

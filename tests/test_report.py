@@ -1175,7 +1175,9 @@ def test_compare_writes_a_report(world, base, script, tmp_path, monkeypatch):
         [*map(str, words), "--sections", "untouched", "budgets", "data.limit_train_images=1"]
     )
     page = check_page(tmp_path / "out" / "report.html")
-    retrieval, grounding, at_budgets = re.findall(r"<tbody>(.*?)</tbody>", page.source, re.DOTALL)
+    retrieval, claims, grounding, at_budgets = re.findall(r"<tbody>(.*?)</tbody>", page.source, re.DOTALL)
+    assert claims.count("<tr>") == len(results["claims"]) > 0
+    assert "samer, farthest, untouched: ahead of H-Pool" in claims
     untouched = [row for row in results["rows"] if row["section"] == "untouched"]
     assert retrieval.count("<tr>") == grounding.count("<tr>") == len(untouched) == 6
     for row in untouched:

@@ -175,11 +175,11 @@ def test_a_command_that_shares_no_work_refuses_several_processes(monkeypatch, ca
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py")))
-def test_only_train_features_and_cache_share_their_work(name):
+def test_only_train_align_features_and_cache_share_their_work(name):
     tree = ast.parse((ROOT / "scripts" / f"{name}.py").read_text())
     calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     runs = [call for call in calls if call.startswith("run(main")]
-    assert runs == ["run(main, shared=True)" if name in ("train", "features", "cache") else "run(main)"]
+    assert runs == ["run(main, shared=True)" if name in ("train", "align", "features", "cache") else "run(main)"]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -109,7 +109,7 @@ def test_spans_point_at_the_words_that_the_reader_finds():
         for scene in make_group("outdoor", 2, group):
             for caption in scene.captions:
                 text, spans = caption_text(caption)
-                plain, phrases = parse_sentence(world_write._markup(caption))
+                plain, phrases = parse_sentence(world_write.markup(caption))
                 assert text == plain
                 assert spans == [(int(phrase.chain_id), phrase.start, phrase.end) for phrase in phrases]
                 assert [text[start:end] for _, start, end in spans] == [phrase.text for phrase in phrases]

@@ -139,7 +139,8 @@ def pipeline(command, world, base, tmp_path_factory):
 
 def test_train_writes_the_projector_and_the_settings(pipeline, base, world):
     out = pipeline["folder"] / "out"
-    lines = pipeline["train"].stdout.splitlines()
+    note, *lines = pipeline["train"].stdout.splitlines()
+    assert note == f"note: {world} is read as flickr (data.name=flickr)"
     assert lines[0].startswith(f"training {33 * 16} parameters of {base} on 30 captions of 6 images (")
     assert lines[-1].startswith("done: 8 steps in ")
     assert lines[-1].endswith(str(out / "projector.safetensors"))
@@ -167,7 +168,7 @@ def test_cache_takes_the_settings_of_the_adapter(pipeline, base):
     untouched = manifest.model.base_projector
     assert manifest.projector == settings["projector"] != untouched == settings["base_projector"]
     assert sorted(manifest.splits) == ["test", "val"]
-    lines = pipeline["cache"].stdout.splitlines()
+    lines = [line for line in pipeline["cache"].stdout.splitlines() if not line.startswith("note: ")]
     assert lines[0] == f"writing the index to {pipeline['folder'] / 'cache'} ({pipeline['folder'] / 'out'})"
     assert lines[1].startswith("val: 6 images x at most 6 vectors (390 bytes per image), 30 queries -> ")
     assert lines[2].startswith("test: 8 images x at most 6 vectors (390 bytes per image), 40 queries -> ")
@@ -182,7 +183,9 @@ def test_eval_writes_the_metrics_of_the_cache(pipeline, base):
     source = result.pop("cache")
     projector = cache.manifest.projector
     assert source == {"base_model": str(base), "projector": projector, "merge": MERGE, "dtype": "float32"}
-    assert list(result) == ["text_to_image", "image_to_text"]
+    assert list(result) == ["text_to_image", "image_to_text", "rsum"]
+    recalls = [result[way][f"r@{k}"]["value"] for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+    assert result.pop("rsum") == pytest.approx(sum(recalls), abs=1e-5)
     for direction in result.values():
         assert sorted(direction) == sorted(METRICS)
         assert all(list(metric) == ["value", "interval"] for metric in direction.values())
@@ -197,7 +200,8 @@ def test_eval_prints_what_it_writes(pipeline):
         metric = result[name]["r@1"]
         low, high = metric["interval"]
         assert line.strip().startswith(f"{name.replace('_', ' ')}: r@1 {metric['value']:.1f} [{low:.1f}, {high:.1f}]")
-    assert lines[3] == f"-> {pipeline['folder'] / 'metrics.json'}, {pipeline['folder'] / 'metrics.html'}"
+    assert lines[3] == f"  rSum {result['rsum']:.1f}"
+    assert lines[4] == f"-> {pipeline['folder'] / 'metrics.json'}, {pipeline['folder'] / 'metrics.html'}"
 
 
 def test_eval_gives_the_same_with_and_without_pythonpath(pipeline):
@@ -230,7 +234,14 @@ def merge_of(folder):
 def test_overrides_win_over_the_adapter(script, pipeline, world, tmp_path):
     rest = ("--adapter-path", pipeline["folder"] / "out", "merge.num_regions=4", "merge.center_init=raster")
     script("cache").main(cache_words(pipeline, world, tmp_path / "c", *rest))
-    assert merge_of(tmp_path / "c") == {**MERGE, "num_regions": 4, "center_init": "raster"}
+    assert merge_of(tmp_path / "c") == {
+        **MERGE,
+        "num_regions": 4,
+        "center_init": "raster",
+        "bank_size": 2048,
+        "sap_layers": "",
+        "global_view": "joined",
+    }
 
 
 def test_a_config_file_wins_over_the_adapter(script, pipeline, world, base, tmp_path):
@@ -239,7 +250,7 @@ def test_a_config_file_wins_over_the_adapter(script, pipeline, world, base, tmp_
     rest = ("--adapter-path", pipeline["folder"] / "out", "--config", config, "merge.cluster_iters=1")
     script("cache").main(cache_words(pipeline, world, tmp_path / "c", *rest))
     defaults = {"spatial_weight": 0.1, "assignment_temperature": 0.07, "object_penalty": 1.0, "center_init": "raster"}
-    defaults["compressor"] = "samer"
+    defaults |= {"compressor": "samer", "bank_size": 2048, "sap_layers": "", "global_view": "joined"}
     assert merge_of(tmp_path / "c") == {"num_regions": 5, "cluster_iters": 1, **defaults}
     manifest = Index(tmp_path / "c").manifest
     assert manifest.projector != manifest.model.base_projector

@@ -585,7 +585,7 @@ def test_a_data_set_of_another_kind_is_searched(world, base, tmp_path, monkeypat
             assert picture.status_code == 200
             own = Image.open(files[int(row["id"][3:])])
             assert Image.open(io.BytesIO(picture.content)).size == own.size
-    with pytest.raises(InputError, match=r"data\.reader 'other' is unknown"):
+    with pytest.raises(InputError, match=r"data\.name 'other' is unknown"):
         SearchIndex(tmp_path / "c", Models("cpu"), None, root, "other")
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import ask, best_of, unit
 
-from samer import scoring
+from samer import products, scoring
 from samer.config import InputError
 from samer.scoring import (
     StoredImages,
@@ -204,6 +204,21 @@ def test_a_product_that_does_not_work_is_not_used(how, monkeypatch, fresh_check)
         assert torch.equal(score_stored(*case), scores)
 
 
+def test_sizes_that_the_kernel_refuses_are_multiplied_otherwise(monkeypatch, fresh_check):
+    case = ask(9, 4, 24), stored_int8(40, 3, 24)
+    expected = score_stored(*case)
+    assert scoring.int8_product_works(CPU)
+    refused = []
+
+    def refuse(left, right, out):
+        refused.append(left.shape)
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+    monkeypatch.setattr(torch, "_int_mm", refuse)
+    assert torch.equal(score_stored(*case), expected)
+    assert refused
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_both_products_give_the_same_scores(sizes, monkeypatch):
     q, m, i, k, width = sizes
@@ -355,7 +370,7 @@ def test_halves_are_multiplied_as_they_are_where_the_device_can(monkeypatch, kin
     query_mask, image_mask = torch.rand(5, 7, generator=generator) > 0.3, torch.rand(9, 4, generator=generator) > 0.3
     query_mask[:, 0] = image_mask[:, 0] = True
     plain = scoring.maxsim(queries, images, query_mask, image_mask)
-    monkeypatch.setattr(scoring, "_half_product", product)
+    monkeypatch.setattr(scoring, "half_product", product)
     monkeypatch.setattr(scoring, "half_product_works", lambda device, dtype: dtype == kind)
     fast = scoring.maxsim(queries, images, query_mask, image_mask)
     assert fast.dtype == torch.float32
@@ -369,15 +384,15 @@ def test_halves_are_multiplied_as_they_are_where_the_device_can(monkeypatch, kin
 
 
 def test_a_product_of_halves_is_checked_before_it_is_used(monkeypatch):
-    scoring.half_product_works.cache_clear()
+    products.half_product_works.cache_clear()
     try:
-        assert not scoring.half_product_works(CPU, torch.bfloat16)  # torch has none on a CPU
-        scoring.half_product_works.cache_clear()
-        monkeypatch.setattr(scoring, "_half_product", lambda left, right: left.float() @ right.float())
-        assert scoring.half_product_works(CPU, torch.bfloat16)
-        assert not scoring.half_product_works(CPU, torch.float32)
-        scoring.half_product_works.cache_clear()
-        monkeypatch.setattr(scoring, "_half_product", lambda left, right: (left @ right).float())  # rounded sums
-        assert not scoring.half_product_works(CPU, torch.bfloat16)
+        assert not products.half_product_works(CPU, torch.bfloat16)  # torch has none on a CPU
+        products.half_product_works.cache_clear()
+        monkeypatch.setattr(products, "half_product", lambda left, right: left.float() @ right.float())
+        assert products.half_product_works(CPU, torch.bfloat16)
+        assert not products.half_product_works(CPU, torch.float32)
+        products.half_product_works.cache_clear()
+        monkeypatch.setattr(products, "half_product", lambda left, right: (left @ right).float())  # rounded sums
+        assert not products.half_product_works(CPU, torch.bfloat16)
     finally:
-        scoring.half_product_works.cache_clear()
+        products.half_product_works.cache_clear()

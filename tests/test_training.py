@@ -259,7 +259,7 @@ def test_a_run_equals_a_plain_loop_of_the_recipe(settings, captured, tmp_path, a
         for tensor in (layer.weight, layer.bias):
             tensor.grad *= min(1, 8 / norm)
         optimizer.step()
-    assert min(norms) < 6 < 12 < max(norms)  # some gradients are clipped, some are not: Adam undoes a constant factor
+    assert min(norms) < 7.5 < 10 < max(norms)  # some gradients are clipped, some are not: Adam undoes a constant factor
     assert list(history(tmp_path / "run", "learning_rate").values()) == pytest.approx(rates)
     saved = load_projector(tmp_path / "run", captured.retriever)
     torch.testing.assert_close(saved.weight, layer.weight.detach(), atol=1e-5, rtol=0)

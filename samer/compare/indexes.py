@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from samer.compare.run import sweep
+from samer.compressors import settings_written
 from samer.config import InputError
 from samer.data import make_reader
 from samer.evaluation import both_directions
 from samer.index.read import Index
 from samer.index.settings import encoder_of
-from samer.report.evaluate import check_place
+from samer.report.evaluate import check_place, means_and_totals
 from samer.report.gallery import Shown, check_images, make_gallery, noting_replaced
 from samer.report.page import headline, metrics_table, write_report
 from samer.runtime.files import read_json
@@ -45,7 +46,7 @@ class Request:
     rows: Named = ()
     regions: Named = ()
     curves: Sequence[str] | None = None
-    reader: str = "flickr"
+    reader: str = ""
     split: str = "test"
     features: str = ""
     model: str = ""
@@ -72,7 +73,8 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
     for _, place in request.methods:
         indexes[place].check_captions(split)
     limit = max(index.size(split)[0] for index in indexes.values())
-    records = make_reader(request.reader).load_split(root, split, boxes=True, limit_images=limit)
+    reader = make_reader(request.reader, root)
+    records = reader.load_split(root, split, boxes=True, limit_images=limit)
     for index in indexes.values():
         check_images(index, split, records, root)
     first = indexes[request.methods[0][1]]
@@ -84,13 +86,15 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
         scores, image_of = indexes[place].scores(split, device)
         methods.append(_shown(name, indexes[place], scores))
         _, _, vectors, size = indexes[place].size(split)
-        figures = both_directions(scores, image_of)
+        figures = both_directions(scores, image_of, grades=indexes[place].grades(split))
+        figures |= means_and_totals(indexes[place], split)
         measured.append({"name": name, "vectors_per_image": vectors, "bytes_per_image": size, **figures})
     # a row of the table only that is compressed as the baseline is: what training alone does
-    controls = [row for row in others if row["cache"]["merge"] == asdict(first.manifest.merge)]
+    controls = [row for row in others if row["cache"]["merge"] == settings_written(first.manifest.merge)]
     results = None
     if request.curves is not None:
-        results = sweep(encoder, records, methods, request.curves, Path(root).name, request.batch_size)
+        about = Path(root).name, request.batch_size, reader.undescribed
+        results = sweep(encoder, records, methods, request.curves, *about)
     regions = [_shown(name, indexes[place]) for name, place in request.regions]
     gallery = make_gallery(encoder, records, methods, regions, batch_size=request.batch_size)
     gallery = noting_replaced(gallery, encoder, split, list(indexes.values()))
@@ -112,7 +116,7 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
 
 
 def _shown(name: str, index: Index, scores: Tensor | None = None) -> Shown:
-    return Shown(name, index.manifest.merge, index.projector(), scores)
+    return Shown(name, index.manifest.merge, index.projector(), scores, index.bank())
 
 
 def read_metrics(path: str, split: str) -> dict:

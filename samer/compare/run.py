@@ -16,36 +16,41 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
+import torch
 from safetensors import SafetensorError
 
-from samer.compare.measure import cost, measure
-from samer.compare.plan import Row, budgets, check_request, plan, slug
-from samer.compare.summarise import named_objects, summarise
-from samer.config import Config, MergeConfig
+from samer.compare.measure import cost, measure, tokens_of
+from samer.compare.pace import Pace
+from samer.compare.plan import NO_BOXES, OBJECT, Row, budgets, check_request, plan, settings_of, slug
+from samer.compare.queries import CAPTIONS_ONLY, RARE, Asked, caption_positives, phrase_queries
+from samer.compare.significance import significance
+from samer.compare.summarise import Measured, Values, summarise
+from samer.compressors import COMPRESSORS, make_compressor
+from samer.config import Budget, Config, InputError, MergeConfig
 from samer.data import make_reader
 from samer.data.records import ImageRecord
 from samer.data.stamps import Stamps
 from samer.evaluation import check_described
 from samer.features.read import FeatureStore
-from samer.grounding import size_thirds
+from samer.report.cells import budget_words
 from samer.report.gallery import Shown
+from samer.retrievers.attention import NoSignals
+from samer.retrievers.banks import load_bank
 from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import load_projector
-from samer.runtime.files import write_json
+from samer.runtime.files import is_file, write_json
 from samer.runtime.processes import print0
-from samer.runtime.shards import finished_shard, load_shard, unreadable, write_shard
+from samer.runtime.shards import finished_shard, load_header, load_shard, unreadable, write_shard
 from samer.runtime.signals import stop_here, stoppable
 from samer.training.loop import train
 
 VERSION = 1
+RECIPE = ("train_batch_size", "grad_accum_steps", "learning_rate", "temperature", "num_train_epochs")  # as shown
 
-Measured = dict[str, dict[str, np.ndarray]]  # by compression and by value, as `measure` names them
 # by projector's name and seed: what it is trained through (None: untouched), and the compressions measured with it
 Jobs = dict[tuple[str, int], tuple[MergeConfig | None, dict[str, MergeConfig]]]
 
@@ -57,6 +62,7 @@ def sweep(
     curves: Sequence[str],
     data: str,
     batch_size: int,
+    undescribed: bool = False,
 ) -> dict:
     """Grounding of some methods over a split, and recall of some of them at all budgets with the projectors they have.
 
@@ -67,12 +73,13 @@ def sweep(
         curves: names of those whose recall is measured at all budgets.
         data: the name of it.
         batch_size: images and captions per forward pass.
+        undescribed: as in `check_described`.
 
     Returns:
         As `compare`, with rows in the sections untouched, adapted and budgets only.
     """
-    check_described(records)
-    tokens_per_image = encoder.record_inputs(records[:1])["attention_mask"].shape[1]
+    check_described(records, undescribed)
+    _, tokens_per_image, _ = tokens_of(encoder, records, batch_size)
     rows, jobs = [], {}
     for method in shown:
         trained = None if method.projector.hash == encoder.base_projector.hash else method.merge
@@ -80,7 +87,8 @@ def sweep(
         key = method.projector.hash
         own = [Row(section, method.name.removesuffix(", trained"), method.merge, trained, key)]
         if method.name in curves:
-            at = {budget: replace(method.merge, num_regions=budget) for budget in budgets(tokens_per_image)}
+            every = budgets(tokens_per_image, method.merge.num_regions)
+            at = {budget: replace(method.merge, num_regions=budget) for budget in every}
             own += [Row("budgets", f"{method.name} @ {budget}", merge, trained, key) for budget, merge in at.items()]
         _, merges = jobs.setdefault(key, (method.projector, {}))
         merges |= {slug(row.merge): row.merge for row in own}
@@ -103,6 +111,9 @@ def compare(
     seeds: Sequence[int],
     sections: Sequence[str],
     split: str,
+    at_budgets: Sequence[Budget] = (),
+    methods: Sequence[str] = (),
+    banks: Mapping[str, str] | None = None,
 ) -> dict:
     """Trains and measures every row and writes `results.json`; finished projectors and measurements are kept.
 
@@ -113,6 +124,9 @@ def compare(
         seeds: of the trained rows.
         sections: of `SECTIONS`.
         split: measured on.
+        at_budgets: K, or shares, of the sections budgets and cost; empty: N/2 to N/32, shares where K is one.
+        methods: compressors whose rows are wanted; empty: all.
+        banks: files of banks of queries by name, of the untouched projector, for the section banks.
 
     Returns:
         The results, as written.
@@ -120,31 +134,33 @@ def compare(
     Raises:
         InputError: an unknown section, no seed, bad data, or a projector of another making in `folder`.
     """
-    folder = Path(folder)
-    check_request(sections, seeds)
-    records = make_reader(config.data.reader).load_split(
-        config.data.root, split, boxes=True, limit_images=config.data.limit_eval_images, strict=config.data.strict
-    )
-    check_described(records)
+    folder, batch_size, banks = Path(folder), config.train.eval_batch_size, banks or {}
+    check_request(sections, seeds, at_budgets, methods, banks)
+    records = _load(config, split, config.data.limit_eval_images, boxes=True)
+    check_described(records, make_reader(config.data.name, config.data.root).undescribed)
     store.check_records(records)
-    size_thirds(named_objects(records)[0])  # data without a box is refused before anything is trained
-    tokens_per_image = store.record_inputs(records[:1])["attention_mask"].shape[1]
-    rows = [row for row in plan(config.merge, tokens_per_image) if row.section in sections]
-    jobs: Jobs = {}
-    for row in rows:
-        for seed in seeds if row.trained else [0]:
-            jobs.setdefault((slug(row.trained), seed), (row.trained, {}))[1][slug(row.merge)] = row.merge
+    fewest, tokens_per_image, most = tokens_of(store, records, batch_size)
+    if any(k >= most for k in at_budgets if isinstance(k, int)):
+        raise InputError(f"budgets {list(at_budgets)}: an image has {most} tokens at most; give smaller ones")
+    at_budgets = list(at_budgets) or budgets(tokens_per_image, config.merge.num_regions)
+    planned = plan(config.merge, tokens_per_image, at_budgets, methods, list(banks))
+    rows = _with_signals(store, records, _with_boxes(config, records, [r for r in planned if r.section in sections]))
+    asked = _asked(config, store, records, rows, split, "phrases" in sections, banks)
+    jobs = _jobs(rows, seeds)
     trained = sum(through is not None for through, _ in jobs.values())
     measurements = sum(len(merges) for _, merges in jobs.values())
     print0(
         f"{len(rows)} rows: {trained} projectors to train ({len(seeds)} seeds), {measurements} measurements on "
-        f"{len(records):,} images of {split}, {tokens_per_image} tokens each, K = {config.merge.num_regions}; "
-        f"writing to {folder}"
+        f"{len(records):,} images of {split}, {tokens_per_image} tokens each, "
+        f"K = {budget_words(config.merge.num_regions)}; writing to {folder}"
     )
-    results = summarise(rows, _train_and_measure(config, folder, store, records, jobs), records, seeds)
+    if asked.phrases:
+        print0(f"asked beside the captions: {len(asked.phrases.texts):,} phrases")
+    measured = _train_and_measure(config, folder, store, records, jobs, asked)
+    results = summarise(rows, measured, records, seeds, asked.phrases)
+    results |= significance(rows, measured, records, seeds, asked.phrases)
     if "cost" in sections:
-        results["cost"] = cost(store, records, config.merge, tokens_per_image, config.train.eval_batch_size)
-    shown = ("train_batch_size", "grad_accum_steps", "learning_rate", "temperature", "num_train_epochs")
+        results["cost"] = cost(store, records, config.merge, [most, *at_budgets], batch_size)
     results = {
         "version": VERSION,
         "about": {
@@ -154,10 +170,12 @@ def compare(
             "captions": sum(len(record.captions) for record in records),
             "model": config.model.name,
             "tokens_per_image": tokens_per_image,
+            "tokens_range": [fewest, most],
             "embedding_dim": store.embedding_dim,
             "merge": asdict(config.merge),
-            "train": {name: getattr(config.train, name) for name in shown},
+            "train": {name: getattr(config.train, name) for name in RECIPE},
             "seeds": list(seeds),
+            **_about_queries(asked, rows),
         },
         **results,
     }
@@ -165,57 +183,183 @@ def compare(
     return results
 
 
+def _jobs(rows: Sequence[Row], seeds: Sequence[int]) -> Jobs:
+    """Rows by the projector that they are measured with."""
+    jobs: Jobs = {}
+    for row in rows:
+        for seed in seeds if row.trained else [0]:
+            jobs.setdefault((slug(row.trained), seed), (row.trained, {}))[1][row.key] = row.merge
+    return jobs
+
+
+def _with_boxes(config: Config, records: Sequence[ImageRecord], rows: list[Row]) -> list[Row]:
+    """The rows that differ by what the data set's boxes are; a note says what can't be told without boxes."""
+    if not any(phrase.boxes for record in records for caption in record.captions for phrase in caption.phrases):
+        print0("note: no caption names an object with a box, so nothing is said of grounding, sizes and short phrases")
+    if make_reader(config.data.name, config.data.root).check(config.data.root):
+        return rows
+    print0(f"note: {config.data.root} has no boxes, so rows with and without object labels are one")
+    return [row for row in rows if not row.name.endswith((NO_BOXES, OBJECT))]
+
+
+def _with_signals(store: FeatureStore, records: Sequence[ImageRecord], rows: list[Row]) -> list[Row]:
+    """The rows whose attention signals the store has; of others a note says that they are left out."""
+    wanting = [row for row in rows if any(make_compressor(m).needs for m in (row.merge, row.trained) if m)]
+    needs = sorted({name for row in wanting for name in make_compressor(row.merge).needs})
+    try:
+        store.image_states(store.record_inputs(records[:1]), needs)
+    except NoSignals as error:
+        left = dict.fromkeys(row.merge.compressor for row in wanting)
+        print0(f"note: {', '.join(left)} left out, which need attention ({error})")
+        return [row for row in rows if row not in wanting]
+    return rows
+
+
+def _load(config: Config, split: str, limit: int | None, *, boxes: bool) -> list[ImageRecord]:
+    data = config.data
+    read = make_reader(data.name, data.root).load_split
+    return read(data.root, split, boxes=boxes, limit_images=limit, strict=data.strict)
+
+
+def _asked(
+    config: Config,
+    store: FeatureStore,
+    records: Sequence[ImageRecord],
+    rows: Sequence[Row],
+    split: str,
+    phrases: bool,
+    banks: Mapping[str, str],
+) -> Asked:
+    """What is asked beside the captions of the split measured; all of it is looked for before anything is trained.
+
+    Raises:
+        InputError: phrases or a bank that are not stored, a bank of captions of the images measured, or one of another
+            model or projector.
+    """
+    positives = caption_positives(records, make_reader(config.data.name, config.data.root).relevant(config.data.root))
+    queries = phrase_queries(records) if phrases else None
+    if queries and (missing := store.lacking(queries.texts)):
+        raise InputError(
+            f"{store.folder}: no features of {len(missing):,} of {len(queries.texts):,} phrases of {split}; run "
+            "features with --phrases for that split, or name the --sections without phrases"
+        )
+    bank: tuple[str, ...] = ()
+    if any(COMPRESSORS[row.merge.compressor].needs_queries for row in rows):
+        train_split = config.data.train_split
+        bank_records = _load(config, train_split, config.data.limit_train_images, boxes=False)
+        if {record.image_id for record in bank_records} & {record.image_id for record in records}:
+            raise InputError(f"splits {train_split} and {split} share images, and a bank of queries must not know them")
+        bank = tuple(dict.fromkeys(caption.text for record in bank_records for caption in record.captions))
+        if missing := store.lacking(bank):
+            raise InputError(
+                f"{store.folder}: no features of {len(missing):,} of {len(bank):,} captions of {train_split}, of which "
+                "the bank of queries is made; run features for that split"
+            )
+    given = {name: load_bank(file, store) for name, file in banks.items()}
+    return Asked(positives, queries, bank, {row.key: given[row.bank] for row in rows if row.bank})
+
+
+def _about_queries(asked: Asked, rows: Sequence[Row]) -> dict:
+    """How many phrases are asked and how ambiguous they are; captions that other images satisfy, too; banks given."""
+    about: dict = {}
+    if asked.banks:
+        about["banks"] = {row.name: asked.banks[row.key].describe() for row in rows if row.bank}
+    if asked.positives is not None:
+        others = (asked.positives > 0).sum(1) - 1
+        about["relevant"] = {"captions": int((others > 0).sum()), "others": int(others.sum())}
+        if asked.positives.dtype != torch.bool:
+            about["relevant"]["grades"] = int(asked.positives.max())
+    if asked.phrases is not None:
+        held = asked.phrases.held_by
+        about["phrases"] = {
+            "count": len(held),
+            "of_one_image": int((held == 1).sum()),
+            "rare": int((held <= RARE).sum()),
+            "rare_images": RARE,
+            "most_images": int(held.max()),
+        }
+    return about
+
+
 def _train_and_measure(
-    config: Config, folder: Path, store: FeatureStore, records: Sequence[ImageRecord], jobs: Jobs
-) -> dict[tuple[str, int], Measured]:
+    config: Config, folder: Path, store: FeatureStore, records: Sequence[ImageRecord], jobs: Jobs, asked: Asked
+) -> Measured:
     """Values of all rows, projector by projector; what is finished in `folder` is kept."""
-    started = time.monotonic()
-    measured = {}
+    pace, measured = _pace(folder, jobs, [record.image_id for record in records], asked), {}
     with stoppable():
         for number, ((name, seed), (through, merges)) in enumerate(jobs.items(), 1):
             stop_here()
-            print0(
-                f"[{number}/{len(jobs)}] {name}, seed {seed}: {len(merges)} rows, {time.monotonic() - started:.0f} s"
-            )
-            place = folder / "projectors" / f"{name}-seed{seed}"
+            print0(f"[{number}/{len(jobs)}] {name}, seed {seed}: {len(merges)} rows, {pace}")
+            place, path = _places(folder, name, seed)
             projector = store.base_projector
             if through is not None:
                 settings = replace(config.train, output_dir=str(place), run_name=place.name, seed=seed, budgets=())
                 data = replace(config.data, eval_split="")  # nothing is selected on a split, so none is looked at
-                train(replace(config, merge=through, train=settings, data=data))
+                with pace.timed("trainings", (name, seed)):
+                    train(replace(config, merge=through, train=settings, data=data))
                 projector = load_projector(place, store)
             store.use_projector(projector)
-            path = folder / "measured" / f"{place.name}.safetensors"
-            measured[name, seed] = _measured(path, store, records, merges, config.train.eval_batch_size)
+            with pace.timed("measurements", (name, seed)):
+                measured[name, seed] = _measured(path, store, records, merges, config.train.eval_batch_size, asked)
     return measured
 
 
+def _places(folder: Path, name: str, seed: int) -> tuple[Path, Path]:
+    """Where a projector and what is measured with it are kept."""
+    return folder / "projectors" / f"{name}-seed{seed}", folder / "measured" / f"{name}-seed{seed}.safetensors"
+
+
+def _pace(folder: Path, jobs: Jobs, ids: list[str], asked: Asked) -> Pace:
+    """What of the jobs is not in `folder` yet, or was measured of other images, rows or queries."""
+    trainings, measurements = {}, {}
+    for (name, seed), (through, merges) in jobs.items():
+        place, path = _places(folder, name, seed)
+        if through is not None and not is_file(place / "projector.safetensors"):
+            trainings[name, seed] = 1
+        wanted = {"ids": ids, "merges": {key: settings_of(merge) for key, merge in merges.items()}}
+        wanted |= asked.stamp(merges)
+        try:
+            held = load_header(path)["stamp"] if is_file(path) else {}
+        except (OSError, SafetensorError, ValueError, KeyError):
+            held = {}
+        if any(held.get(key) != wanted.get(key) for key in ("ids", "merges", "phrases", "relevant", "bank", "banks")):
+            measurements[name, seed] = len(merges)
+    return Pace(trainings, measurements)
+
+
 def _measured(
-    path: Path, store: Encoder, records: Sequence[ImageRecord], merges: dict[str, MergeConfig], batch_size: int
-) -> Measured:
+    path: Path,
+    store: Encoder,
+    records: Sequence[ImageRecord],
+    merges: dict[str, MergeConfig],
+    batch_size: int,
+    asked: Asked = CAPTIONS_ONLY,
+) -> dict[str, Values]:
     """Values of all rows of the projector in use, from `path` if they are there, else measured and written."""
-    boxes = json.dumps([[p.boxes for c in r.captions for p in c.phrases] for r in records])
+    held = [[p.boxes for c in r.captions for p in c.phrases] + [things.boxes for things in r.things] for r in records]
+    boxes = json.dumps(held)
     older = {
         "version": VERSION,
         "projector": store.current_projector().hash,
         "source": store.origin,
-        "merges": {key: asdict(merge) for key, merge in merges.items()},
+        "merges": {key: settings_of(merge) for key, merge in merges.items()},
         "ids": [record.image_id for record in records],
         "texts": hashlib.sha256("\n".join(c.text for r in records for c in r.captions).encode()).hexdigest(),
         "boxes": hashlib.sha256(boxes.encode()).hexdigest(),
         "batch_size": batch_size,
+        **asked.stamp(merges),
     }
     contents = hashlib.sha256(repr(store.contents(records, Stamps())).encode()).hexdigest()
     stamp = {**older, "contents": contents}
     if finished_shard(path, stamp, lambda found, _: found in (stamp, older)) is None:  # earlier versions had no hash
-        values = measure(store, records, merges, batch_size)
+        values = measure(store, records, merges, batch_size, asked)
         tensors = {f"{key}/{name}": value for key, row in values.items() for name, value in row.items()}
         write_shard(path, tensors, stamp, {"rows": len(merges)})
     try:
         tensors, _ = load_shard(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise unreadable(path, error, "run again") from None
-    found: Measured = {key: {} for key in merges}
+    found: dict[str, Values] = {key: {} for key in merges}
     for name, tensor in tensors.items():
         key, _, value = name.rpartition("/")
         found[key][value] = tensor.numpy()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from samer.compare.plan import shown_methods
+from samer.compare.plan import SECTIONS, shown_methods
 from samer.compare.run import compare
 from samer.config import Config
 from samer.data import make_reader
+from samer.data.records import phrase_texts
 from samer.features.read import FeatureStore, open_encoder
 from samer.features.write import write_features
+from samer.report.cells import budget_words
 from samer.report.gallery import Gallery, make_gallery
 from samer.report.page import Table, write_report
 from samer.report.results import write_tables
@@ -34,16 +36,20 @@ def write_comparison(
     out: str | Path,
     *,
     seeds: Sequence[int],
-    sections: Sequence[str],
+    sections: Sequence[str] | None,
     split: str,
     device: torch.device,
+    at_budgets: Sequence[int] = (),
+    methods: Sequence[str] = (),
+    banks: Mapping[str, str] | None = None,
 ) -> dict:
     """Runs what is not there yet, and writes `results.json`, `results.md`, plots and `report.html`.
 
     Args:
         config: `data.root` is set; without `data.features` they are computed into `out`/features.
         out: folder of everything.
-        seeds, sections, split: as `compare` takes them.
+        seeds, split, at_budgets, methods, banks: as `compare` takes them.
+        sections: as `compare` takes them; None: all, without phrases where the data or data.features has none.
         device: to compute on.
 
     Returns:
@@ -51,24 +57,40 @@ def write_comparison(
     """
     started = time.monotonic()
     out = Path(out)
-    if not config.data.features:
-        config = replace(config, data=replace(config.data, features=str(out / "features")))
-        _compute_features(config, split, device)
-    store = FeatureStore(config.data.features, config.model.name, device, revision=config.model.revision)
-    results = compare(config, out, store, seeds=seeds, sections=sections, split=split)
-    files = [out / "results.json", *write_tables(results, out), out / "report.html"]
-    records = make_reader(config.data.reader).load_split(
+    records = make_reader(config.data.name, config.data.root).load_split(
         config.data.root, split, boxes=True, limit_images=config.data.limit_eval_images, strict=config.data.strict
     )
-    methods, regions = shown_methods(config.merge, out, store, sections, seeds[0])
-    gallery = make_gallery(store, records, methods, regions, batch_size=config.train.eval_batch_size)
+    phrases, every = phrase_texts(records), sections is None
+    if every:
+        sections = [name for name in SECTIONS if phrases or name != "phrases"]
+    given = bool(config.data.features)
+    if not given:
+        config = replace(config, data=replace(config.data, features=str(out / "features")))
+        _compute_features(config, split, device, phrases="phrases" in sections)
+    store = FeatureStore(config.data.features, config.model.name, device, revision=config.model.revision)
+    if every and given and store.lacking(phrases):
+        sections = [name for name in SECTIONS if name != "phrases"]
+        print0(f"note: {store.folder} holds no phrases of {split}, so none are asked; run features with --phrases")
+    asked = {
+        "seeds": seeds,
+        "sections": sections,
+        "split": split,
+        "at_budgets": at_budgets,
+        "methods": methods,
+        "banks": banks,
+    }
+    results = compare(config, out, store, **asked)
+    files = [out / "results.json", *write_tables(results, out), out / "report.html"]
+    compared = list({row["merge"]["compressor"]: None for row in results["rows"]})  # some may have been left out
+    shown, regions = shown_methods(config.merge, out, store, sections, seeds[0], compared)
+    gallery = make_gallery(store, records, shown, regions, batch_size=config.train.eval_batch_size)
     _write_page(files[-1], results, gallery, config.data.root, seeds)
     print0(f"{time.monotonic() - started:.0f} s; wrote {', '.join(map(str, files))}")
     return results
 
 
-def _compute_features(config: Config, split: str, device: torch.device) -> None:
-    """The frozen hidden states of the splits trained and measured on."""
+def _compute_features(config: Config, split: str, device: torch.device, *, phrases: bool) -> None:
+    """The frozen hidden states of the splits trained and measured on; phrases of the latter."""
     data, model = config.data, config.model
     encoder = open_encoder(model.name, device, local_files_only=model.local_files_only, revision=model.revision)
     for name, limit in ((data.train_split, data.limit_train_images), (split, data.limit_eval_images)):
@@ -79,7 +101,8 @@ def _compute_features(config: Config, split: str, device: torch.device) -> None:
             encoder,
             dtype=encoder.origin["computed_in"],
             limit_images=limit,
-            reader=data.reader,
+            reader=data.name,
+            phrases=phrases and name == split,
         )
 
 
@@ -98,7 +121,7 @@ def _write_page(path: Path, results: dict, gallery: Gallery, root: str, seeds: S
         about=[
             ("data", data),
             ("retriever", f"{about['model']}, {about['tokens_per_image']} tokens per image"),
-            ("compressed to", f"{about['merge']['num_regions']} vectors"),
+            ("compressed to", f"{budget_words(about['merge']['num_regions'])} vectors"),
             ("training", ", ".join(f"{name} {value:g}" for name, value in about["train"].items())),
             ("all tables", str(path.with_name("results.md"))),
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from samer.compressors.base import Compressor
@@ -10,6 +11,7 @@ from samer.compressors.hpc import HPC
 from samer.compressors.hpool import HPool
 from samer.compressors.kmeans import KMeans
 from samer.compressors.none import NoCompression
+from samer.compressors.querybank import QueryBank
 from samer.compressors.random import RandomPruning
 from samer.compressors.samer import Samer
 from samer.compressors.sap import SapMax, SapMean
@@ -25,6 +27,7 @@ COMPRESSORS: dict[str, type[Compressor]] = {
     "random": RandomPruning,
     "grid": GridPooling,
     "kmeans": KMeans,
+    "querybank": QueryBank,
 }
 
 
@@ -52,3 +55,18 @@ def settings_used(settings: MergeConfig) -> dict[str, Any]:
         InputError: as `make_compressor`.
     """
     return {name: getattr(settings, name) for name in ("compressor", *make_compressor(settings).settings_used)}
+
+
+def settings_written(settings: MergeConfig) -> dict[str, Any]:
+    """All settings as files hold them; what earlier files lack, only where it changes something.
+
+    That is `bank_size` and `sap_layers` where the compressor uses them, and `global_view` where it is not as it was.
+    """
+    found = asdict(settings)
+    if settings.global_view == MergeConfig.global_view:
+        del found["global_view"]
+    if not settings.sap_layers or "sap_layers" not in settings_used(settings):
+        del found["sap_layers"]
+    if "bank_size" not in settings_used(settings):
+        del found["bank_size"]
+    return found

@@ -5,14 +5,16 @@ Shape letters: B images, N tokens, K regions, D embedding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samer.config import InputError, MergeConfig
-from samer.merging import check_tokens, check_unit, keep_short, keep_tokens
+from samer.config import InputError, MergeConfig, vectors_of
+from samer.merging import check_tokens, check_unit, each_budget, keep_short, keep_tokens
 from samer.tokens import MergedTokens, VisualTokens, check_tensor
 
 
@@ -26,6 +28,7 @@ class Compressor:
         needs: the attention signals that `VisualTokens.attention` must hold.
         uses_labels: whether instance labels change the result; the others ignore them.
         needs_corpus: whether `fit` must be called before use.
+        needs_queries: whether `fit_queries` must be called before use.
         stored_bytes: bytes that an index needs per vector; None: D components of 2 bytes.
         settings_used: the settings that change the vectors of an image without labels. Those of an index may not differ
             in them; what they are in the others does not matter.
@@ -34,6 +37,7 @@ class Compressor:
     needs: tuple[str, ...] = ()
     uses_labels = False
     needs_corpus = False
+    needs_queries = False
     stored_bytes: int | None = None
     settings_used: tuple[str, ...] = ("num_regions",)
 
@@ -42,17 +46,20 @@ class Compressor:
 
     def places(self, count: int) -> int:
         """The width of the result for images of `count` tokens."""
-        return min(self.settings.num_regions, count)
+        return min(vectors_of(self.settings.num_regions, count), count)
 
     def fit(self, corpus: Iterable[VisualTokens]) -> None:
         """Learns from a corpus what `compress` needs of it; only where `needs_corpus` says so."""
 
+    def fit_queries(self, tokens: Tensor, weights: Tensor | None = None) -> None:
+        """Learns from query tokens (T, D), asked `weights` (T,) times each; only where `needs_queries` says so."""
+
     def state(self) -> dict[str, Tensor]:
-        """What `fit` learned, on the CPU; another of the same settings that loads it compresses alike to the bit."""
+        """What was learned, on the CPU; another of the same settings that loads it compresses alike to the bit."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes over what another one's `state` returned, in place of `fit`."""
+        """Takes over what another one's `state` returned, in place of learning."""
 
     def for_training(self) -> Compressor:
         """What a projector is trained through: the compressor itself, unless it has a part that no gradient passes."""
@@ -66,11 +73,12 @@ class Compressor:
             instance_labels: (B, N) long, for a compressor that `uses_labels`; training only.
 
         Returns:
-            `MergedTokens` with `places(N)` vectors, min(K, N) but for "none"; `mask` says which are filled.
+            `MergedTokens` with `places(N)` vectors, min(K, N) but for "none"; `mask` says which are filled. Where K is
+            a share of N, that of the image's own tokens.
 
         Raises:
             InputError: as `merge_tokens`, tokens that are not of unit length or outside the unit square, a signal that
-                is not there, or `fit` not called.
+                is not there, or `fit` or `fit_queries` not called.
         """
         if not isinstance(visual, VisualTokens):
             raise InputError(f"a compressor takes VisualTokens, tokens with their coords; not {type(visual).__name__}")
@@ -91,19 +99,35 @@ class Compressor:
             tokens = torch.where(mask[..., None], tokens, 0)
             coords = torch.where(mask[..., None], coords, 0)
             patches = patches & mask
-        if tokens.shape[1] <= self.settings.num_regions:
-            return keep_tokens(tokens, coords, mask)
+        clean = VisualTokens(tokens, coords, mask, patches, visual.seeds, visual.attention, views=visual.views)
         with torch.autocast(tokens.device.type, enabled=False):
-            clean = VisualTokens(tokens, coords, mask, patches, visual.seeds, visual.attention)
-            result = self.compress(clean, instance_labels)
+            share = self.settings.num_regions
+            if isinstance(share, int) or "num_regions" not in self.settings_used:
+                return self._at_most(clean, instance_labels)
+
+            def merge(regions: int, rows: Tensor | slice) -> MergedTokens:
+                fixed = copy.copy(self)  # with what it learned
+                fixed.settings = replace(self.settings, num_regions=regions)
+                labels = None if instance_labels is None else instance_labels[rows]
+                return fixed._at_most(_rows(clean, rows), labels)
+
+            return each_budget(share, tokens.shape[1], mask, merge)
+
+    def _at_most(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
+        """Compresses a batch, as `compress` gets it, at one K; an image that has no more tokens keeps them."""
+        tokens, coords, mask, regions = visual.tokens, visual.coords, visual.mask, self.settings.num_regions
+        if isinstance(regions, int) and tokens.shape[1] <= regions:
+            return keep_tokens(tokens, coords, mask)
+        result = self.compress(visual, instance_labels)
         return result if mask is None else keep_short(result, tokens, coords, mask)
 
     @staticmethod
     def _check_sides(visual: VisualTokens) -> None:
         batch, count = visual.tokens.shape[:2]
-        sides = {"patches": visual.patches, **{f"attention {name!r}": row for name, row in visual.attention.items()}}
+        signals = {f"attention {name!r}": row for name, row in visual.attention.items()}
+        sides = {"patches": visual.patches, "views": visual.views, **signals}
         expected = dict.fromkeys(sides, (batch, count)) | {"seeds": (batch,)}
-        kinds = {"patches": torch.bool, "seeds": torch.int64}
+        kinds = {"patches": torch.bool, "views": torch.bool, "seeds": torch.int64}
         for name, value in {**sides, "seeds": visual.seeds}.items():
             if value is None:
                 continue
@@ -112,8 +136,17 @@ class Compressor:
                 raise InputError(f"{name} of shape {tuple(value.shape)} for tokens {tuple(visual.tokens.shape)}")
 
     def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
-        """The work itself, for more than K tokens: float32, padding zeroed, coords (B, N, 2), patches a tensor."""
+        """The work itself, for more than K tokens: float32, padding zeroed, coords (B, N, 2), patches a tensor.
+
+        `settings.num_regions` is K then, never a share.
+        """
         raise NotImplementedError
+
+
+def _rows(visual: VisualTokens, rows: Tensor | slice) -> VisualTokens:
+    """Some images of a batch as `compress` gets it."""
+    own = {name: value[rows] for name, value in vars(visual).items() if isinstance(value, Tensor)}
+    return VisualTokens(**own, attention={name: value[rows] for name, value in visual.attention.items()})
 
 
 def keep_best(visual: VisualTokens, salience: Tensor, regions: int) -> MergedTokens:

@@ -16,10 +16,11 @@ class Samer(Compressor):
     """`merge_tokens` with all of `MergeConfig`."""
 
     uses_labels = True
-    # all of its own, new ones too; the object penalty acts on labels, which only training has
-    settings_used = tuple(f.name for f in fields(MergeConfig) if f.name not in ("compressor", "object_penalty"))
+    # all of its own, new ones too; the object penalty acts on labels, which only training has, the bank is querybank's
+    settings_used = tuple(
+        f.name for f in fields(MergeConfig) if f.name not in ("compressor", "object_penalty", "bank_size", "sap_layers")
+    )
 
     def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
-        return merge_tokens(
-            visual.tokens, visual.coords, self.settings, mask=visual.mask, instance_labels=instance_labels
-        )
+        more = {"mask": visual.mask, "instance_labels": instance_labels, "views": visual.views}
+        return merge_tokens(visual.tokens, visual.coords, self.settings, **more)

@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from samer.config import InputError
+from samer.data.captions import CaptionFiles
+from samer.data.coco import Coco
 from samer.data.flickr import Flickr
-from samer.data.reader import Reader
+from samer.data.imagecode import ImageCode
+from samer.data.jsonl import JsonLines
+from samer.data.reader import Reader, tell_once
+from samer.data.vidore import Vidore
+from samer.runtime.files import is_dir
 
-READERS: dict[str, Reader] = {"flickr": Flickr()}
+# the order in which a folder's kind is guessed
+READERS: dict[str, Reader] = {
+    "flickr": Flickr(),
+    "coco": Coco(),
+    "imagecode": ImageCode(),
+    "vidore": Vidore(),
+    "captions": CaptionFiles(),
+    "jsonl": JsonLines(),
+}
 
 
-def make_reader(name: str) -> Reader:
-    """The reader of that name (data.reader).
+def make_reader(name: str, root: str | Path | None = None) -> Reader:
+    """The reader of that name (data.name), or where it is empty the one that knows the folder, which is told.
 
     Raises:
-        InputError: a name that is not in the registry.
+        InputError: a name that is not in the registry, or none and a folder of no known kind.
     """
+    if not name and root is not None:
+        name = guess_name(root)
+        tell_once(f"note: {root} is read as {name} (data.name={name})")
     if name not in READERS:
-        raise InputError(f"data.reader {name!r} is unknown; use one of {', '.join(sorted(READERS))}")
+        raise InputError(f"data.name {name!r} is unknown; use one of {', '.join(sorted(READERS))}")
     return READERS[name]
+
+
+def guess_name(root: str | Path) -> str:
+    """The kind of data set that a folder looks like: the first of `READERS` that knows it.
+
+    Raises:
+        InputError: no folder, or of no known kind.
+    """
+    folder = Path(os.path.expanduser(root))
+    if not is_dir(folder):
+        raise InputError(f"{root}: not a folder; point DATA_ROOT at the data set")
+    for name, reader in READERS.items():
+        if reader.holds(folder):
+            return name
+    kinds = "; ".join(f"{name}: {reader.signs}" for name, reader in READERS.items() if reader.signs)
+    raise InputError(f"{root}: no data set of a known kind ({kinds}); point DATA_ROOT at one, or give data.name")

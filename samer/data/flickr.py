@@ -6,7 +6,6 @@ is understood and wrong, such as a box outside its picture, is left out, counted
 
 from __future__ import annotations
 
-import codecs
 import os
 import re
 import xml.etree.ElementTree as ET
@@ -16,11 +15,14 @@ from math import isfinite
 from pathlib import Path
 
 from samer.config import InputError
-from samer.data.pictures import PictureError, displayed_size, one_line, regular_file
-from samer.data.reader import Defects, Reader
+from samer.data.annotated import BAD_BOXES, LONG_CAPTIONS, boxes_fit
+from samer.data.parts import split_part, take_part
+from samer.data.pictures import one_line
+from samer.data.reader import Defects, RowReader
 from samer.data.records import LONGEST_CAPTION, Box, Caption, ImageRecord, Phrase
-from samer.data.sizes import shape_of
-from samer.runtime.files import lookup, trouble
+from samer.data.relevant import read_relevant
+from samer.data.texts import read_bytes, read_lines
+from samer.runtime.files import exists, lookup, trouble
 from samer.runtime.progress import Progress
 
 SPLITS = ("train", "val", "test")
@@ -34,13 +36,7 @@ _OPENING = re.compile(r"\[/EN#([0-9]+)((?:/[^/\[\]]+)+)")  # `[/EN#283585/people
 
 
 # what is left out or doubted, as it is told at the end of a load
-BAD_BOXES = "{count} boxes of {files} images are empty, inverted or outside the picture, and left out"
-OTHER_SHAPE = "{files} pictures have another shape than what was annotated, and their boxes are left out"
-STRETCHED = (
-    "{files} pictures, or what was annotated, were stretched to a square; boxes are taken as shares of the picture"
-)
 OTHER_NAME = "{files} annotations name another picture"
-LONG_CAPTIONS = f"{{count}} captions of {{files}} images are cut to {LONGEST_CAPTION:,} characters"
 TWO_PICTURES = "{files} images are there with several suffixes, and the first of them is taken"
 
 
@@ -198,11 +194,7 @@ def parse_annotation(
 
 
 def _read_xml(path: str | Path) -> ET.Element:
-    try:
-        regular_file(path)
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise trouble(path, error) from None
+    content = read_bytes(path)
     if not content.strip():
         raise InputError(f"{path}: malformed XML (the file is empty); restore the file")
     try:
@@ -234,119 +226,94 @@ def _fits(path: str | Path, tree: ET.Element, picture: Path, annotated: tuple[fl
     if named and Path(named).stem != picture.stem and named != picture.stem:
         message = f"it names the picture {one_line(named)}, not {picture.name}; restore the file"
         defects.add(OTHER_NAME, path, message)
-    try:
-        size = displayed_size(picture)
-    except PictureError:  # what is wrong with it is said by whoever decodes it
-        return True
-    shape = shape_of(size, annotated)
-    if shape != "same":
-        message = (
-            f"a picture of {annotated[0]:g} x {annotated[1]:g} was annotated, and {picture.name} is displayed as "
-            f"{size[0]} x {size[1]}; restore one of them"
-        )
-        defects.add(STRETCHED if shape == "square" else OTHER_SHAPE, path, message)
-    return shape != "other"
+    return boxes_fit(path, picture, annotated, defects)
 
 
 def load_split(
     root: str | Path, split: str, *, boxes: bool, limit_images: int | None = None, strict: bool = False
 ) -> list[ImageRecord]:
-    """Reads the records of a split in the order of its file, the first `limit_images` if given (METHOD section 8).
+    """Reads the records of a split, or a part of it, in the order of its file, the first `limit_images` if given.
+
+    Source: METHOD section 8; parts as `samer.data.parts` reads them.
 
     With `boxes=False` the Annotations folder is neither opened nor required. What is left out or doubted is told at the
     end, a line per kind, or, if `strict`, refused.
 
     Raises InputError for anything missing or malformed, naming the file.
     """
-    if limit_images is not None and limit_images < 1:
-        raise InputError(f"limit_images is {limit_images}; give at least 1, or leave it out for the whole split")
+    return Flickr().load_split(root, split, boxes=boxes, limit_images=limit_images, strict=strict)
+
+
+def _read(root: str | Path, split: str, boxes: bool, limit_images: int | None, defects: Defects) -> list[ImageRecord]:
+    name, part = split_part(split)
     layout = find_layout(root)
     if boxes and layout.annotations is None:
         raise InputError(
             f"{root}: no Annotations folder (looked for: annotations/Annotations, Annotations); restore it"
         )
-    defects = Defects(strict=strict)
     try:
         names = set(os.listdir(layout.images))  # listed once: 30,000 stats are slow on a network disk
     except OSError as error:
         raise trouble(layout.images, error) from None
-    image_ids = _read_ids(layout.splits, split, names)[:limit_images]
+    image_ids = take_part(_read_ids(layout.splits, name, names, defects), part, split)[:limit_images]
     image_paths = _match_images(image_ids, layout.images, names, defects)
-    unrelated = _read_unrelated(layout.unrelated) if layout.unrelated else frozenset()
+    unrelated = _read_unrelated(layout.unrelated, defects) if layout.unrelated else frozenset()
 
     records = []
     for image_id in Progress(image_ids, f"reading {split}") if len(image_ids) > 2000 else image_ids:
-        picture, chains = image_paths[image_id], None
+        picture, chains, captions = image_paths.get(image_id), None, []  # None only where defects are collected
         if boxes:
-            chains = parse_annotation(layout.annotations / f"{image_id}.xml", picture, defects)
-        captions = _read_captions(layout.sentences / f"{image_id}.txt", chains, defects)
-        if len(captions) != CAPTIONS_PER_IMAGE:
-            raise InputError(
-                f"{layout.sentences / f'{image_id}.txt'}: {len(captions)} captions, expected exactly "
-                f"{CAPTIONS_PER_IMAGE}; restore the file"
-            )
+            with defects.spared():
+                chains = parse_annotation(layout.annotations / f"{image_id}.xml", picture, defects)
+        with defects.spared():
+            captions = _read_captions(layout.sentences / f"{image_id}.txt", chains, defects)
+            if len(captions) != CAPTIONS_PER_IMAGE:
+                raise InputError(
+                    f"{layout.sentences / f'{image_id}.txt'}: {len(captions)} captions, expected exactly "
+                    f"{CAPTIONS_PER_IMAGE}; restore the file"
+                )
         related = [(image_id, number) not in unrelated for number in range(1, len(captions) + 1)]
         captions = tuple(replace(caption, related=each) for caption, each in zip(captions, related))
-        records.append(ImageRecord(image_id, picture, captions))
-    defects.tell(f"{split} of {root}")
+        if picture is not None:
+            records.append(ImageRecord(image_id, picture, captions))
     return records
 
 
 def _read_captions(path: Path, chains: Mapping[str, tuple[Box, ...]] | None, defects: Defects) -> list[Caption]:
     """The captions of one image, all taken as related; `chains` as in `parse_sentence`."""
     captions = []
-    for number, line in enumerate(_read_lines(path), start=1):
-        try:
-            caption = Caption(*parse_sentence(line, chains), related=True)
-        except InputError as error:
-            raise InputError(f"{path}: line {number}: {error}") from error
-        if len(caption.text) > LONGEST_CAPTION:
-            message = f"line {number}: a caption of {len(caption.text):,} characters; {LONGEST_CAPTION:,} are the most"
-            defects.add(LONG_CAPTIONS, path, message)
-        captions.append(caption.within(LONGEST_CAPTION))
+    for number, line in enumerate(read_lines(path), start=1):
+        with defects.spared():
+            try:
+                caption = Caption(*parse_sentence(line, chains), related=True)
+            except InputError as error:
+                raise InputError(f"{path}: line {number}: {error}") from error
+            if len(caption.text) > LONGEST_CAPTION:
+                length = f"a caption of {len(caption.text):,} characters; {LONGEST_CAPTION:,} are the most"
+                defects.add(LONG_CAPTIONS, path, f"line {number}: {length}")
+            captions.append(caption.within(LONGEST_CAPTION))
     return captions
 
 
-def _read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 text without their ends (LF, CRLF, or CR where there is no LF) and without blank last lines.
-
-    str.splitlines would also cut at U+2028 and the like.
-    """
-    try:
-        regular_file(path)
-        content = path.read_bytes()
-    except OSError as error:
-        raise trouble(path, error) from None
-    try:
-        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
-            raise InputError(f"{path}: UTF-16, or no text, but not UTF-8; save it as UTF-8")
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({one_line(error)}); save it as UTF-8") from error
-    lines = [line.removesuffix("\r") for line in text.split("\n")] if "\n" in text else text.split("\r")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return lines
-
-
-def _read_ids(folder: Path, split: str, names: Set[str]) -> list[str]:
+def _read_ids(folder: Path, split: str, names: Set[str], defects: Defects) -> list[str]:
     """The ids of a split; those written with the suffix of a picture that is there (`names`) are read without."""
     splits = {path.stem for path in folder.glob("*.txt")}
     if split not in splits:
         raise InputError(f"{folder}: no split {split!r}; use one of {', '.join(sorted(splits))}")
     path = folder / f"{split}.txt"
     seen: dict[str, int] = {}
-    for number, line in enumerate(_read_lines(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         image_id = line.strip().strip(_INVISIBLE).strip()
         if not image_id:
             continue
-        if not _bare(image_id):
-            raise InputError(f"{path}: line {number}: {image_id!r} is not an image id; write one bare id per line")
-        if image_id.lower().endswith(IMAGE_SUFFIXES) and not _pictures(image_id, names):
-            image_id = image_id.rpartition(".")[0]
-        if image_id in seen:
-            raise InputError(f"{path}: line {number}: {image_id!r} is also on line {seen[image_id]}; remove one")
-        seen[image_id] = number
+        with defects.spared():
+            if not _bare(image_id):
+                raise InputError(f"{path}: line {number}: {image_id!r} is not an image id; write one bare id per line")
+            if image_id.lower().endswith(IMAGE_SUFFIXES) and not _pictures(image_id, names):
+                image_id = image_id.rpartition(".")[0]
+            if image_id in seen:
+                raise InputError(f"{path}: line {number}: {image_id!r} is also on line {seen[image_id]}; remove one")
+            seen[image_id] = number
     if not seen:
         raise InputError(f"{path}: zero images; write one id per line")
     return list(seen)
@@ -373,7 +340,10 @@ def _match_images(image_ids: list[str], folder: Path, names: Set[str], defects: 
         paths[image_id] = folder / found[0]
         if len(found) > 1:
             defects.add(TWO_PICTURES, paths[image_id], f"{', '.join(found[1:])} is there, too; remove one")
-    if absent:
+    remedy = "restore it or take the id out of the split"
+    if defects.collect:
+        defects.absent(folder, [f"{one_line(image_id)}.jpg" for image_id in absent], len(image_ids), remedy)
+    elif absent:
         like = [name for name in names if Path(name).stem.casefold() == absent[0].casefold()]
         hint = f" (there is {one_line(min(like))})" if like else ""
         raise InputError(
@@ -383,16 +353,17 @@ def _match_images(image_ids: list[str], folder: Path, names: Set[str], defects: 
     return paths
 
 
-def _read_unrelated(path: Path) -> frozenset[tuple[str, int]]:
+def _read_unrelated(path: Path, defects: Defects) -> frozenset[tuple[str, int]]:
     """Pairs (image id, sentence number from 1); a file that holds a 0 counts from 0."""
     pairs: list[tuple[str, int]] = []
-    for number, line in enumerate(_read_lines(path), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         fields = line.split()
         if not fields or (number == 1 and not fields[-1].isdecimal()):  # blank, or a heading
             continue
-        if len(fields) != 2 or not re.fullmatch("[0-5]", fields[1]):
-            raise InputError(f"{path}: line {number}: expected <id> <sentence number>, not {line!r}; correct it")
-        pairs.append((fields[0], int(fields[1])))
+        with defects.spared():
+            if len(fields) != 2 or not re.fullmatch("[0-5]", fields[1]):
+                raise InputError(f"{path}: line {number}: expected <id> <sentence number>, not {line!r}; correct it")
+            pairs.append((fields[0], int(fields[1])))
     numbers = {sentence for _, sentence in pairs}
     if {0, 5} <= numbers:
         raise InputError(f"{path}: sentence numbers run from 0 to 5 for five captions; count from 0 or from 1")
@@ -400,16 +371,34 @@ def _read_unrelated(path: Path) -> frozenset[tuple[str, int]]:
     return frozenset((image_id, sentence + shift) for image_id, sentence in pairs)
 
 
-class Flickr(Reader):
+class Flickr(RowReader):
     """Flickr30k-Entities (METHOD section 8)."""
 
-    def load_split(
-        self, root: str | Path, split: str, *, boxes: bool, limit_images: int | None = None, strict: bool = False
+    signs = "annotations/{train,val,test}.txt, annotations/Sentences"
+
+    def holds(self, root: Path) -> bool:
+        bases = (root / "annotations", root)
+        if any(exists(base / name) for base in bases for name in ("Sentences", "Annotations", UNRELATED)):
+            return True
+        both = exists(root / "images") and exists(root / "annotations")
+        names = [base / split for base in bases for split in SPLITS]
+        return any(exists(f"{name}.txt") and (both or not exists(f"{name}.jsonl")) for name in names)
+
+    def splits(self, root: str | Path) -> list[str]:
+        found = {path.stem for path in find_layout(root).splits.glob("*.txt")}
+        return [split for split in SPLITS if split in found]
+
+    def read(
+        self, root: str | Path, split: str, *, boxes: bool, limit_images: int | None, defects: Defects
     ) -> list[ImageRecord]:
-        return load_split(root, split, boxes=boxes, limit_images=limit_images, strict=strict)
+        return _read(root, split, boxes, limit_images, defects)
 
     def check(self, root: str | Path) -> bool:
         return find_layout(root).annotations is not None
+
+    def relevant(self, root: str | Path) -> dict[str, list[list[str]]]:
+        """From `relevant.json` beside the split files; Flickr30k-Entities has none, generated data may."""
+        return read_relevant(find_layout(root).splits / "relevant.json")
 
     def find(self, root: str | Path, split: str, image_id: str) -> ImageRecord | None:
         """As `Reader.find`, from the image's own files; where one is missing, what it would say is left out.

@@ -37,7 +37,7 @@ class StoredSplit:
 
 @dataclass(frozen=True)
 class StoreManifest:
-    """What made a store (all but the last three: its shards carry it, too), and what is in it.
+    """What made a store (all but the last four: its shards carry it, too), and what is in it.
 
     Attributes:
         architecture, weights, processor, base_projector: as in `ModelIdentity`. In format 3 there is no architecture,
@@ -48,6 +48,7 @@ class StoreManifest:
         libraries: versions of what computed them, by name; compared when a store is written to, not when it is read.
         grid, image_token_id: format 3 only: patches per side, and what stands at them in `input_ids`.
         base_model, revision: name of the model.
+        processing: as `Family.processing` says.
         splits: by name; a split appears when it is complete.
     """
 
@@ -66,6 +67,7 @@ class StoreManifest:
     image_token_id: int | None = None
     base_model: str = ""
     revision: str = "main"
+    processing: dict[str, str] = field(default_factory=dict)
     splits: dict[str, StoredSplit] = field(default_factory=dict)
 
     @property
@@ -77,7 +79,7 @@ class StoreManifest:
     def stamp(self) -> dict[str, Any]:
         """What made it, as its shards carry it."""
         values = asdict(self)
-        for name in ("base_model", "revision", "splits"):
+        for name in ("base_model", "revision", "processing", "splits"):
             del values[name]
         return {name: value for name, value in values.items() if value is not None}
 

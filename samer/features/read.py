@@ -18,7 +18,7 @@ from samer.data.contents import check_contents, named
 from samer.data.records import ImageRecord
 from samer.data.stamps import FILE, Stamps
 from samer.features.manifest import DTYPES, StoreManifest, read_store_manifest
-from samer.retrievers.attention import ATTENTION, check_signals
+from samer.retrievers.attention import ATTENTION, NoSignals, check_signals
 from samer.retrievers.base import NO_OFFSET, Encoder, image_seeds
 from samer.retrievers.hf import Retriever, identify
 from samer.retrievers.identity import ModelIdentity, fingerprint, model_folder
@@ -42,6 +42,7 @@ def open_encoder(
     dtype: torch.dtype | None = None,
     local_files_only: bool = False,
     revision: str = "main",
+    pictures: bool = True,
 ) -> Encoder:
     """The encoder of a run: a retriever, or the feature store at `features`, with the projector at `adapter_path`.
 
@@ -53,6 +54,7 @@ def open_encoder(
         dtype: that the backbone computes in; None: bfloat16 on a GPU, else float32.
         local_files_only: don't ask the hub.
         revision: of the model on the hub.
+        pictures: False: it is for texts alone, as in `Retriever.load`.
 
     Raises:
         InputError: as `Retriever.load`, `FeatureStore` and `load_projector`.
@@ -63,7 +65,8 @@ def open_encoder(
     if features:
         encoder = FeatureStore(features, name, device, revision=revision)
     else:
-        encoder = Retriever.load(name, dtype=dtype, device=device, local_files_only=local_files_only, revision=revision)
+        where = {"local_files_only": local_files_only, "revision": revision}
+        encoder = Retriever.load(name, dtype=dtype, device=device, pictures=pictures, **where)
     if adapter_path:
         encoder.use_projector(load_projector(adapter_path, encoder, local_files_only=local_files_only))
     return encoder
@@ -131,6 +134,7 @@ class FeatureStore(Encoder):
         )
         self.revision = revision
         self.projection_layer = self.manifest.projection
+        self.processing = self.manifest.processing
         self.origin = {"computed_in": self.manifest.computed_in, "stored_in": self.manifest.dtype}
 
     def _one_grid(self) -> tuple[int, int] | None:
@@ -179,6 +183,10 @@ class FeatureStore(Encoder):
                 f"note: {self.folder} is taken at its word for {unknown:,} pictures, as earlier versions kept no "
                 "content hashes; compute the features in another folder to have later changes seen"
             )
+
+    def lacking(self, texts: Sequence[str]) -> list[str]:
+        """The texts that are not stored."""
+        return [text for text in texts if text not in self._places["texts"]]
 
     def _replaced(self, records: Sequence[ImageRecord]) -> tuple[list[str], int]:
         """Ids of images whose file now holds something else than the features are of, and of how many it's unknown."""
@@ -256,7 +264,13 @@ class FeatureStore(Encoder):
     def image_states(self, inputs: dict[str, Tensor], needs: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """What `record_inputs` read, hidden states and signals, on the device."""
         check_signals(needs)
+        if others := [name for name in needs if name not in ATTENTION]:
+            raise NoSignals(
+                f"{self.folder}: a feature store holds no attention of layers {others[0]}; use the pictures"
+            )
         attention = inputs["attention"].to(self.device) if needs else None
+        if needs and bool(attention[inputs["attention_mask"].bool().to(self.device)].isnan().any()):
+            raise NoSignals(f"{self.folder}: {self.manifest.base_model} gave no attention over the whole picture")
         return self.hidden_states(inputs), {name: attention[..., ATTENTION.index(name)] for name in needs}
 
 

@@ -5,10 +5,10 @@
     DIR/<split>/images-00000.safetensors   hidden (sum N, H), lengths (n,), attention (sum N, 3), coords (sum N, 2),
                                            patches (sum N,), grid (n, 2), source (sum P,), int8: scales (sum N,)
     DIR/<split>/texts-00000.safetensors    hidden (sum M, H), offsets (sum M, 2), lengths (t,) of distinct
-                                           captions; int8: scales (sum M,)
+                                           captions, then, if asked for, phrases; int8: scales (sum M,)
     DIR/<split>/stamps.json                may be there: what saves hashing a picture again, as `samer.index.write` says
 
-The header of a shard holds the stamp of the manifest, `names` of its images or its captions, and of images `contents`:
+The header of a shard holds the stamp of the manifest, `names` of its images or its texts, and of images `contents`:
 per image null or the hash of its file when it was read, as in an index. Earlier shards have no `contents`.
 
 Shards are mapped, never loaded whole: the page cache is the cache. Shape letters: B images, N tokens, P patches,
@@ -17,6 +17,7 @@ M query tokens, H hidden.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,9 +34,9 @@ from torch import Tensor
 from samer.config import InputError
 from samer.data import make_reader
 from samer.data.contents import Contents
-from samer.data.records import ImageRecord
+from samer.data.records import ImageRecord, phrase_texts
 from samer.features.manifest import DTYPES, StoredShard, StoredSplit, StoreManifest, read_store_manifest
-from samer.retrievers.attention import ATTENTION
+from samer.retrievers.attention import ATTENTION, NoSignals
 from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import write_projector
 from samer.runtime.files import about, exists, is_dir, is_file, listing, only_writer
@@ -68,8 +69,9 @@ def write_features(
     batch_size: int = 32,
     dtype: str = "bfloat16",
     limit_images: int | None = None,
-    reader: str = "flickr",
+    reader: str = "",
     strict: bool = False,
+    phrases: bool = False,
 ) -> dict[str, StoredSplit]:
     """Computes the hidden states of splits once and keeps them; complete shards of an earlier try are kept.
 
@@ -78,14 +80,16 @@ def write_features(
 
     Args:
         folder: the store; made if missing.
-        data_root: Flickr30k-Entities; its Annotations folder is not opened.
+        data_root: of the data set; its boxes are read for `phrases` only.
         splits: e.g. ["train", "val", "test"].
         retriever: the frozen model.
         batch_size: images, and captions, per forward pass.
         dtype: float32, bfloat16, float16, or int8 with a scale per token.
         limit_images: the first so many images of each split.
-        reader: of the data set, a name in `samer.data.READERS`.
+        reader: of the data set, a name in `samer.data.READERS`; empty: guessed.
         strict: refuse what a reader otherwise leaves out of the data and tells.
+        phrases: also of the phrases that have boxes, as somebody types them (`Phrase.typed`), in shards of their own
+            behind those of the captions.
 
     Returns:
         The manifest's entry of each split.
@@ -102,14 +106,16 @@ def write_features(
     if len(set(splits)) != len(splits):
         raise InputError(f"splits {' '.join(splits)}: a split is named twice")
     made = _made_now(retriever, dtype)
+    kind = make_reader(reader, data_root)
     records = {
-        split: make_reader(reader).load_split(data_root, split, boxes=False, limit_images=limit_images, strict=strict)
+        split: kind.load_split(data_root, split, boxes=phrases, limit_images=limit_images, strict=strict)
         for split in splits
     }
+    texts = {split: _texts(rows) for split, rows in records.items()}
     _open_for_writing(folder, made)  # before anything is made in a foreign folder
     with only_writer(folder), stoppable():
         manifest = _open_for_writing(folder, made)
-        _announce(folder, records, retriever, dtype)
+        _announce(folder, records, texts, retriever, dtype)
         if rank() == 0:
             write_projector(folder / "base.safetensors", retriever.base_projector)
         for split, rows in records.items():
@@ -118,19 +124,21 @@ def write_features(
                 folder / split, list(batched(rows, IMAGES_PER_SHARD)), retriever, batch_size, made, contents
             )
             contents.tell("their features were computed")
-            captions = _write_shards(
-                folder / split, list(batched(_texts(rows), TEXTS_PER_SHARD)), retriever, batch_size, made
-            )
-            manifest = replace(manifest, splits={**manifest.splits, split: StoredSplit(images, captions)})
+            jobs = [job for kind in texts[split] for job in batched(kind, TEXTS_PER_SHARD)]
+            written = _write_shards(folder / split, jobs, retriever, batch_size, made)
+            manifest = replace(manifest, splits={**manifest.splits, split: StoredSplit(images, written)})
             if rank() == 0:
                 write_manifest(folder / "manifest.json", _as_written(manifest))
             contents.remember()  # no process goes on before the manifest is written
+    for line in retriever.notes:
+        print0(line)
     return {split: manifest.splits[split] for split in splits}
 
 
-def _texts(records: Sequence[ImageRecord]) -> list[str]:
-    """Distinct captions, in the order of their first use."""
-    return list(dict.fromkeys(caption.text for record in records for caption in record.captions))
+def _texts(records: Sequence[ImageRecord]) -> tuple[list[str], list[str]]:
+    """Distinct captions, in the order of their first use; and, where boxes were read, phrases that are none of them."""
+    captions = dict.fromkeys(caption.text for record in records for caption in record.captions)
+    return list(captions), [text for text in phrase_texts(records) if text not in captions]
 
 
 def _made_now(retriever: Retriever, dtype: str) -> StoreManifest:
@@ -154,6 +162,7 @@ def _made_now(retriever: Retriever, dtype: str) -> StoreManifest:
         },
         base_model=retriever.name,
         revision=retriever.revision,
+        processing=dict(retriever.processing),
     )
 
 
@@ -194,29 +203,36 @@ def _is_foreign(entry: Path) -> bool:
     return not (is_dir(entry) or entry.name == "base.safetensors" or entry.name.startswith("."))
 
 
-def _announce(folder: Path, records: dict[str, list[ImageRecord]], retriever: Retriever, dtype: str) -> None:
+def _announce(
+    folder: Path,
+    records: dict[str, list[ImageRecord]],
+    texts: dict[str, tuple[list[str], list[str]]],
+    retriever: Retriever,
+    dtype: str,
+) -> None:
     """Says what the store will take, and refuses to start where the disk has less than what is still missing."""
     per_image, patches = _sizes_of(next(iter(records.values())), retriever)
     width = retriever.hidden_size * DTYPES[dtype].itemsize + (4 if dtype == "int8" else 0)
     beside = 4 * len(ATTENTION) + 8 + 1  # attention, coords and patches of a token
-    need = have = missing = captions = 0
+    need = have = missing = 0
     for split, rows in records.items():
-        texts = _texts(rows)
         lengths = 0
-        for batch in batched(sorted(texts), 1024):
+        for batch in batched(sorted(itertools.chain(*texts[split])), 1024):
             lengths += int(retriever.query_inputs(batch)["attention_mask"].sum())
         wanted = len(rows) * (per_image * (width + beside) + 4 * patches) + lengths * (width + 8)
         held = [about(path) for path in listing(folder / split) if path.suffix == ".safetensors"]
         found = sum(each.st_size for each in held if each)
-        need, have, captions = need + wanted, have + found, captions + len(texts)
+        need, have = need + wanted, have + found
         missing += max(0, wanted - found)  # what another split has is no progress of this one
     place = folder
     while not exists(place):
         place = place.parent
     free = shutil.disk_usage(place).free
     images = sum(len(rows) for rows in records.values())
+    captions, phrases = (sum(map(len, kind)) for kind in zip(*texts.values()))
     print0(
-        f"features of {images:,} images ({per_image:,} tokens each) and {captions:,} distinct captions in {dtype}: "
+        f"features of {images:,} images ({per_image:,} tokens each) and {captions:,} distinct captions"
+        f"{f', and {phrases:,} phrases,' * (phrases > 0)} in {dtype}: "
         f"{need / 1e9:.2f} GB in {folder} ({have / 1e9:.2f} GB there already, {free / 1e9:.1f} GB free)"
     )
     if missing > free:
@@ -283,7 +299,11 @@ def _as_now(contents: Contents | None, records: Sequence[ImageRecord], found: di
 def _encode_images(records: Sequence[ImageRecord], retriever: Retriever) -> dict[str, Tensor]:
     """What a shard holds of a batch of images: per token (sum N, ...), per patch (sum P,), per image (B, ...)."""
     inputs = retriever.record_inputs(records)
-    hidden, attention = retriever.image_states(inputs, ATTENTION)
+    try:
+        hidden, attention = retriever.image_states(inputs, ATTENTION)
+    except NoSignals:
+        hidden = retriever.hidden_states(inputs)
+        attention = dict.fromkeys(ATTENTION, torch.full(hidden.shape[:2], torch.nan, device=hidden.device))
     layout = retriever.image_layout(inputs)
     mask = inputs["attention_mask"].bool()
     # a token's number counts its own image's tokens: padding, which may stand on the left, is not stored

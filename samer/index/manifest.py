@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from samer.compressors import settings_used
+from samer.compressors import settings_used, settings_written
 from samer.config import InputError, MergeConfig, build_dataclass
 from samer.retrievers.identity import ModelIdentity
 from samer.runtime.shards import bare_name, read_manifest, whole_number, write_manifest
@@ -130,6 +130,7 @@ class Making:
         embedding_dim: D.
         hidden_states: where they come from, as `Encoder.origin` says.
         assignments: whether the region of every patch is kept, if not the compressor's kind says it.
+        bank: hash of the query bank, where the compressor has one.
     """
 
     model: ModelIdentity
@@ -139,6 +140,7 @@ class Making:
     embedding_dim: int
     hidden_states: dict[str, str] = field(default_factory=dict)
     assignments: bool = False
+    bank: str = ""
 
     @property
     def has_regions(self) -> bool:
@@ -166,18 +168,22 @@ class IndexManifest(Making):
         base_model: of the retriever, a name on the hub or a folder, as it was given.
         revision: of it on the hub.
         transformers: the version that computed the first images.
+        bank_source: in words, what the query bank was made of.
+        processing: what the retriever's processor does, as `Family.processing` says; for people to read.
         splits: by name.
     """
 
     base_model: str = ""
     revision: str = "main"
     transformers: str = ""
+    bank_source: str = ""
+    processing: dict[str, str] = field(default_factory=dict)
     splits: dict[str, Split] = field(default_factory=dict)
 
 
 def to_json(manifest: IndexManifest) -> dict:
     """A manifest as its file holds it; what a split or a shard does not have is left out."""
-    found = asdict(manifest)
+    found = _plain(manifest)
     for split in found["splits"].values():
         for entry in (split, *split["images"]):
             for key in [key for key in ("root", "deleted", "scale", "exact") if not entry.get(key, True)]:
@@ -220,7 +226,13 @@ def manifest_from_json(found: dict, path: Path) -> IndexManifest:
 def stamp_of(making: Making) -> dict:
     """What every shard's header says of how the index is made; of a manifest too, which is a `Making`."""
     own = Making(**{each.name: getattr(making, each.name) for each in fields(Making)})
-    return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(own)}
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, **_plain(own)}
+
+
+def _plain(making: Making) -> dict:
+    """A dataclass as files hold it; what a query bank or a processor says is left out where there is none."""
+    found = {**asdict(making), "merge": settings_written(making.merge)}
+    return {key: value for key, value in found.items() if value or key not in ("bank", "bank_source", "processing")}
 
 
 def making_from_stamp(stamp: dict) -> Making:
@@ -312,16 +324,35 @@ def _check(manifest: IndexManifest) -> None:
 
 def _shard_can_be(shard: Shard, manifest: IndexManifest) -> bool:
     """Whether a shard's entry fits its own numbers and the index's dtype."""
-    dtype, width = manifest.dtype, manifest.embedding_dim
+    dtype = manifest.dtype
     one = shard.version == 3 and dtype == "int8"  # scale for all images
     right = shard.version in (FORMAT_VERSION, *OLDER) and (shard.scale is not None) == one
     right = right and (not one or 0 < shard.scale < float("inf"))
-    stored = {"binary": width // 8, "int8": width}.get(dtype) or width * FLOATS.get(dtype, torch.int8).itemsize
+    stored = vector_bytes(manifest)
     scale = SCALE_BYTES if dtype == "int8" and not one else 0
     right = right and shard.regions >= 1 and shard.bytes == shard.count * (shard.regions * (stored + 1) + scale)
     if not right or (shard.exact is not None) != (dtype == "binary"):
         return False
     return shard.exact is None or (shard.exact.file == shard.file.replace(".", ".exact.", 1) and shard.exact.bytes >= 1)
+
+
+def check_regions(regions: int) -> None:
+    """Refuses more regions than a byte per patch tells apart.
+
+    Raises:
+        InputError: says how many there may be.
+    """
+    if regions > NO_REGION:
+        raise InputError(
+            f"assignments take a byte per patch, so at most {NO_REGION} regions, not {regions}; leave --assignments "
+            "out, or say --no-assignments"
+        )
+
+
+def vector_bytes(making: Making) -> int:
+    """Bytes of a stored vector."""
+    dtype, width = making.dtype, making.embedding_dim
+    return {"binary": width // 8, "int8": width}.get(dtype) or width * FLOATS.get(dtype, torch.int8).itemsize
 
 
 def files_of(manifest: IndexManifest) -> Iterator[tuple[str, str]]:

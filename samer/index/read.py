@@ -16,6 +16,8 @@ from torch import Tensor
 
 from samer.config import InputError
 from samer.data.contents import check_contents
+from samer.data.records import MOST_GRADE
+from samer.evaluation import grade_matrix
 from samer.index.manifest import (
     FLOATS,
     NO_REGION,
@@ -26,6 +28,8 @@ from samer.index.manifest import (
     read_index_manifest,
     summarise,
 )
+from samer.retrievers.banks import FILE as BANK
+from samer.retrievers.banks import Bank, read_bank
 from samer.retrievers.base import Encoder, Projector
 from samer.retrievers.projectors import read_projector
 from samer.runtime.files import DiskError, is_file, lookup
@@ -90,6 +94,20 @@ class Index:
                 f"{path}: not the projector that this index was made with; remove the index and build it anew"
             )
         return projector
+
+    def bank(self) -> Bank | None:
+        """The query bank that images are compressed with; None: the compressor has none.
+
+        Raises:
+            InputError: missing, damaged, or not the one that the index was made with.
+        """
+        if not self.manifest.bank:
+            return None
+        path = self.folder / BANK
+        bank = read_bank(path)
+        if bank.hash != self.manifest.bank:
+            raise DiskError(f"{path}: not the query bank that this index was made with; restore it, or build it anew")
+        return bank
 
     def model_place(self, model: str | None = None) -> tuple[str, str]:
         """Name and revision of the model to open: as the index says, or `model`, whose revisions are its own."""
@@ -158,6 +176,8 @@ class Index:
             raise ValueError("its names are not what the manifest says")
         if "contents" in stamp:
             check_contents(stamp["contents"], shard.count)
+        if "grades" in stamp:
+            _check_grades(stamp["grades"], shard.count)
 
     def _check_queries(self, split: str, shard: QueryShard, tensors: dict[str, Tensor]) -> None:
         """Raises ValueError or KeyError for tensors that are not what the manifest says."""
@@ -362,6 +382,20 @@ class Index:
                 texts = stamp["texts"][rows.start : rows.stop]
                 yield QueryTokens(padded, mask), tensors["image"][rows.start : rows.stop], texts
 
+    def grades(self, split: str) -> Tensor | None:
+        """How well every image answers every query, (Q, I) uint8, 0: not at all; None: only its own image is known.
+
+        Raises:
+            InputError: a damaged shard.
+        """
+        held, rows = self._split(split), []
+        for shard in held.queries:
+            rows += self._read(split, shard)[1].get("grades", [])
+        images = sum(shard.count for shard in held.images)
+        if any(number >= images for row in rows for number, _ in row):
+            raise DiskError(f"{self.folder}: grades of {split} name images that are not there; build the index again")
+        return grade_matrix(rows, images)
+
     def check_captions(self, split: str) -> None:
         """Refuses a split that can't be evaluated: one without captions, or whose captions may describe nothing.
 
@@ -446,6 +480,15 @@ def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, tuple[torch.dty
     """Raises ValueError or KeyError unless the tensors have these dtypes and shapes."""
     if any((tensors[name].dtype, tuple(tensors[name].shape)) != about for name, about in wanted.items()):
         raise ValueError("its tensors are not what the manifest says")
+
+
+def _check_grades(held: object, count: int) -> None:
+    """Raises ValueError unless `held` can be what a shard of so many queries says of the images that answer them."""
+    rows = held if isinstance(held, list) and len(held) == count else [None]
+    pairs = [pair for row in rows for pair in (row if isinstance(row, list) and row else [None])]
+    right = (isinstance(pair, list) and [type(each) for each in pair] == [int, int] for pair in pairs)
+    if not all(right) or not all(number >= 0 and 0 < grade <= MOST_GRADE for number, grade in pairs):
+        raise ValueError("its grades can't be true")
 
 
 def _is_stamp(value: object) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from samer.compressors import Compressor, make_compressor
@@ -24,11 +25,15 @@ from samer.data import stamps
 from samer.data.pictures import Found, PictureError, Skipped, read_picture
 from samer.data.records import ImageRecord
 from samer.index import pictures
+from samer.index.banks import GIVE, held_bank
 from samer.index.manifest import IndexSummary, Shard, Split, summarise
 from samer.index.pictures import FOLDER_SPLIT, copy_rows
 from samer.index.read import Index
+from samer.index.tensors import kept_part
 from samer.index.write import check_settings, writing
+from samer.retrievers.banks import Bank
 from samer.retrievers.base import Encoder, image_seeds
+from samer.retrievers.family import RefusedPicture
 from samer.runtime.files import atomic_path, is_dir
 from samer.runtime.progress import Progress, batched, prefetched
 from samer.runtime.signals import stop_here
@@ -121,6 +126,7 @@ def update_images(
     dtype: str = "int8",
     assignments: bool = True,
     remove_gone: bool = False,
+    bank: Bank | None = None,
 ) -> tuple[IndexSummary, Changes]:
     """Brings an index, which is made if it is missing, up to the pictures of a folder.
 
@@ -136,6 +142,7 @@ def update_images(
         retriever: with the projector to use; it has `image_inputs`, of pictures at hand.
         merge, batch_size, dtype, assignments: as in `build_index`; the compressor must need no corpus.
         remove_gone: take out pictures that are gone or can't be read any more, unless for a reason that may pass.
+        bank: of queries, for a compressor that needs one; None: the index's own.
 
     Returns:
         What the index holds now, and what changed.
@@ -148,7 +155,12 @@ def update_images(
     compressor = make_compressor(merge)
     if compressor.needs_corpus:
         raise InputError(f"{merge.compressor} learns from a whole corpus; an index that grows needs another compressor")
-    with writing(Path(folder), retriever, merge, batch_size, dtype, assignments) as writer:
+    if compressor.needs_queries:
+        bank = bank or held_bank(Path(folder))
+        if bank is None:
+            raise InputError(f"{merge.compressor} needs a query bank, and there is none beside the projector; {GIVE}")
+        compressor.load_state(bank.state)
+    with writing(Path(folder), retriever, merge, batch_size, dtype, assignments, bank) as writer:
         update = _Update(writer, found, compressor)
         try:
             update.compare()
@@ -274,7 +286,7 @@ class _Update:
                 if ready.names:
                     with torch.no_grad():
                         visual = self.writer.retriever.encode_images(ready.inputs, self.compressor.needs)
-                        parts.append(self.writer.kept(visual, self.compressor(visual)))
+                        parts.append(kept_part(self.writer.making, visual, self.compressor(visual)))
                 names += ready.names
                 contents += ready.contents
                 copies |= ready.copies
@@ -305,10 +317,22 @@ class _Update:
                 images.append(picture.image)
                 ready.names.append(name)
                 ready.contents.append(picture.content)
-        if images:
-            seeds = image_seeds(self._records(ready.names))
-            ready.inputs.update({**self.writer.retriever.image_inputs(images), "seeds": seeds})
+        ready.inputs.update(self._inputs(ready, images))
         return ready
+
+    def _inputs(self, ready: _Ready, images: list[Image]) -> dict[str, Tensor]:
+        """What the model needs of pictures; one that it can't be given is skipped, and the others prepared again."""
+        while images:
+            try:
+                inputs = self.writer.retriever.image_inputs(images)
+            except RefusedPicture as error:
+                name = ready.names.pop(error.number)
+                del ready.contents[error.number], images[error.number]
+                detail = f"{Path(self.root, name)}: it {error.reason}"
+                ready.skipped.append(Skipped(name, "refused by the model", detail))
+            else:
+                return {**inputs, "seeds": image_seeds(self._records(ready.names))}
+        return {}
 
     def _held_content(self, name: str, file: Path) -> str | None:
         """A file's content, if the index held a picture with that content when the run began."""

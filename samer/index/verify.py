@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from samer.config import InputError
 from samer.features import manifest as store_manifest
 from samer.index import manifest as index_manifest
+from samer.retrievers.banks import FILE as BANK
 from samer.retrievers.projectors import read_projector
 from samer.runtime.files import about, exists, is_dir, is_file, read_json, trouble
 from samer.runtime.progress import Progress
@@ -112,11 +113,13 @@ def _files_under(path: Path) -> tuple[list[Path], list[str]]:
 
 
 def _listed(path: Path, kind: str) -> Iterator[tuple[Path, str, str]]:
-    """Every file that a store's manifest vouches for: path, "bytes" or "projector", checksum."""
+    """Every file that a store's manifest vouches for: path, "bytes", "projector" or "header", checksum."""
     folder = path.parent
     if kind == index_manifest.FORMAT:
         index = index_manifest.read_index_manifest(path)
         yield folder / "projector.safetensors", "projector", index.projector
+        if index.bank:
+            yield folder / BANK, "header", index.bank
         yield from ((folder / file, "bytes", checksum) for file, checksum in index_manifest.files_of(index))
         return
     store = store_manifest.read_store_manifest(path)

@@ -3,6 +3,8 @@
     DIR/manifest.json                       what was built and from what; splits appear here when they are complete
     DIR/projector.safetensors               weight (D, H) and, if it has one, bias (D,), float32: what queries
                                             must be projected with
+    DIR/bank.safetensors                    only with compressor "querybank": the bank of queries that images are
+                                            compressed with, as `samer.retrievers.banks` says
     DIR/<split>/images-00000.safetensors    n images, of which image i is row i of each tensor:
         tokens       (n, K, D) float32, bfloat16, float16 or int8; or (n, K, D / 8) uint8, the signs of D components,
                      lowest bit first, 1 for positive
@@ -21,8 +23,9 @@
 A shard is a safetensors file with one metadata key, "samer", whose value is JSON:
     checksum    SHA-256 over the bytes of its tensors in the order of their names
     entry       its `count`, and for images `regions` (K) and `bytes` (of tokens, scales and mask)
-    stamp       what it was made from: the manifest's keys `model` to `assignments`; `ids` of the n images, unique in
-                the file, or of the image of each query; `texts` of the queries; `contents`, per image null or the hash
+    stamp       what it was made from: the manifest's keys `model` to `bank`; `ids` of the n images, unique in
+                the file, or of the image of each query; `texts` of the queries, and `grades` where relevance is graded:
+                per query [number of an image, 1 to 100] of all that answer it; `contents`, per image null or the hash
                 of its file when it was read, BLAKE2b of 16 bytes in hexadecimal; `corpus`, a hash of the ids that a
                 compressor with a codebook was fitted on, and `corpus_contents`, one of their files. Earlier shards
                 have no `contents`; those of a folder of pictures then have `files`, per image null or [bytes, time of
@@ -37,7 +40,10 @@ The manifest is JSON:
     dtype, embedding_dim            float32, bfloat16, float16, int8 or binary; D
     hidden_states                   the dtypes that they were computed and stored in
     assignments                     true or false
-    base_model, revision, transformers    where the retriever is, and what computed the first images; not compared
+    bank                            only with bank.safetensors: the checksum in its header
+    base_model, revision, transformers, bank_source    where the retriever is, what computed the first images, and
+                                    what the bank was made of; not compared
+    processing                      what the processor does, in words: picture sizes, prompts, padding; not compared
     splits                          by name: `images`, a list of {file, count, regions, bytes, sha256, version} and
                                     `exact` {file, bytes, sha256}; `queries`, of {file, count, sha256}; for a folder of
                                     pictures `root`, under which ids are paths; `deleted`, the deleted rows by file
@@ -67,7 +73,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -79,12 +85,12 @@ from samer.config import InputError, MergeConfig
 from samer.data import make_reader
 from samer.data.contents import Contents
 from samer.data.records import ImageRecord
-from samer.evaluation import fit_records, fitted_compressor
+from samer.evaluation import caption_grades, fit_records, fitted_compressor
+from samer.index.banks import bank_of_captions, held_bank, keep_bank
 from samer.index.manifest import (
     DTYPES,
     FLOATS,
     FORMAT_VERSION,
-    NO_REGION,
     ExactFile,
     IndexManifest,
     IndexSummary,
@@ -92,21 +98,23 @@ from samer.index.manifest import (
     QueryShard,
     Shard,
     Split,
+    check_regions,
     making_from_stamp,
     read_index_manifest,
     stamp_of,
     summarise,
     write_index_manifest,
 )
+from samer.index.tensors import Part, image_tensors, kept_part
+from samer.retrievers.banks import FILE as BANK
+from samer.retrievers.banks import Bank
 from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import read_projector, write_projector
 from samer.runtime.files import FileTrouble, exists, is_dir, is_file, listing, lookup, only_writer
-from samer.runtime.processes import from_first, gather_objects, rank
+from samer.runtime.processes import from_first, gather_objects, print0, rank
 from samer.runtime.progress import Progress, batched, prefetched
-from samer.runtime.shards import finished_shard, in_order, joined, load_header, shared_out, write_shard
+from samer.runtime.shards import finished_shard, in_order, load_header, shared_out, write_shard
 from samer.runtime.signals import stop_here, stoppable
-from samer.scoring import pack_signs, quantise_images
-from samer.tokens import MergedTokens, VisualTokens, regions_of_patches
 
 IMAGES_PER_SHARD = 1024
 QUERIES_PER_SHARD = 2048
@@ -122,9 +130,11 @@ def build_index(
     batch_size: int = 32,
     dtype: str = "bfloat16",
     limit_images: int | None = None,
-    reader: str = "flickr",
+    reader: str = "",
     assignments: bool = False,
     strict: bool = False,
+    bank: Bank | None = None,
+    bank_split: str = "train",
 ) -> list[IndexSummary]:
     """Encodes and compresses splits without boxes and writes them; finished shards of an earlier try are kept.
 
@@ -141,7 +151,7 @@ def build_index(
         dtype: of the stored image tokens: float32, bfloat16, float16, int8 (a scale per image) or binary
             (signs, and bfloat16 beside them to re-rank with). Queries are stored alike, in bfloat16 for the last two.
         limit_images: the first so many images of each split.
-        reader: of the data set, a name in `samer.data.READERS`.
+        reader: of the data set, a name in `samer.data.READERS`; empty: guessed.
         assignments: keep the region of every patch, a byte each.
         strict: refuse what a reader otherwise leaves out of the data and tells.
 
@@ -151,19 +161,27 @@ def build_index(
     """
     folder = Path(folder)
     check_settings(retriever, merge, batch_size, dtype, assignments)
+    kind = make_reader(reader, data_root)
     records = {
-        split: make_reader(reader).load_split(data_root, split, boxes=False, limit_images=limit_images, strict=strict)
+        split: kind.load_split(data_root, split, boxes=False, limit_images=limit_images, strict=strict)
         for split in splits
     }
     retriever.check_records([record for rows in records.values() for record in rows])
-    with writing(folder, retriever, merge, batch_size, dtype, assignments) as writer:
+    if make_compressor(merge).needs_queries and bank is None:
+        if bank_split in splits:
+            print0(
+                f"note: the query bank is made of captions of {bank_split}, which are this index's queries; recall "
+                "on it tests nothing"
+            )
+        bank = held_bank(folder) or bank_of_captions(data_root, bank_split, reader, retriever, merge, batch_size)
+    with writing(folder, retriever, merge, batch_size, dtype, assignments, bank) as writer:
         summaries = []
         for name, rows in records.items():
             held = writer.manifest.splits.get(name)
             if held and any(held.deleted.values()):
                 raise InputError(f"{folder}: images of {name} were deleted; build it in another folder")
             writer.begin(name, rows)
-            compressor = fitted_compressor(retriever, rows, merge, batch_size)
+            compressor = fitted_compressor(retriever, rows, merge, batch_size, bank=bank)
             shards, reused = writer.write_images(name, rows, compressor)
             queries, kept = writer.write_queries(name, rows)
             split = Split(shards, queries)
@@ -183,8 +201,8 @@ def check_settings(retriever: Encoder, merge: MergeConfig, batch_size: int, dtyp
         raise InputError(f"index dtype binary needs a width divisible by 8; it is {retriever.embedding_dim}")
     if assignments and merge.compressor == "none":
         raise InputError("all tokens are kept, each is its own region: leave --assignments out")
-    if assignments and merge.num_regions > NO_REGION:
-        raise InputError(f"assignments take a byte per patch, so at most {NO_REGION} regions, not {merge.num_regions}")
+    if assignments and isinstance(merge.num_regions, int):
+        check_regions(merge.num_regions)
 
 
 def write_image_shard(path: Path, tensors: dict[str, Tensor], half: dict[str, Tensor], stamp: dict) -> Shard:
@@ -205,29 +223,37 @@ def _same_stamp(found: dict, stamp: dict) -> bool:
     return rest == wanted and making_from_stamp(found).difference(making_from_stamp(stamp)) is None
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What a shard keeps of a batch, on the CPU: tokens (n, K, D), mask (n, K), grids (n, 2), regions (n, P) or (n, 0).
-
-    N x K weights of a whole shard would take gigabytes.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    grids: Tensor
-    regions: Tensor
-
-
 @contextmanager
-def writing(folder: Path, retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool):
+def writing(
+    folder: Path,
+    retriever: Encoder,
+    merge: MergeConfig,
+    batch_size: int,
+    dtype: str,
+    assignments: bool,
+    bank: Bank | None = None,
+):
     _check_folder(folder)
+    if bank:
+        merge = replace(merge, bank_size=bank.origin.size)
     with only_writer(folder), stoppable():
-        yield _Writer(folder, retriever, merge, batch_size, dtype, assignments)
+        making = Making(
+            model=retriever.identity,
+            projector=retriever.current_projector().hash,
+            merge=merge,
+            dtype=dtype,
+            embedding_dim=retriever.embedding_dim,
+            hidden_states=retriever.origin,
+            assignments=assignments,
+            bank=bank.hash if bank else "",
+        )
+        yield _Writer(folder, retriever, making, batch_size, bank)
 
 
 def _check_folder(folder: Path) -> None:
     """Refuses a folder that holds something else than an index, or one that was never finished."""
-    known = lambda entry: is_dir(entry) or entry.name == "projector.safetensors" or entry.name.startswith(".")
+    ours = ("projector.safetensors", BANK)
+    known = lambda entry: is_dir(entry) or entry.name in ours or entry.name.startswith(".")
     folder = lookup(folder)
     if is_file(folder / "manifest.json") or not exists(folder):
         return
@@ -238,27 +264,18 @@ def _check_folder(folder: Path) -> None:
 class _Writer:
     """An index open for writing: its settings, its manifest, and shards that are kept when they are finished."""
 
-    def __init__(
-        self, folder: Path, retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool
-    ) -> None:
+    def __init__(self, folder: Path, retriever: Encoder, making: Making, batch_size: int, bank: Bank | None) -> None:
         self.folder, self.retriever, self.batch_size = folder, retriever, batch_size
         self.contents = Contents(folder, retriever.contents)  # of a split that was begun
         self.corpus: list[str] = []  # ids that a compressor with a codebook was fitted on
         self.learned = ""  # a hash of the files that it was fitted on; "": not known
-        self.projector = retriever.current_projector()
-        making = Making(
-            model=retriever.identity,
-            projector=self.projector.hash,
-            merge=merge,
-            dtype=dtype,
-            embedding_dim=retriever.embedding_dim,
-            hidden_states=retriever.origin,
-            assignments=assignments,
-        )
+        self.projector, self.bank = retriever.current_projector(), bank
         self.making, path = making, folder / "manifest.json"
         if not is_file(path):
             own = {each.name: getattr(making, each.name) for each in fields(making)}
             source = {"base_model": retriever.name, "revision": retriever.revision}
+            source |= {"bank_source": bank.describe()} if bank else {}
+            source["processing"] = dict(retriever.processing)
             self.manifest = IndexManifest(**own, **source, transformers=version("transformers"))
             return
         held = read_index_manifest(path)
@@ -293,6 +310,7 @@ class _Writer:
         self.manifest = replace(self.manifest, splits={**self.manifest.splits, name: split})
         if rank() == 0:
             self._write_projector(self.folder / "projector.safetensors")
+            keep_bank(self.folder, self.bank)
             write_index_manifest(self.folder / "manifest.json", self.manifest)
         gather_objects(None)  # no process goes on before the manifest is written
 
@@ -324,7 +342,7 @@ class _Writer:
         batches = [batch for rows in jobs.values() for batch in rows]
         results = self._compressed(batches, compressor)
 
-        def encoded() -> Iterator[tuple[int, list[_Part], list[str | None]]]:
+        def encoded() -> Iterator[tuple[int, list[Part], list[str | None]]]:
             with Progress(desc=f"{split} images", total=len(batches), unit="batches") as bar:
                 for number, ours in jobs.items():
                     stop_here()
@@ -336,7 +354,7 @@ class _Writer:
                     yield number, parts, contents
 
         # a shard is written in a thread while the next is encoded
-        def write(job: tuple[int, list[_Part], list[str | None]]) -> Shard:
+        def write(job: tuple[int, list[Part], list[str | None]]) -> Shard:
             number, parts, contents = job
             return self.write_shard(split, number, shards[number], parts, contents=contents)
 
@@ -347,7 +365,7 @@ class _Writer:
     @torch.no_grad()
     def _compressed(
         self, batches: Sequence[Sequence[ImageRecord]], compressor: Compressor
-    ) -> Iterator[tuple[_Part, list[str | None]]]:
+    ) -> Iterator[tuple[Part, list[str | None]]]:
         """What shards keep of batches, and what is in the files; the next batch is read meanwhile.
 
         A file is hashed before it is decoded: if it is replaced in between, the next run sees it.
@@ -358,15 +376,7 @@ class _Writer:
 
         for _, (contents, inputs) in prefetched(read, batches):
             visual = self.retriever.encode_images(inputs, compressor.needs)
-            yield self.kept(visual, compressor(visual)), contents
-
-    def kept(self, visual: VisualTokens, merged: MergedTokens) -> _Part:
-        """What a shard needs of a batch."""
-        regions = torch.empty(len(merged.tokens), 0, dtype=torch.long)
-        if self.making.has_regions:
-            regions = regions_of_patches(merged.assignments, visual.source)
-        values = (merged.tokens.float(), merged.mask, visual.grid.to(torch.int32), regions)
-        return _Part(*(value.cpu().clone() for value in values))
+            yield kept_part(self.making, visual, compressor(visual)), contents
 
     def finished(self, split: str, number: int, records: Sequence[ImageRecord]) -> Shard | None:
         """The manifest entry of a shard that is there, whole, made of these records."""
@@ -397,47 +407,34 @@ class _Writer:
         split: str,
         number: int,
         records: Sequence[ImageRecord],
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         contents: Sequence[str | None] | None = None,
     ) -> Shard:
         """Writes one shard of compressed images and returns its manifest entry; `contents` are their files' hashes."""
-        tokens = joined([part.tokens for part in parts])
-        tensors = {**self._encode(tokens), "mask": joined([part.mask for part in parts])}
-        tensors["grids"] = torch.cat([part.grids for part in parts])
-        if self.making.has_regions:
-            regions = joined([part.regions for part in parts], -1)
-            whole = self.making.merge.compressor == "none"  # a byte would not tell that many vectors apart
-            tensors["assignments"] = regions.to(torch.int32) if whole else regions.remainder(NO_REGION + 1).byte()
-        half = {"tokens": tokens.to(torch.bfloat16)} if self.making.dtype == "binary" else {}
+        tensors, half = image_tensors(self.making, parts)
         more = {"contents": contents and list(contents), "corpus_contents": self.learned or None}
         more = {key: value for key, value in more.items() if value is not None}
         stamp = self._stamp([record.image_id for record in records], **more)
         return write_image_shard(self.folder / split / f"images-{number:05d}.safetensors", tensors, half, stamp)
 
-    def _encode(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Tokens (n, K, D) as they are stored, with their scales where they have some."""
-        if self.making.dtype == "int8":
-            whole, scales = quantise_images(tokens)
-            return {"tokens": whole, "scales": scales}
-        if self.making.dtype == "binary":
-            return {"tokens": pack_signs(tokens)}
-        return {"tokens": tokens.to(FLOATS[self.making.dtype])}
-
     def write_queries(self, split: str, records: Sequence[ImageRecord]) -> tuple[tuple[QueryShard, ...], int]:
         """As `write_images`, of the captions."""
-        rows = [(k, caption.text) for k, record in enumerate(records) for caption in record.captions]
+        own = [(k, caption.text) for k, record in enumerate(records) for caption in record.captions]
+        rows = [(*row, grades) for row, grades in zip(own, caption_grades(records))]
         kind = FLOATS.get(self.making.dtype, torch.bfloat16)
         shards = dict(shared_out(list(batched(rows, QUERIES_PER_SHARD))))
 
         def place(number: int) -> tuple[Path, dict]:
-            ids, texts = zip(*((records[k].image_id, text) for k, text in shards[number]))
-            return self.folder / split / f"queries-{number:05d}.safetensors", self._stamp(ids, texts=list(texts))
+            ids, texts, grades = zip(*((records[k].image_id, text, graded) for k, text, graded in shards[number]))
+            more = {"grades": list(grades)} if any(grades) else {}
+            path = self.folder / split / f"queries-{number:05d}.safetensors"
+            return path, self._stamp(ids, texts=list(texts), **more)
 
         own = {number: finished_shard(*place(number), _same_stamp) for number in shards}
         reused = {number for number, entry in own.items() if entry is not None}
 
         def encoded() -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
-            texts = {k: [text for _, text in shards[k]] for k in shards if k not in reused}
+            texts = {k: [text for _, text, _ in shards[k]] for k in shards if k not in reused}
             jobs = {k: list(batched(rows, self.batch_size)) for k, rows in texts.items()}
             inputs = prefetched(self.retriever.query_inputs, [batch for ours in jobs.values() for batch in ours])
             for number, ours in Progress(jobs.items(), f"{split} queries", unit="shards"):
@@ -452,7 +449,7 @@ class _Writer:
 
         def write(job: tuple[int, list[Tensor], list[Tensor]]) -> dict:
             number, flat, lengths = job
-            image = torch.tensor([k for k, _ in shards[number]])
+            image = torch.tensor([k for k, *_ in shards[number]])
             tensors = {"tokens": torch.cat(flat), "lengths": torch.cat(lengths), "image": image}
             path, stamp = place(number)
             return write_shard(path, tensors, stamp, {"count": len(image)})

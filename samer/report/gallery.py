@@ -19,10 +19,11 @@ from samer.config import InputError, MergeConfig
 from samer.data.contents import named
 from samer.data.records import Box, Caption, ImageRecord, Phrase
 from samer.data.stamps import Stamps
-from samer.evaluation import fitted_compressor, score_records
+from samer.evaluation import caption_grades, fitted_compressor, grade_matrix, score_records
 from samer.grounding import PhraseIndex, ground
 from samer.index.read import Index
 from samer.metrics import query_metrics
+from samer.retrievers.banks import Bank
 from samer.retrievers.base import Encoder, Projector
 from samer.runtime.processes import print0
 from samer.runtime.progress import Progress
@@ -34,12 +35,16 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Shown:
-    """A method in the gallery: how images are compressed, the projector, and its scores (Q, I) if they are at hand."""
+    """A method in the gallery: how images are compressed, the projector, and its scores (Q, I) if they are at hand.
+
+    `bank`: its query bank, where its compressor needs one.
+    """
 
     name: str
     merge: MergeConfig
     projector: Projector
     scores: Tensor | None = None
+    bank: Bank | None = None
 
 
 @dataclass(frozen=True)
@@ -193,11 +198,13 @@ def make_gallery(
         seed: of `choose_cases`.
     """
     captions = [(image, caption) for image, record in enumerate(records) for caption in record.captions]
-    positives = torch.tensor([image for image, _ in captions])[:, None] == torch.arange(len(records))
+    grades = grade_matrix(caption_grades(records), len(records))
+    own = torch.tensor([image for image, _ in captions])[:, None] == torch.arange(len(records))
+    positives = own if grades is None else grades > 0
     ranks, tops, methods = [], [], []
     for method in shown:
         encoder.use_projector(method.projector)
-        compressor = fitted_compressor(encoder, records, method.merge, batch_size)
+        compressor = fitted_compressor(encoder, records, method.merge, batch_size, bank=method.bank)
         methods.append((method.projector, compressor))
         scores = method.scores
         if scores is None:
@@ -258,7 +265,7 @@ def _regions(
     drawn = [Regions(image, []) for image in images]
     for method in methods if drawn else ():
         encoder.use_projector(method.projector)
-        compressor = fitted_compressor(encoder, records, method.merge, batch_size)
+        compressor = fitted_compressor(encoder, records, method.merge, batch_size, bank=method.bank)
         for item in drawn:
             visual = encoder.encode_images(encoder.record_inputs([records[item.image]]), compressor.needs)
             regions = regions_of_patches(compressor(visual).assignments, visual.source)
@@ -273,6 +280,6 @@ def _on_grid(values: Tensor, grid: Tensor) -> Tensor:
 
 
 def image_boxes(record: ImageRecord) -> list[Box]:
-    """All boxes that any caption of the image names, each once."""
-    phrases = (phrase for caption in record.captions for phrase in caption.phrases)
-    return list(dict.fromkeys(box for phrase in phrases for box in phrase.boxes))
+    """All boxes that any caption of the image names, and of its things, each once."""
+    phrases = [phrase for caption in record.captions for phrase in caption.phrases]
+    return list(dict.fromkeys(box for each in (*phrases, *record.things) for box in each.boxes))

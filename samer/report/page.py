@@ -27,6 +27,7 @@ EVIDENCE_SIDE, THUMBNAIL_SIDE = 320, 150  # pixels
 PLOT_TITLES = {
     "recall_budget": "Recall against budget",
     "recall_bytes": "Recall against bytes per image",
+    "phrases_budget": "Recall of short phrases against budget",
     "grounding": "What winning vectors stand on",
 }
 
@@ -47,7 +48,7 @@ def metrics_table(rows: Sequence[dict]) -> Table:
     for row in rows:
         text, image = row["text_to_image"], row["image_to_text"]
         plain = [f"{text[name]['value']:.1f}" for name in ("r@5", "r@10", "ndcg@10")]
-        size = [f"{row['vectors_per_image']:,}", f"{row['bytes_per_image']:,.0f}"]
+        size = [_vectors(row), f"{row['bytes_per_image']:,.0f}"]
         body.append([row["name"], _with_interval(text["r@1"]), *plain, _with_interval(image["r@1"]), *size])
     note = (
         "In percent, text to image unless said otherwise; 95 % bootstrap intervals, captions of one image together. "
@@ -55,6 +56,13 @@ def metrics_table(rows: Sequence[dict]) -> Table:
     )
     head = ["", "R@1", "R@5", "R@10", "nDCG@10", "R@1, image to text", "vectors", "bytes per image"]
     return Table("Retrieval", note, head, body)
+
+
+def _vectors(row: dict) -> str:
+    """Vectors per image, fewest to most where they differ."""
+    if "sizes" not in row:
+        return f"{row['vectors_per_image']:,}"
+    return "{fewest:,} to {most:,} (mean {mean:,.1f})".format(**row["sizes"]["vectors"])
 
 
 def _with_interval(metric: dict) -> str:

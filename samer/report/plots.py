@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 
-from samer.report.tables import budget_lines, label, stored_bytes
+from samer.config import vectors_of
+from samer.report.cells import budget_words, label
+from samer.report.tables import budget_lines, budgets_of, stored_bytes
 
 # Okabe and Ito's colours, told apart with the common colour vision deficiencies; and markers, for print
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#7F7F7F", "#B8A000")
@@ -55,27 +57,34 @@ def _colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)] if number % len(COLOURS) else rcParams["text.color"]
 
 
-def _reference(axes, results: dict) -> None:
+def _asked(row: dict, queries: str) -> dict:
+    """A row's figures of captions, or of `queries`."""
+    return row[queries] if queries else row
+
+
+def _reference(axes, results: dict, queries: str) -> None:
     """All tokens as horizontal lines."""
     for section, style, words in (("untouched", ":", "all tokens"), ("adapted", "--", "all tokens, same training")):
         for row in results["rows"]:
             if (row["section"], row["compressor"]) == (section, "none"):
-                axes.axhline(row["r@1"], color=_colour(0), alpha=0.65, linestyle=style, linewidth=1.2, label=words)
+                height = _asked(row, queries)["r@1"]
+                axes.axhline(height, color=_colour(0), alpha=0.65, linestyle=style, linewidth=1.2, label=words)
 
 
-def _draw_lines(axes, results: dict, place: Callable[[dict], float]) -> bool:
+def _draw_lines(axes, results: dict, place: Callable[[dict], float], queries: str = "") -> bool:
     lines = budget_lines(results)
     if not lines:
         return False
-    _reference(axes, results)
+    _reference(axes, results, queries)
     compressors = list(dict.fromkeys(name.removesuffix(", trained") for name in lines))
     for name, rows in lines.items():
         number = compressors.index(name.removesuffix(", trained"))
         trained = name.endswith(", trained")
-        low_high = [[row["r@1"] - row["interval"][0], row["interval"][1] - row["r@1"]] for row in rows]
+        own = [_asked(row, queries) for row in rows]
+        low_high = [[each["r@1"] - each["interval"][0], each["interval"][1] - each["r@1"]] for each in own]
         axes.errorbar(
             [place(row) for row in rows],
-            [row["r@1"] for row in rows],
+            [each["r@1"] for each in own],
             yerr=list(zip(*low_high)) if trained else None,
             color=_colour(number),
             marker=MARKERS[number % len(MARKERS)],
@@ -92,14 +101,21 @@ def _draw_lines(axes, results: dict, place: Callable[[dict], float]) -> bool:
     return True
 
 
-def _recall_by_budget(axes, results: dict) -> bool:
-    if not _draw_lines(axes, results, lambda row: row["merge"]["num_regions"]):
+def _recall_by_budget(axes, results: dict, queries: str = "") -> bool:
+    tokens = results["about"]["tokens_per_image"]
+    if not _draw_lines(axes, results, lambda row: vectors_of(row["merge"]["num_regions"], tokens), queries):
         return False
-    budgets = sorted({row["merge"]["num_regions"] for rows in budget_lines(results).values() for row in rows})
-    axes.set_xticks(budgets, [str(budget) for budget in budgets])
-    axes.set_xlabel(f"K, vectors per image at most (of {results['about']['tokens_per_image']})")
-    axes.set_title(f"Recall against budget, {results['about']['data']}")
+    budgets = budgets_of(results)
+    axes.set_xticks([vectors_of(k, tokens) for k in budgets], [*map(budget_words, budgets)])
+    axes.set_xlabel(f"K, vectors per image at most (of {tokens})")
+    axes.set_title(f"Recall {'of short phrases ' * bool(queries)}against budget, {results['about']['data']}")
     return True
+
+
+def _phrases_by_budget(axes, results: dict) -> bool:
+    if not any("phrases" in row for row in results["rows"]):
+        return False
+    return _recall_by_budget(axes, results, "phrases")
 
 
 def _recall_by_bytes(axes, results: dict) -> bool:
@@ -135,4 +151,9 @@ def _grounding_bars(axes, results: dict) -> bool:
     return True
 
 
-PLOTS = {"recall_budget": _recall_by_budget, "recall_bytes": _recall_by_bytes, "grounding": _grounding_bars}
+PLOTS = {
+    "recall_budget": _recall_by_budget,
+    "recall_bytes": _recall_by_bytes,
+    "phrases_budget": _phrases_by_budget,
+    "grounding": _grounding_bars,
+}

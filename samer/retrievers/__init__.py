@@ -7,9 +7,15 @@ from typing import Any
 
 from samer.config import InputError
 from samer.retrievers.colpali import ColPali
+from samer.retrievers.colqwen2 import ColQwen2
 from samer.retrievers.family import Family
+from samer.retrievers.modernvbert import ColModernVBert
+from samer.retrievers.neomme import NeoMME
+from samer.retrievers.towers import Towers
 
-FAMILIES: dict[str, type[Family]] = {each.architecture: each for each in (ColPali,)}
+FAMILIES: dict[str, type[Family]] = {
+    each.architecture: each for each in (ColPali, ColQwen2, ColModernVBert, NeoMME, Towers)
+}
 
 
 def find_family(config: Mapping[str, Any]) -> type[Family]:

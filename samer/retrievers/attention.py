@@ -4,8 +4,10 @@ Shape letters: B images, N tokens per image."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,11 @@ from samer.config import InputError
 # How much attention a patch receives from the patches of its image, by name (METHOD section 7): summed over the rows
 # of a layer's attention, mean or max over heads, mean over the middle layers or the last layer alone.
 ATTENTION = ("middle_mean", "middle_max", "last")
+_WINDOW = re.compile(r"(mean|max):([0-9]+)-([0-9]+)")  # other layers than the middle ones, first and last, by heads
+
+
+class NoSignals(InputError):
+    """A model whose attention says nothing of the whole picture."""
 
 
 def signal_layers(count: int) -> list[int]:
@@ -25,11 +32,29 @@ def signal_layers(count: int) -> list[int]:
     return [*range(int(count * 2 // 5), min(int(count * 3 // 5), count - 1) + 1), count - 1]
 
 
-def check_signals(needs: Sequence[str]) -> None:
-    """Refuses a name that is not in `ATTENTION`."""
-    unknown = [name for name in needs if name not in ATTENTION]
-    if unknown:
-        raise InputError(f"attention signal {unknown[0]!r} is unknown; there are {', '.join(ATTENTION)}")
+def window_of(name: str) -> tuple[str, list[int]] | None:
+    """How heads are taken together, and the layers, of a signal such as "mean:11-14"; None of those in `ATTENTION`."""
+    found = _WINDOW.fullmatch(name)
+    return found and (found[1], [*range(int(found[2]), int(found[3]) + 1)])
+
+
+def check_signals(needs: Sequence[str], layers: int | None = None, *, windowed: bool = False) -> None:
+    """Refuses a name that is neither in `ATTENTION` nor such as "mean:11-14", and a layer that is not there.
+
+    Args:
+        needs: names of signals.
+        layers: how many the language model has that see the whole picture; None: not known.
+        windowed: whether it has others, which are not counted.
+    """
+    for name in needs:
+        window = window_of(name)
+        if name not in ATTENTION and window is None:
+            raise InputError(f"attention signal {name!r} is unknown; there are {', '.join(ATTENTION)}, and mean:11-14")
+        if window and layers is not None and window[1][-1] >= layers:
+            which = " of full attention, which alone are counted" if windowed else ""
+            raise InputError(
+                f"merge.sap_layers {name.partition(':')[2]}: the model has {layers} layers{which}, from 0 on"
+            )
 
 
 _COLUMNS = "samer_columns"  # an attention of transformers' registry: sdpa, and a look at the chosen layers
@@ -53,15 +78,16 @@ AttentionMaskInterface.register(_COLUMNS, sdpa_mask)
 
 
 @contextmanager
-def column_sums(language_model: nn.Module, layers: Sequence[int], patches: Tensor):
+def column_sums(config: Any, attentions: Sequence[nn.Module], layers: Sequence[int], patches: Tensor):
     """Within the block, a forward pass leaves the column sums of patch-to-patch attention of `layers`.
 
     What flows through the model is what sdpa computes; probabilities are computed beside it, in float32, for one image
     and layer at a time (heads x N x N), summed over the patches' rows and dropped.
 
     Args:
-        language_model: whose `layers[k].self_attn` are read.
-        layers: their numbers; one may stand twice.
+        config: whose `_attn_implementation` says how they compute.
+        attentions: of all layers.
+        layers: the numbers of those that are read; one may stand twice.
         patches: (B, N) bool.
 
     Yields:
@@ -87,15 +113,13 @@ def column_sums(language_model: nn.Module, layers: Sequence[int], patches: Tenso
 
         return read
 
-    attentions = {layer: language_model.layers[layer].self_attn for layer in layers}
-    config = language_model.config
     before = config._attn_implementation
     config._attn_implementation = _COLUMNS
-    for layer, attention in attentions.items():
-        attention.samer_reader = reader_of(layer)
+    for layer in layers:
+        attentions[layer].samer_reader = reader_of(layer)
     try:
         yield sums
     finally:
         config._attn_implementation = before
-        for attention in attentions.values():
-            del attention.samer_reader
+        for layer in set(layers):
+            del attentions[layer].samer_reader

@@ -5,9 +5,10 @@ Shape letters: B images, N tokens per image, Q queries, M query tokens, H hidden
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -90,10 +91,12 @@ class Encoder:
         projection_layer: dotted name of that layer in the model, as adapters name it.
         grid: rows and columns, where every image has the same; else None.
         picture_size: width and height that pictures are scaled to, where it is one for all; else None.
+        processing: what the processor does, as `Family.processing` says; empty where it is not known.
     """
 
     projection_layer = "embedding_proj_layer"
     picture_size: tuple[int, int] | None = None
+    processing: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -128,8 +131,15 @@ class Encoder:
         """What the tokens depend on, as far as it is known; here the untouched projection alone."""
         return ModelIdentity(architecture=type(self).__name__, base_projector=self.base_projector.hash)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said once a long job is done, such as how many texts were cut."""
+        return []
+
     def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
         """What `hidden_states` needs of a batch of images; has `attention_mask` (B, N) and `seeds` (B,).
+
+        The mask is 0 at padding, and at prompt tokens where a family keeps patches alone.
 
         What `image_layout` needs is in it as well, in the base class `input_ids` (B, N).
         """
@@ -239,14 +249,14 @@ class Encoder:
         """
         hidden, attention = self.image_states(inputs, needs)
         layout = self.image_layout(inputs)
-        coords, patches, grid, source = (
-            value.to(self.device) for value in (layout.coords, layout.patches, layout.grid, layout.source)
+        coords, patches, grid, source, views = (
+            value.to(self.device) for value in (layout.coords, layout.patches, layout.grid, layout.source, layout.views)
         )
         mask = inputs["attention_mask"].bool().to(self.device)
         seeds = inputs["seeds"].to(self.device) if "seeds" in inputs else None
         tokens = self.project(hidden)
         whole = bool(mask.all())
-        return VisualTokens(tokens, coords, None if whole else mask, patches, seeds, attention, grid, source)
+        return VisualTokens(tokens, coords, None if whole else mask, patches, seeds, attention, grid, source, views)
 
     def encode_queries(self, inputs: dict[str, Tensor]) -> QueryTokens:
         """Queries to unit tokens; prompt and augmentation tokens count, padding does not (METHOD section 4)."""

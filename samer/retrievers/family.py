@@ -5,6 +5,7 @@ Shape letters: B images, N tokens per image, M query tokens."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,19 @@ from samer.retrievers.base import NO_OFFSET
 from samer.tokens import ImageLayout
 
 BESIDE = ("seeds", "offsets")  # in the inputs for our own use; a model is not given them
+
+
+class RefusedPicture(InputError):
+    """A picture that the model can't be given.
+
+    Attributes:
+        number: of the picture in its batch.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"picture {number} of the batch {reason}")
+        self.number, self.reason = number, reason
 
 
 class Family:
@@ -75,6 +89,11 @@ class Family:
         processor.image_processor = pictures
         return processor
 
+    @classmethod
+    def weights_hash(cls, folder: Path, files: str) -> str:
+        """Hash of what tokens depend on in a model's files but its processor: `files`, that of the files themselves."""
+        return files
+
     @property
     def image_token_id(self) -> int:
         """What stands at an image's patches in `input_ids`, by the model's config."""
@@ -87,8 +106,32 @@ class Family:
 
     @property
     def language_model(self) -> nn.Module:
-        """Whose `layers[k].self_attn` give the attention signals."""
+        """What follows the vision tower."""
         return self.backbone.language_model
+
+    @property
+    def attentions(self) -> tuple[Any, list[nn.Module]]:
+        """What gives the attention signals: a config that says how attention is computed, and each layer's module."""
+        model = self.language_model
+        return model.config, [layer.self_attn for layer in model.layers]
+
+    def whole_attention(self, config: Any, attentions: Sequence[nn.Module]) -> list[nn.Module]:
+        """Those of a language model's layers that see the whole sequence, where others see a window of it.
+
+        Args:
+            config: of the language model; its `layer_types` name each layer's attention.
+            attentions: each layer's module.
+        """
+        return [each for each, kind in zip(attentions, config.layer_types, strict=True) if kind == "full_attention"]
+
+    def attended(self, patches: Tensor) -> Tensor:
+        """Patches among the tokens that `attentions` see, of those among an image's N tokens, which are the last N."""
+        return patches
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said once a long job is done, such as how many texts were cut."""
+        return []
 
     @property
     def query_start(self) -> int:
@@ -107,10 +150,30 @@ class Family:
             return None
         return size["width"], size["height"]
 
+    @property
+    def processing(self) -> dict[str, str]:
+        """What the processor does, for people to read: the picture pipeline, its sizes, prompts, the side of padding.
+
+        Whether two are the same is told by the hash of its files and of `settings`, which covers all of it.
+        """
+        pictures, tokenizer = (getattr(self.processor, name, None) for name in ("image_processor", "tokenizer"))
+        size = dict(getattr(pictures, "size", None) or {})
+        found = {
+            **self.settings,
+            "picture_size": ", ".join(f"{key} {value}" for key, value in size.items() if value is not None),
+            "padding_side": getattr(tokenizer, "padding_side", ""),
+            **{name: getattr(self.processor, name, "") for name in ("visual_prompt_prefix", "query_prefix")},
+        }
+        return {name: str(value) for name, value in found.items() if value}
+
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """All that the processor returns for RGB images, but labels, which retrieval has no use for."""
         inputs = self.processor(images=list(images))
         return {name: value for name, value in inputs.items() if name != "labels"}
+
+    def text_inputs(self, texts: list[str]) -> dict[str, Tensor]:
+        """All that the processor returns for texts, and `offset_mapping` (B, M, 2), which counts from the prompt on."""
+        return dict(self.processor(text=texts, return_offsets_mapping=True))
 
     def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """All that the processor returns for texts, and `offsets` (B, M, 2) as in `Encoder.query_inputs`.
@@ -122,7 +185,7 @@ class Family:
         marked = [text for text in texts if token in text]
         if marked:
             raise InputError(f"query {marked[0][:80]!r} holds {token}, which stands for an image")
-        inputs = dict(self.processor(text=list(texts), return_offsets_mapping=True))
+        inputs = self.text_inputs(list(texts))
         lengths = torch.tensor([len(text) for text in texts])
         offsets = inputs.pop("offset_mapping") - self.query_start  # (B, M, 2)
         first, last = offsets.clamp(min=0).minimum(lengths[:, None, None]).unbind(-1)

@@ -21,8 +21,10 @@ from samer.config import InputError
 from samer.data.pictures import load_image
 from samer.data.records import ImageRecord
 from samer.retrievers import Family, find_family
-from samer.retrievers.attention import check_signals, column_sums, signal_layers
+from samer.retrievers.attention import check_signals, column_sums, signal_layers, window_of
 from samer.retrievers.base import Encoder, image_seeds, projector_of
+from samer.retrievers.checks import check_model
+from samer.retrievers.family import RefusedPicture
 from samer.retrievers.identity import ModelIdentity, check_files, fingerprint, model_folder, processor_hash
 from samer.runtime.files import FileTrouble, is_dir, is_file, read_json
 from samer.runtime.hub import NAME_A_MODEL, is_hub_id, model_name, refused_file
@@ -91,6 +93,7 @@ class Retriever(Encoder):
         device: torch.device | str = "cpu",
         local_files_only: bool = False,
         revision: str = "main",
+        pictures: bool = True,
     ) -> Retriever:
         """Loads a retriever in transformers format, e.g. `vidore/colpali-v1.3-hf`, or a folder.
 
@@ -100,9 +103,11 @@ class Retriever(Encoder):
             device: to compute on.
             local_files_only: don't ask the hub.
             revision: of the model on the hub: a branch, tag or commit.
+            pictures: False: it is for texts alone, and is not tried on pictures (`checks.check_model`).
 
         Raises:
-            InputError: not found, of no known family, or weights that the checkpoint does not hold.
+            InputError: not found, of no known family, weights that the checkpoint does not hold, or a model that does
+                not tell two pictures apart (`checks.check_model`).
         """
         if not sys.stderr.isatty():
             disable_progress_bar()  # its bar would fill a log file
@@ -112,7 +117,9 @@ class Retriever(Encoder):
         if folder:
             check_files(folder, whole=offline or is_dir(name))
         try:
-            family = find_family(PretrainedConfig.get_config_dict(name, **where)[0])
+            here = folder and is_file(folder / "config.json")
+            found = read_json(folder / "config.json") if here else PretrainedConfig.get_config_dict(name, **where)[0]
+            family = find_family(found)
             model, report = family.model_class().from_pretrained(
                 name,
                 # float32 from the start: halves cast up would keep Gemma's embedding scale rounded
@@ -140,7 +147,9 @@ class Retriever(Encoder):
                 "they would be random. "
                 "Use a checkpoint made for this transformers version"
             )
-        return cls(model.to(device), processor, name, revision=revision, dtype=dtype)
+        retriever = cls(model.to(device), processor, name, revision=revision, dtype=dtype)
+        check_model(retriever, pictures)
+        return retriever
 
     @cached_property
     def identity(self) -> ModelIdentity:
@@ -149,13 +158,27 @@ class Retriever(Encoder):
         return ModelIdentity(self.family.architecture, known.weights, known.processor, self.base_projector.hash)
 
     @property
+    def notes(self) -> list[str]:
+        """As `Family.notes`."""
+        return self.family.notes
+
+    @property
     def picture_size(self) -> tuple[int, int] | None:
         """Width and height that pictures are scaled to, for `load_image`; None: that depends on the picture."""
         return self.family.picture_size
 
+    @property
+    def processing(self) -> dict[str, str]:
+        """As `Family.processing`."""
+        return self.family.processing
+
     def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
         """Loads and prepares a batch of images, everything the model needs."""
-        inputs = self.image_inputs([load_image(record.image_path, self.picture_size) for record in records])
+        images = [load_image(record.image_path, self.picture_size) for record in records]
+        try:
+            inputs = self.image_inputs(images)
+        except RefusedPicture as error:
+            raise InputError(f"{records[error.number].image_path}: it {error.reason}") from None
         return {**inputs, "seeds": image_seeds(records)}
 
     def image_inputs(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -206,22 +229,39 @@ class Retriever(Encoder):
         """As `Encoder.image_states`; attention is read layer by layer, an image at a time, and never kept."""
         if not needs:
             return self.hidden_states(inputs), {}
-        check_signals(needs)
-        lacking = [name for name in self.family.required if name not in inputs]
-        if lacking:
-            raise InputError(f"attention signals need all that the processor returns, {lacking[0]} too")
-        patches = self.image_layout(inputs).patches.to(self.device)
-        language_model = self.family.language_model
-        layers = signal_layers(len(language_model.layers))
-        with column_sums(language_model, layers, patches) as sums:
-            hidden = self.hidden_states(inputs)
+        config, modules = self.family.attentions
+        count = len(modules)
+        check_signals(needs, count, windowed=count < getattr(config, "num_hidden_layers", count))
+        windows = {name: window for name in needs if (window := window_of(name))}
+        layers = signal_layers(count)
+        hidden, sums = self._columns(inputs, {*layers, *(k for _, own in windows.values() for k in own)})
         *middle, last = (sums[layer] for layer in layers)
         signals = {
             "middle_mean": torch.stack([columns.mean(1) for columns in middle]).mean(0),
             "middle_max": torch.stack([columns.amax(1) for columns in middle]).mean(0),
             "last": last.mean(1),
         }
+        for name, (heads, own) in windows.items():
+            parts = [sums[layer].mean(1) if heads == "mean" else sums[layer].amax(1) for layer in own]
+            signals[name] = torch.stack(parts).mean(0)
         return hidden, {name: signals[name] for name in needs}
+
+    def layer_attention(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, N, H), and what patches receive from patches in each layer, (L, B, N), mean of heads."""
+        count = len(self.family.attentions[1])
+        hidden, sums = self._columns(inputs, set(range(count)))
+        return hidden, torch.stack([sums[layer].mean(1) for layer in range(count)])
+
+    def _columns(self, inputs: dict[str, Tensor], layers: set[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Hidden states, and column sums (B, heads, N) by layer."""
+        lacking = [name for name in self.family.required if name not in inputs]
+        if lacking:
+            raise InputError(f"attention signals need all that the processor returns, {lacking[0]} too")
+        patches = self.image_layout(inputs).patches.to(self.device)
+        config, attentions = self.family.attentions
+        with column_sums(config, attentions, sorted(layers), self.family.attended(patches)) as sums:
+            hidden = self.hidden_states(inputs)
+        return hidden, {layer: columns[..., -patches.shape[1] :] for layer, columns in sums.items()}
 
 
 def identify(name: str, revision: str = "main") -> ModelIdentity | None:
@@ -240,7 +280,8 @@ def identify(name: str, revision: str = "main") -> ModelIdentity | None:
     except InputError as error:
         raise InputError(f"model {name!r}: {error}") from None
     found = fingerprint(folder)
-    return ModelIdentity(family.architecture, found.weights, processor_hash(found.processor, family.settings))
+    weights = family.weights_hash(folder, found.weights)
+    return ModelIdentity(family.architecture, weights, processor_hash(found.processor, family.settings))
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def fingerprint(folder: Path) -> Fingerprint:
 
 def processor_hash(files: str, settings: Mapping[str, Any]) -> str:
     """The processor's part of an identity: its files' hash, and what is fixed beside them."""
-    return hashlib.sha256(f"{files}\n{json.dumps(settings, sort_keys=True)}".encode()).hexdigest()
+    return hashlib.sha256(f"{files}\n{json.dumps(dict(settings), sort_keys=True)}".encode()).hexdigest()
 
 
 def _digest(folder: Path, names: list[str] | tuple[str, ...]) -> str:

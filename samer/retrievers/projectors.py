@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from samer.compressors import settings_written
 from samer.config import InputError, MergeConfig
 from samer.retrievers.base import Encoder, Projector, projector_of
 from samer.retrievers.identity import ModelIdentity
@@ -50,7 +51,7 @@ def save_projector(folder: str | Path, projector: Projector, retriever: Encoder,
             "hidden_size": projector.weight.shape[1],
             "embedding_dim": projector.weight.shape[0],
             "projector": projector.hash,
-            "merge": asdict(merge),
+            "merge": settings_written(merge),
         },
     )
 

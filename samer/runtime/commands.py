@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 
     import torch
 
+DATA_KINDS = "kind of data set: flickr, coco, imagecode, vidore, captions or jsonl (guessed)"  # help of an option
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)  # what torch's allocators say
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out, of the machine or of a GPU."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 
 def wait_quietly() -> None:
@@ -188,7 +194,7 @@ def _reason(error: Exception) -> str | None:
     if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
         around = error.object[max(0, error.start - 80) : error.end + 40]
         return f"{around}: holds a name that is not UTF-8, which can't be written; rename it"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+    if is_memory(error):
         last = (str(error).strip().splitlines() or [""])[-1]
         more = f" ({last[:160]})" if last else ""
         return f"out of memory{more}; make the batches smaller, or end what else runs on this machine or GPU"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,3 +36,17 @@ def gather_with_grad(tensor: Tensor) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return tensor
     return _Gather.apply(tensor.contiguous())
+
+
+def gather_ragged(tensor: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """As `gather_with_grad`, of rows (B, K, D) with their mask (B, K), whose K may differ between processes.
+
+    Where it does, what is missing is 0, and False in the mask.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensor, mask
+    width = torch.tensor(mask.shape[1], device=mask.device)
+    dist.all_reduce(width, dist.ReduceOp.MAX)
+    missing = int(width) - mask.shape[1]
+    tensor, mask = F.pad(tensor, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+    return gather_with_grad(tensor), gather_with_grad(mask.to(torch.uint8)).bool()

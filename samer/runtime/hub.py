@@ -12,10 +12,11 @@ from pathlib import Path
 from samer.config import InputError
 from samer.runtime.files import FileTrouble, about, exists, trouble
 
-# what a folder with a projector may hold: ours, the released ones, a PEFT adapter
+# what a folder with a projector may hold: ours with its query bank, the released ones, a PEFT adapter
 PROJECTOR_FILES = (
     "projector.safetensors",
     "config.json",
+    "bank.safetensors",
     "projector.pt",
     "adapter_config.json",
     "adapter_model.safetensors",

@@ -37,7 +37,7 @@ class Models:
         if key in self._encoders:
             index.check_model(self._encoders[key])
         else:
-            self._encoders[key] = encoder_of(index, self.device, model=self.name)
+            self._encoders[key] = encoder_of(index, self.device, model=self.name, pictures=False)
         return self._encoders[key]
 
     @torch.no_grad()

@@ -60,7 +60,7 @@ class SearchIndex:
         models: Models,
         split: str | None = None,
         data_root: str | Path | None = None,
-        reader: str = "flickr",
+        reader: str = "",
     ) -> None:
         """Opens an index.
 
@@ -70,7 +70,7 @@ class SearchIndex:
             split: None: the only one.
             data_root: copy of a data set, where the pictures lie that an index of a data set does not know of, and
                 boxes; an index that knows its own folder of pictures has no use for it.
-            reader: of the data set.
+            reader: of the data set, a name in `samer.data.READERS`; empty: guessed.
 
         Raises:
             InputError: no index, no such split, several and none named, another model, a damaged projector, no data.
@@ -86,8 +86,8 @@ class SearchIndex:
         self.images, _, self.regions, self.bytes_per_image = self.index.size(self.split)
         own = self.index.manifest.splits[self.split].root
         self.root = Path(own) if own else None
-        self.reader = make_reader(reader)
         self.data_root = data_root if data_root and not own else None
+        self.reader = make_reader(reader, self.data_root) if reader or self.data_root else None
         self.has_boxes = self.data_root is not None and self.reader.check(self.data_root)
         self.encoder = models.load(self.index)
         self.projector = self.index.projector()

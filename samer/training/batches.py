@@ -27,6 +27,7 @@ from samer.runtime.processes import rank, world_size
 class Row:
     """One training example: a caption, its image (by number in the record list) and the image's record.
 
+    `answers` are the numbers of all images that answer the caption, where the data set says so; they are no negatives.
     A row that is not `real` fills up the last batch of a process and counts for nothing.
     """
 
@@ -34,14 +35,16 @@ class Row:
     record: ImageRecord
     caption: Caption
     real: bool = True
+    answers: tuple[int, ...] = ()
 
 
 class CaptionDataset(Dataset):
     """One row per caption that describes its image (METHOD section 4); UNRELATED_CAPTIONS are left out."""
 
     def __init__(self, records: Sequence[ImageRecord]) -> None:
+        place = {record.image_id: number for number, record in enumerate(records)}
         self.rows = [
-            Row(number, record, caption)
+            Row(number, record, caption, answers=tuple(place[name] for name, _ in caption.grades if name in place))
             for number, record in enumerate(records)
             for caption in record.captions
             if caption.related
@@ -57,8 +60,8 @@ class CaptionDataset(Dataset):
         return self.rows[index] if index >= 0 else replace(self.rows[-1 - index], real=False)
 
     def boxless(self) -> int:
-        """How many captions name nothing that has a box; they train with background only."""
-        return sum(not any(phrase.boxes for phrase in row.caption.phrases) for row in self.rows)
+        """How many captions have no box, neither of a phrase nor of their image; they train with background only."""
+        return sum(not any(each.boxes for each in (*row.caption.phrases, *row.record.things)) for row in self.rows)
 
 
 class Collator:
@@ -69,7 +72,9 @@ class Collator:
         `image_of`: (B,) long, each caption's row among the distinct images;
         `image_numbers`: (B,) long, the same image has the same number in every batch and process;
         `labels`: (B, N) long, instance labels of METHOD section 3, 0 is background;
-        `real`: (B,) bool, False where a row only fills up the batch.
+        `real`: (B,) bool, False where a row only fills up the batch;
+        `answers`: (B, A) long, only where relevance is graded: the images that answer each caption, by their numbers,
+        its own may be among them; -1 at padding.
     """
 
     def __init__(self, retriever: Encoder, objects: ObjectsConfig) -> None:
@@ -82,7 +87,7 @@ class Collator:
         image_inputs = self.retriever.record_inputs(list(distinct.values()))
         coords = self.retriever.image_layout(image_inputs).coords
         image_of = torch.tensor([place[row.image] for row in rows])
-        boxes, owners = zip(*(caption_boxes(row.caption) for row in rows))
+        boxes, owners = zip(*(label_boxes(row.record, row.caption) for row in rows))
         labels = instance_labels(
             coords[image_of],
             boxes,
@@ -91,7 +96,12 @@ class Collator:
             max_area=self.objects.max_area,
             max_phrases=self.objects.max_phrases,
         )
+        graded = {}
+        if any(row.answers for row in rows):
+            answers = [torch.tensor(row.answers, dtype=torch.long) for row in rows]
+            graded["answers"] = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-1)
         return {
+            **graded,
             "image_inputs": image_inputs,
             "query_inputs": self.retriever.query_inputs([row.caption.text for row in rows]),
             "image_of": image_of,
@@ -99,6 +109,18 @@ class Collator:
             "labels": labels,
             "real": torch.tensor([row.real for row in rows]),
         }
+
+
+def label_boxes(record: ImageRecord, caption: Caption) -> tuple[Tensor, Tensor]:
+    """The boxes that become a caption's labels, as `caption_boxes`; those of the image's things where it has none.
+
+    Things of one kind count as one phrase.
+    """
+    boxes, owners = caption_boxes(caption)
+    if len(boxes) or not record.things:
+        return boxes, owners
+    found = [(box, number) for number, things in enumerate(record.things) for box in things.boxes]
+    return torch.tensor([box for box, _ in found]), torch.tensor([number for _, number in found])
 
 
 def caption_boxes(caption: Caption) -> tuple[Tensor, Tensor]:

@@ -66,6 +66,8 @@ def check_output(output: Path, config: Config) -> None:
         for key, value in now.items():
             if before[key] == value or key in FREE:
                 continue
+            if (section, key) == ("data", "name") and "" in (before[key], value):
+                continue  # one of them is guessed from the same folder
             if key == "grad_accum_steps" and _captions(settings) in {s.captions_per_step for s in _last(output)}:
                 continue
             raise InputError(

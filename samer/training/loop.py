@@ -25,6 +25,9 @@ from samer.config import Config, InputError, TrainConfig, dump_config
 from samer.data import make_reader
 from samer.data.records import ImageRecord
 from samer.features.read import open_encoder
+from samer.retrievers.banks import FILE as BANK
+from samer.retrievers.banks import QueryStates, captions_of, query_states, save_bank
+from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import load_projector, save_projector
 from samer.runtime.files import atomic_path, is_file, only_writer, opened
 from samer.runtime.processes import gather_objects, print0, rank, stop_asked, world_size
@@ -48,6 +51,8 @@ class TrainResult:
 
 def train(config: Config) -> TrainResult:
     """Trains the projector as configured and writes `projector.safetensors` + `config.json` to the output folder.
+
+    Through a compressor with a query bank also `bank.safetensors`, of the final projector.
 
     Resumes from the last complete checkpoint in the output folder if `train.resume` is on, with as many captions a step
     as before whatever the number of processes.
@@ -86,7 +91,10 @@ def _train(config: Config) -> TrainResult:
     )
     retriever.check_records([*records, *validation])
     set_seed(settings.seed)
-    model = ProjectorModel(retriever, config.merge, settings.temperature, settings.gather_negatives, settings.budgets)
+    queries = _bank_tokens(config, retriever, records)
+    model = ProjectorModel(
+        retriever, config.merge, settings.temperature, settings.gather_negatives, settings.budgets, queries
+    )
     dropped = sum(len(record.captions) for record in records) - len(dataset)
     print0(
         f"training {sum(p.numel() for p in model.parameters()):,} parameters of {config.model.name} on "
@@ -107,18 +115,35 @@ def _train(config: Config) -> TrainResult:
     history = [*run.state.history, {"epoch": run.state.epoch, "step": run.state.step}]
     if rank() == 0:
         best = load_projector(output / "best", retriever) if settings.select_best and validation else None
-        save_projector(output, best or model.projection.projector(), retriever, config.merge)
+        projector = best or model.projection.projector()
+        save_projector(output, projector, retriever, config.merge)
+        if queries:
+            save_bank(output / BANK, queries.bank(projector))
         with atomic_path(output / "history.json") as temporary:
             temporary.write_text(json.dumps(history, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return _result(output, history, settings, seconds)
 
 
+def _bank_tokens(config: Config, retriever: Encoder, records: Sequence[ImageRecord]) -> QueryStates | None:
+    """What the query bank is made of, where the compressor has one: the captions that are trained on."""
+    if not make_compressor(config.merge).needs_queries:
+        return None
+    source = f"captions of {config.data.train_split} in {config.data.root}"
+    found = query_states(retriever, captions_of(records), config.merge.bank_size, source, config.train.eval_batch_size)
+    print0(f"query bank: {len(found.hidden):,} vectors of {found.origin.count:,} texts, {source}")
+    return found
+
+
 def _load_data(config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """Records to train on, with boxes, and to validate on, without; the latter may be none."""
-    reader, data = make_reader(config.data.reader), config.data
+    reader, data = make_reader(config.data.name, config.data.root), config.data
     records = reader.load_split(
         data.root, data.train_split, boxes=True, limit_images=data.limit_train_images, strict=data.strict
     )
+    if not any(phrase.boxes for r in records for c in r.captions for phrase in c.phrases) and not any(
+        record.things for record in records
+    ):
+        print0(f"note: {data.train_split} of {data.root} has no boxes: trained without object labels")
     if not data.eval_split:
         return records, []
     return records, reader.load_split(
@@ -315,11 +340,12 @@ class Run:
         """
         self.save()
         retriever = self.module.retriever
-        before = retriever.current_projector()
-        retriever.use_projector(self.module.projection.projector())
+        before, projector = retriever.current_projector(), self.module.projection.projector()
+        bank = self.module.queries and self.module.queries.bank(projector)
+        retriever.use_projector(projector)
         try:
             metrics = evaluation.evaluate_records(
-                retriever, self.validation, self.module.merge, batch_size=self.settings.eval_batch_size
+                retriever, self.validation, self.module.merge, batch_size=self.settings.eval_batch_size, bank=bank
             )
         finally:
             retriever.use_projector(before)

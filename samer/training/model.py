@@ -7,17 +7,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from samer.compressors import Compressor, make_compressor
-from samer.config import MergeConfig
+from samer.config import Budget, MergeConfig
 from samer.losses import multi_positive_t2i_loss
 from samer.objects import object_diagnostics
+from samer.retrievers.banks import QueryStates
 from samer.retrievers.base import Encoder, Projection
-from samer.runtime.gather import gather_with_grad
+from samer.runtime.gather import gather_ragged, gather_with_grad
 from samer.scoring import maxsim
 from samer.tokens import MergedTokens, VisualTokens
 
@@ -34,15 +36,19 @@ class ProjectorModel(nn.Module):
         merge: MergeConfig,
         temperature: float,
         gather_negatives: bool,
-        budgets: Sequence[int] = (),
+        budgets: Sequence[Budget] = (),
+        queries: QueryStates | None = None,
     ) -> None:
+        """`queries`: the tokens of the query bank, for a compressor that needs one."""
         super().__init__()
         self.projection = Projection(retriever.base_projector)
         self.retriever = retriever  # no nn.Module: neither registered, nor trained, nor saved
         self.merge = merge
         every = [replace(merge, num_regions=k) for k in budgets or (merge.num_regions,)]
         self.compressors = [make_compressor(each).for_training() for each in every]
-        self.largest = max(self.compressors, key=lambda each: each.settings.num_regions)  # what diagnostics look at
+        # what diagnostics look at
+        self.largest = max(self.compressors, key=lambda each: Fraction(each.settings.num_regions))
+        self.queries = queries
         self.temperature = temperature
         self.gather_negatives = gather_negatives
         self.diagnose = False
@@ -56,6 +62,7 @@ class ProjectorModel(nn.Module):
         image_numbers: Tensor,
         labels: Tensor,
         real: Tensor,
+        answers: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of METHOD section 4 for one `Collator` batch; each caption's image is merged with its own labels.
 
@@ -66,11 +73,14 @@ class ProjectorModel(nn.Module):
         memory for any batch: what does not fit `CHUNK_ELEMENTS` is computed in slices, and again in the backward pass.
         The batch's hidden states themselves are held whole.
         """
+        if self.queries is not None:
+            self._project_bank()
         needs = self.compressors[0].needs
         image_hidden, attention = self.retriever.image_states(image_inputs, needs)  # (U, N, H), distinct images
         query_hidden = self.retriever.hidden_states(query_inputs)  # (B, M, H)
         layout = self.retriever.image_layout(image_inputs)
         coords, patches = layout.coords.to(image_hidden.device), layout.patches.to(image_hidden.device)
+        views = layout.views.to(image_hidden.device)
         seeds = image_inputs.get("seeds")
         mask = image_inputs["attention_mask"].bool().to(image_hidden.device)  # (U, N)
         query_mask = query_inputs["attention_mask"].bool().to(image_hidden.device)
@@ -82,9 +92,8 @@ class ProjectorModel(nn.Module):
             tokens = self.projection(hidden).index_select(0, place)  # (b, N, D)
             signals = {name: value[rows] for name, value in attention.items()}
             some_mask = None if whole else mask[rows]
-            visual = VisualTokens(
-                tokens, coords[rows], some_mask, patches[rows], None if seeds is None else seeds[rows], signals
-            )
+            chosen = None if seeds is None else seeds[rows]
+            visual = VisualTokens(tokens, coords[rows], some_mask, patches[rows], chosen, signals, views=views[rows])
             return compressor(visual, row_labels)
 
         if self.diagnose and self.largest.uses_labels:
@@ -95,8 +104,7 @@ class ProjectorModel(nn.Module):
         numbers = gather_with_grad(image_numbers) if self.gather_negatives else image_numbers
         counted = gather_with_grad(real.to(torch.uint8)).bool()  # of all processes
         scored = counted if self.gather_negatives else real if real.any() else torch.ones_like(real)
-        # every image a positive: a loss of 0 and no gradient, in a process that still takes part in every exchange
-        positives = (image_numbers[:, None] == numbers[scored][None]) | ~real[:, None]
+        positives = _positives(image_numbers, numbers[scored], real, answers)
         queries = self.projection(query_hidden)  # (B, M, D)
         count = image_hidden.shape[1]
         losses = []
@@ -113,7 +121,7 @@ class ProjectorModel(nn.Module):
             width = image_hidden.shape[2] + 3 * queries.shape[2] + 4 * compressor.places(count)
             images, valid = _in_chunks(regions, CHUNK_ELEMENTS // (count * width), image_of, labels)
             if self.gather_negatives:
-                images, valid = gather_with_grad(images), gather_with_grad(valid.to(torch.uint8)).bool()
+                images, valid = gather_ragged(images, valid)
             if not scored.all():
                 images, valid = images[scored], valid[scored]
 
@@ -124,6 +132,23 @@ class ProjectorModel(nn.Module):
             (scores,) = _in_chunks(score, CHUNK_ELEMENTS // pairs, queries, query_mask)  # (B, I)
             losses.append(multi_positive_t2i_loss(scores, positives, self.temperature))
         return {"loss": torch.stack(losses).mean() * (len(counted) / counted.sum())}
+
+    @torch.no_grad()
+    def _project_bank(self) -> None:
+        """Has the query bank follow the projection, as a constant of this step."""
+        hidden = self.queries.hidden.to(self.projection.weight.device)
+        state = {"vectors": self.projection(hidden), "weights": self.queries.weights}
+        for compressor in self.compressors:
+            compressor.load_state(state)
+
+
+def _positives(own: Tensor, images: Tensor, real: Tensor, answers: Tensor | None) -> Tensor:
+    """Which images (I,) are right for captions with these own images (B,), or with these answers (B, A), (B, I) bool.
+
+    All are for a row that is not real: a loss of 0 and no gradient, in a process that takes part in every exchange.
+    """
+    positives = (own[:, None] == images) | ~real[:, None]
+    return positives if answers is None else positives | (answers[..., None] == images).any(1)
 
 
 def _in_chunks(function: Callable[..., tuple[Tensor, ...]], size: int, *rows: Tensor) -> tuple[Tensor, ...]:

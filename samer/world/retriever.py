@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> GemmaTokenizer:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a small ColPali; the defaults are those of the retriever in assets/."""
+    """Sizes of a ColPali; the defaults are those of the retriever in assets/.
+
+    heads: of the vision model, and of the text model where `text_heads` is 0.
+    vocabulary: rows of the text model's embedding; 0: as many as the tokenizer has.
+    """
 
     image_size: int = 128
     patch_size: int = 8
@@ -67,6 +72,36 @@ class Geometry:
     text_mlp: int = 256
     heads: int = 4
     embedding_dim: int = 64
+    text_heads: int = 0
+    vocabulary: int = 0
+
+
+PUBLISHED = Geometry(  # vidore/colpali-v1.3-hf
+    image_size=448,
+    patch_size=14,
+    vision_width=1152,
+    vision_layers=27,
+    vision_mlp=4304,
+    text_width=2048,
+    text_layers=18,
+    text_mlp=16384,
+    heads=16,
+    embedding_dim=128,
+    text_heads=8,
+    vocabulary=257_216,
+)
+
+
+@contextlib.contextmanager
+def in_halves(device: str) -> Iterator[None]:
+    """Within the block, new weights are bfloat16 on that device: of the published size, 5.9 GB instead of 11.7."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def build_colpali(
@@ -80,14 +115,15 @@ def build_colpali(
         seed: fixes the weights.
 
     Returns:
-        (`ColPaliForRetrieval` in float32, `ColPaliProcessor`).
+        (`ColPaliForRetrieval` in torch's default dtype and device, `ColPaliProcessor`).
     """
     patches = (geometry.image_size // geometry.patch_size) ** 2
     image_processor = SiglipImageProcessorPil(
         size={"height": geometry.image_size, "width": geometry.image_size}, image_seq_length=patches
     )
     processor = ColPaliProcessor(image_processor=image_processor, tokenizer=tokenizer)
-    vocab = len(processor.tokenizer)
+    vocab = geometry.vocabulary or len(processor.tokenizer)
+    text_heads = geometry.text_heads or geometry.heads
     config = ColPaliConfig(
         vlm_config=PaliGemmaConfig(
             vision_config=SiglipVisionConfig(
@@ -104,9 +140,9 @@ def build_colpali(
                 hidden_size=geometry.text_width,
                 intermediate_size=geometry.text_mlp,
                 num_hidden_layers=geometry.text_layers,
-                num_attention_heads=geometry.heads,
+                num_attention_heads=text_heads,
                 num_key_value_heads=1,
-                head_dim=geometry.text_width // geometry.heads,
+                head_dim=geometry.text_width // text_heads,
                 max_position_embeddings=8192,
             ),
             image_token_index=processor.image_token_id,

@@ -16,11 +16,11 @@ from samer.world.kinds import STYLES, Scene
 from samer.world.scenes import group_rng, make_group
 
 
-def _markup(parts: tuple[tuple[str, int | None, str], ...]) -> str:
+def markup(parts: tuple[tuple[str, int | None, str], ...]) -> str:
     return " ".join(words if chain is None else f"[/EN#{chain}/{types} {words}]" for words, chain, types in parts)
 
 
-def _annotation(image_id: str, scene: Scene) -> bytes:
+def annotation(image_id: str, scene: Scene) -> bytes:
     """PASCAL VOC style XML with 1-based inclusive pixels."""
     root = ElementTree.Element("annotation")
     ElementTree.SubElement(root, "filename").text = f"{image_id}.jpg"
@@ -50,9 +50,9 @@ def _write_group(job: tuple[str, str, int, int, int]) -> int:
     for number, scene in enumerate(scenes):
         image_id = f"{group * 2 + number + 1:08d}"
         scene.image.save(root / "images" / "Images" / f"{image_id}.jpg", quality=90)
-        sentences = "".join(_markup(caption) + "\n" for caption in scene.captions)
+        sentences = "".join(markup(caption) + "\n" for caption in scene.captions)
         (root / "annotations" / "Sentences" / f"{image_id}.txt").write_text(sentences, encoding="utf-8")
-        (root / "annotations" / "Annotations" / f"{image_id}.xml").write_bytes(_annotation(image_id, scene))
+        (root / "annotations" / "Annotations" / f"{image_id}.xml").write_bytes(annotation(image_id, scene))
     return len(scenes)
 
 

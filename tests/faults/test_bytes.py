@@ -863,7 +863,7 @@ FILES = [
         )
     ),
 ]
-READ = {".xml": flickr.parse_annotation, ".yaml": load_config, ".txt": flickr._read_lines}
+READ = {".xml": flickr.parse_annotation, ".yaml": load_config, ".txt": flickr.read_lines}
 
 
 def refusal(read, path, memory=2**30):
