@@ -40,8 +40,9 @@ def server(world, base, tmp_path_factory):
     )
     try:
         ready, *_ = select.select([process.stdout], [], [], 120)
-        line = process.stdout.readline() if ready else ""
-        yield re.match(r"(http://127\.0\.0\.1:\d+)/ searches ", line)[1]
+        lines = [process.stdout.readline() for _ in range(2)] if ready else []  # first the kind of data set
+        assert lines[0] == f"note: {world} is read as flickr (data.name=flickr)\n"
+        yield re.match(r"(http://127\.0\.0\.1:\d+)/ searches ", lines[1])[1]
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
     finally:
