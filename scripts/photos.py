@@ -216,7 +216,7 @@ def announce(place, align_file, words, options, pictures):
     from samer.compare.pace import spoken
     from samer.compare.plan import SECTIONS, plan, slug
     from samer.config import load_config
-    from samer.data import make_reader
+    from samer.data import reader_of
     from samer.data.parts import split_part, take_part
     from samer.retrievers.pretrained import load_towers
     from samer.retrievers.towers import TowerRetriever
@@ -234,7 +234,7 @@ def announce(place, align_file, words, options, pictures):
         rows = plan(merge, model.side**2, each.budgets, each.methods)
         through = {slug(row.trained) for row in rows if row.trained and row.section in (each.sections or SECTIONS)}
         trainings += len(through) * len(options.seeds)
-    read = make_reader(config.data.name, config.data.root).load_split
+    read = reader_of(config.data).load_split
     splits = {name: read(config.data.root, name, boxes=False) for name in ("train", "val", "test")}
     aligned, trained = (take_part(splits["train"], split_part(part)[1], part) for part in pictures[:2])
     recipe, captions = load_config(CONFIG, []).train, sum(len(record.captions) for record in trained)

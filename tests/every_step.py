@@ -40,6 +40,17 @@ def saved(folder, images):
     return records
 
 
+def tokens_equal_transformers(retriever, stock, inputs, queries):
+    """Pictures and texts have the vectors that the model gives by itself; `stock`: loaded from the same files."""
+    visual = retriever.encode_images(inputs)
+    with torch.no_grad():
+        expected = stock(**inputs).embeddings
+        asked = stock(**{name: queries[name] for name in ("input_ids", "attention_mask")}).embeddings
+    torch.testing.assert_close(visual.tokens[visual.mask], expected[visual.mask], atol=1e-5, rtol=0)
+    found = retriever.encode_queries(queries)
+    torch.testing.assert_close(found.tokens[found.mask], asked[found.mask], atol=1e-5, rtol=0)
+
+
 def alone_equals_batch(retriever, images):
     """Each picture of a ragged batch has the tokens and signals that it has alone."""
     inputs = retriever.image_inputs(images)

@@ -15,6 +15,7 @@ from every_step import (
     queries_alone_equal_batch,
     saved,
     text_of,
+    tokens_equal_transformers,
 )
 from oracle import naive_merge
 from PIL import Image
@@ -67,14 +68,8 @@ def test_tokens_are_those_of_transformers_itself(shared):
     stock = ColModernVBertForRetrieval.from_pretrained(shared.name).eval()
     inputs = shared.image_inputs(pictures())
     assert len(set(inputs["attention_mask"].sum(1).tolist())) > 1
-    visual = shared.encode_images(inputs)
     queries = shared.query_inputs(TEXTS)
-    with torch.no_grad():
-        expected = stock(**inputs).embeddings
-        asked = stock(**{name: queries[name] for name in ("input_ids", "attention_mask")}).embeddings
-    torch.testing.assert_close(visual.tokens[visual.mask], expected[visual.mask], atol=1e-5, rtol=0)
-    found = shared.encode_queries(queries)
-    torch.testing.assert_close(found.tokens[found.mask], asked[found.mask], atol=1e-5, rtol=0)
+    tokens_equal_transformers(shared, stock, inputs, queries)
     text = shared.processor.tokenizer.decode(queries["input_ids"][1][queries["attention_mask"][1].bool()])
     assert text == "a car" + "<end_of_utterance>" * 10
     assert shared.processing == {

@@ -14,6 +14,7 @@ from every_step import (
     pictures,
     queries_alone_equal_batch,
     text_of,
+    tokens_equal_transformers,
 )
 from oracle import naive_merge
 
@@ -55,14 +56,7 @@ def test_tokens_are_those_of_transformers_itself(shared):
     assert {name: value.tolist() for name, value in straight.items() if name in inputs} == {
         name: value.tolist() for name, value in inputs.items()
     }
-    visual = shared.encode_images(inputs)
-    queries = shared.query_inputs(TEXTS)
-    with torch.no_grad():
-        expected = stock(**inputs).embeddings
-        asked = stock(**{name: queries[name] for name in ("input_ids", "attention_mask")}).embeddings
-    torch.testing.assert_close(visual.tokens[visual.mask], expected[visual.mask], atol=1e-5, rtol=0)
-    found = shared.encode_queries(queries)
-    torch.testing.assert_close(found.tokens[found.mask], asked[found.mask], atol=1e-5, rtol=0)
+    tokens_equal_transformers(shared, stock, inputs, shared.query_inputs(TEXTS))
     assert shared.base_projector.bias is None
     assert torch.equal(shared.base_projector.weight, stock.multi_vector_head.proj.weight)
 

@@ -31,8 +31,8 @@ from samer.compare.significance import significance
 from samer.compare.summarise import Measured, Values, summarise
 from samer.compressors import COMPRESSORS, make_compressor
 from samer.config import Budget, Config, InputError, MergeConfig
-from samer.data import make_reader
-from samer.data.records import ImageRecord
+from samer.data import reader_of
+from samer.data.records import ImageRecord, names_boxes
 from samer.data.stamps import Stamps
 from samer.evaluation import check_described
 from samer.features.read import FeatureStore
@@ -136,8 +136,8 @@ def compare(
     """
     folder, batch_size, banks = Path(folder), config.train.eval_batch_size, banks or {}
     check_request(sections, seeds, at_budgets, methods, banks)
-    records = _load(config, split, config.data.limit_eval_images, boxes=True)
-    check_described(records, make_reader(config.data.name, config.data.root).undescribed)
+    records = load_records(config, split, config.data.limit_eval_images, boxes=True)
+    check_described(records, reader_of(config.data).undescribed)
     store.check_records(records)
     fewest, tokens_per_image, most = tokens_of(store, records, batch_size)
     if any(k >= most for k in at_budgets if isinstance(k, int)):
@@ -194,9 +194,9 @@ def _jobs(rows: Sequence[Row], seeds: Sequence[int]) -> Jobs:
 
 def _with_boxes(config: Config, records: Sequence[ImageRecord], rows: list[Row]) -> list[Row]:
     """The rows that differ by what the data set's boxes are; a note says what can't be told without boxes."""
-    if not any(phrase.boxes for record in records for caption in record.captions for phrase in caption.phrases):
+    if not names_boxes(records):
         print0("note: no caption names an object with a box, so nothing is said of grounding, sizes and short phrases")
-    if make_reader(config.data.name, config.data.root).check(config.data.root):
+    if reader_of(config.data).check(config.data.root):
         return rows
     print0(f"note: {config.data.root} has no boxes, so rows with and without object labels are one")
     return [row for row in rows if not row.name.endswith((NO_BOXES, OBJECT))]
@@ -215,10 +215,10 @@ def _with_signals(store: FeatureStore, records: Sequence[ImageRecord], rows: lis
     return rows
 
 
-def _load(config: Config, split: str, limit: int | None, *, boxes: bool) -> list[ImageRecord]:
+def load_records(config: Config, split: str, limit: int | None, *, boxes: bool) -> list[ImageRecord]:
+    """A split of the data compared on, its first `limit` images."""
     data = config.data
-    read = make_reader(data.name, data.root).load_split
-    return read(data.root, split, boxes=boxes, limit_images=limit, strict=data.strict)
+    return reader_of(data).load_split(data.root, split, boxes=boxes, limit_images=limit, strict=data.strict)
 
 
 def _asked(
@@ -236,7 +236,7 @@ def _asked(
         InputError: phrases or a bank that are not stored, a bank of captions of the images measured, or one of another
             model or projector.
     """
-    positives = caption_positives(records, make_reader(config.data.name, config.data.root).relevant(config.data.root))
+    positives = caption_positives(records, reader_of(config.data).relevant(config.data.root))
     queries = phrase_queries(records) if phrases else None
     if queries and (missing := store.lacking(queries.texts)):
         raise InputError(
@@ -246,7 +246,7 @@ def _asked(
     bank: tuple[str, ...] = ()
     if any(COMPRESSORS[row.merge.compressor].needs_queries for row in rows):
         train_split = config.data.train_split
-        bank_records = _load(config, train_split, config.data.limit_train_images, boxes=False)
+        bank_records = load_records(config, train_split, config.data.limit_train_images, boxes=False)
         if {record.image_id for record in bank_records} & {record.image_id for record in records}:
             raise InputError(f"splits {train_split} and {split} share images, and a bank of queries must not know them")
         bank = tuple(dict.fromkeys(caption.text for record in bank_records for caption in record.captions))

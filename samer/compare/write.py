@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from samer.compare.plan import SECTIONS, shown_methods
-from samer.compare.run import compare
+from samer.compare.run import compare, load_records
 from samer.config import Config
-from samer.data import make_reader
 from samer.data.records import phrase_texts
 from samer.features.read import FeatureStore, open_encoder
 from samer.features.write import write_features
@@ -57,9 +56,7 @@ def write_comparison(
     """
     started = time.monotonic()
     out = Path(out)
-    records = make_reader(config.data.name, config.data.root).load_split(
-        config.data.root, split, boxes=True, limit_images=config.data.limit_eval_images, strict=config.data.strict
-    )
+    records = load_records(config, split, config.data.limit_eval_images, boxes=True)
     phrases, every = phrase_texts(records), sections is None
     if every:
         sections = [name for name in SECTIONS if phrases or name != "phrases"]

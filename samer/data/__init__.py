@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from samer.config import InputError
+from samer.config import DataConfig, InputError
 from samer.data.captions import CaptionFiles
 from samer.data.coco import Coco
 from samer.data.flickr import Flickr
@@ -38,6 +38,11 @@ def make_reader(name: str, root: str | Path | None = None) -> Reader:
     if name not in READERS:
         raise InputError(f"data.name {name!r} is unknown; use one of {', '.join(sorted(READERS))}")
     return READERS[name]
+
+
+def reader_of(data: DataConfig) -> Reader:
+    """The reader of the data set that settings name, as `make_reader`."""
+    return make_reader(data.name, data.root)
 
 
 def guess_name(root: str | Path) -> str:

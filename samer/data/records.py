@@ -98,6 +98,11 @@ def plain_caption(text: str) -> Caption:
     return Caption(" ".join(text.split()), (), related=True).within(LONGEST_CAPTION)
 
 
+def names_boxes(records: Iterable[ImageRecord]) -> bool:
+    """Whether a caption of these images names an object that has a box."""
+    return any(phrase.boxes for record in records for caption in record.captions for phrase in caption.phrases)
+
+
 def phrase_texts(records: Iterable[ImageRecord]) -> list[str]:
     """Distinct phrases that have boxes in some image, as they are typed, in the order of their first use."""
     return list(dict.fromkeys(phrase.typed for r in records for phrase in told_phrases(r) if phrase.boxes))

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from samer.config import InputError, build_dataclass, load_yaml
-from samer.data import make_reader
+from samer.data import reader_of
 from samer.data.parts import split_part
 from samer.data.records import ImageRecord, phrase_texts
 from samer.features.read import FeatureStore, open_encoder
@@ -121,7 +121,7 @@ def _check_output(output: Path, config: AlignConfig) -> None:
 
 def _records(config: AlignConfig) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """To train on, with boxes where the phrase term needs them, and to validate on."""
-    data, reader = config.data, make_reader(config.data.name, config.data.root)
+    data, reader = config.data, reader_of(config.data)
     load = partial(reader.load_split, data.root, strict=data.strict)
     boxes = config.align.phrase_weight > 0 or config.align.phrases > 0
     records = load(data.train_split, boxes=boxes, limit_images=data.limit_train_images)

@@ -22,8 +22,8 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from samer import evaluation
 from samer.compressors import make_compressor
 from samer.config import Config, InputError, TrainConfig, dump_config
-from samer.data import make_reader
-from samer.data.records import ImageRecord
+from samer.data import reader_of
+from samer.data.records import ImageRecord, names_boxes
 from samer.features.read import open_encoder
 from samer.retrievers.banks import FILE as BANK
 from samer.retrievers.banks import QueryStates, captions_of, query_states, save_bank
@@ -136,13 +136,11 @@ def _bank_tokens(config: Config, retriever: Encoder, records: Sequence[ImageReco
 
 def _load_data(config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """Records to train on, with boxes, and to validate on, without; the latter may be none."""
-    reader, data = make_reader(config.data.name, config.data.root), config.data
+    reader, data = reader_of(config.data), config.data
     records = reader.load_split(
         data.root, data.train_split, boxes=True, limit_images=data.limit_train_images, strict=data.strict
     )
-    if not any(phrase.boxes for r in records for c in r.captions for phrase in c.phrases) and not any(
-        record.things for record in records
-    ):
+    if not names_boxes(records) and not any(record.things for record in records):
         print0(f"note: {data.train_split} of {data.root} has no boxes: trained without object labels")
     if not data.eval_split:
         return records, []
