@@ -420,6 +420,8 @@ def _write(folder: Path, retriever: Any, pooling: SamerPooling) -> None:
         "modality_config": modalities,
         "module_output_name": "token_embeddings",
     }
+    if not isinstance(family, ColQwen2):  # whose pipeline of videos has no other; else pixels hang on what is installed
+        about["processor_kwargs"] = {"backend": family.settings["backend"]}
     write_json(folder / "sentence_bert_config.json", about)
     keep = [family.image_token_id] if isinstance(family, ColQwen2) else None
     behind = [
