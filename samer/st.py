@@ -1,4 +1,4 @@
-"""SaMer in sentence-transformers (extra `sentence-transformers`): a token pooling, pipelines of its stock modules, maps.
+"""SaMer in sentence-transformers, an extra: a token pooling, pipelines of its stock modules, maps after pooling.
 
     samer.st.save("pipeline", retriever, MergeConfig(num_regions=64))  # the projector in use becomes a Dense
     model = samer.st.load("pipeline")  # the same with the pooling behind it
@@ -41,7 +41,9 @@ try:
     from sentence_transformers.base.modules import Dense, Normalize, Transformer
     from sentence_transformers.multi_vector_encoder.modules import BaseTokenPooling, MultiVectorMask
 except ImportError as error:
-    raise ImportError(f"samer.st needs sentence-transformers 6.2 or newer: pip install samer[st] ({error})") from None
+    raise ImportError(
+        f"samer.st needs sentence-transformers 6.2 or newer: pip install samer[sentence-transformers] ({error})"
+    ) from None
 
 POOLING = "samer_pooling"  # the folder beside the stock modules; modules.json does not name it
 AT_ONCE = 64  # images merged together where a list of embeddings is pooled
@@ -206,7 +208,7 @@ class SamerPooling(BaseTokenPooling):
                 stacklevel=3,
             )
             return [(0, 0)] * count
-        each = list(grid) if isinstance(grid[0], Sequence) or isinstance(grid, Tensor) and grid.dim() == 2 else None
+        each = list(grid) if isinstance(grid[0], Sequence) or (isinstance(grid, Tensor) and grid.dim() == 2) else None
         if each is None:
             return [_as_grid(grid)] * count
         if len(each) != count:
@@ -274,27 +276,29 @@ def _family_of(model: MultiVectorEncoder) -> Family | None:
 
 
 class _Positions:
-    """A hook that hands the positions of pictures to a ColQwen2, which transformers loses on the way."""
+    """A hook of a Transformer that adds the positions of pictures to what a ColQwen2 of transformers is given.
+
+    The Transformer calls its model's `forward` past the model's own hooks.
+    """
 
     def __init__(self, family: ColQwen2) -> None:
         self.family = family
 
-    def __call__(self, _: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def __call__(self, _: nn.Module, arguments: tuple[dict[str, Any], ...]) -> None:
+        features = arguments[0]
         self.family.backbone.rope_deltas = None  # of another batch
-        if keywords.get("image_grid_thw") is None or keywords.get("position_ids") is not None:
-            return arguments, keywords
-        inputs = {**keywords, MODEL_MASK: keywords["attention_mask"]}
-        return arguments, {**keywords, "position_ids": self.family.positions(inputs)}
+        if "image_grid_thw" in features:
+            inputs = {**features, MODEL_MASK: features["attention_mask"]}
+            features["position_ids"] = self.family.positions(inputs)
 
 
 def _repair(model: MultiVectorEncoder, family: Family) -> None:
     """Gives a ColQwen2 of transformers the positions of pictures, and leaves the prompt out of its vectors; once."""
-    inner = _transformer(model).model
-    if not isinstance(family, ColQwen2) or type(inner).__name__ != family.architecture:
+    transformer = _transformer(model)
+    if not isinstance(family, ColQwen2) or type(transformer.model).__name__ != family.architecture:
         return
-    hooks = inner._forward_pre_hooks.values()
-    if not any(isinstance(hook, _Positions) for hook in hooks):
-        inner.register_forward_pre_hook(_Positions(family), with_kwargs=True)
+    if not any(isinstance(hook, _Positions) for hook in transformer._forward_pre_hooks.values()):
+        transformer.register_forward_pre_hook(_Positions(family))
     for module in model:
         if isinstance(module, MultiVectorMask):
             module.keep_only_token_ids = [family.image_token_id]
