@@ -21,6 +21,7 @@ from samer.tokens import VisualTokens
 
 sentence_transformers = pytest.importorskip("sentence_transformers", "6.2", reason="needs sentence-transformers 6.2")
 st = pytest.importorskip("samer.st")
+families = pytest.importorskip("samer.st.families")
 modules = pytest.importorskip("sentence_transformers.multi_vector_encoder.modules")
 
 TEXTS = ["two dogs", "a long query about nothing at all", "red"]
@@ -133,9 +134,9 @@ def test_a_model_of_transformers_gives_our_scores(name, folders, images):
     model = st.load(folders(name), st.SamerPooling(5, center_init="farthest"), **options)
     assert (their_scores(model, images) - expected).abs().max() < 1e-4
     assert (their_scores(model, images, batch_size=3) - expected).abs().max() < 1e-4
-    again = st.attach(
-        sentence_transformers.MultiVectorEncoder(folders(name), **options), st.SamerPooling(compressor="none")
-    )
+    options["processor_kwargs"] = {"backend": "pil"}  # where torchvision is installed, transformers would take that
+    again = sentence_transformers.MultiVectorEncoder(folders(name), **options)
+    st.attach(again, st.SamerPooling(compressor="none"))
     whole = our_scores(Retriever.load(folders(name)), images, MergeConfig(compressor="none"))
     assert (their_scores(again, images) - whole).abs().max() < 1e-4
 
@@ -154,8 +155,8 @@ def test_colqwen2_is_repaired_in_the_model_that_needs_it(folders, images):
     time, rows, columns = seen.pop()[-3:]
     assert not torch.equal(rows, columns)
     assert not torch.equal(time, rows)
-    st._repair(plain, st._family_of(plain))  # asked again, as a saved pipeline does: one hook is enough
-    assert sum(isinstance(hook, st._Positions) for hook in plain[0]._forward_pre_hooks.values()) == 1
+    families.repair(plain, families.family_of(plain))  # asked again, as a saved pipeline does: one hook is enough
+    assert sum(isinstance(hook, families.Positions) for hook in plain[0]._forward_pre_hooks.values()) == 1
 
 
 def test_vectors_alone_merge_by_their_grid(folders, images):
