@@ -1,4 +1,4 @@
-"""Models of sentence-transformers with the pooling behind them, and a retriever written as a pipeline of its modules."""
+"""Models of sentence-transformers with the pooling behind them, and retrievers written as pipelines of its modules."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _write(folder: Path, retriever: Retriever, pooling: SamerPooling) -> None:
         for number, (kind, place) in enumerate(names)
     ]
     (folder / "modules.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    versions = {"sentence_transformers": __version__, "transformers": transformers.sentence_transformers.__version__}
+    libraries = sentence_transformers, transformers, torch
     made = {
         "model_type": "MultiVectorEncoder",
         "similarity_fn_name": "meanmaxsim",
@@ -176,6 +176,10 @@ def _write(folder: Path, retriever: Retriever, pooling: SamerPooling) -> None:
         "samer": {"model": retriever.name, "revision": retriever.revision, "projector": projector.hash},
     }
     write_json(folder / "config_sentence_transformers.json", made)
+
+
+def _version(library: Any) -> str:
+    return str(library.__version__)
 
 
 def _stock_processor(family: Family) -> Any:
