@@ -166,20 +166,16 @@ def _write(folder: Path, retriever: Retriever, pooling: SamerPooling) -> None:
         for number, (kind, place) in enumerate(names)
     ]
     (folder / "modules.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    libraries = sentence_transformers, transformers, torch
+    versions = {"sentence_transformers": sentence_transformers.__version__, "transformers": transformers.__version__}
     made = {
         "model_type": "MultiVectorEncoder",
         "similarity_fn_name": "meanmaxsim",
         "prompts": {},
         "default_prompt_name": None,
-        "__version__": {**versions, "pytorch": torch.sentence_transformers.__version__},
+        "__version__": {**versions, "pytorch": torch.__version__},
         "samer": {"model": retriever.name, "revision": retriever.revision, "projector": projector.hash},
     }
     write_json(folder / "config_sentence_transformers.json", made)
-
-
-def _version(library: Any) -> str:
-    return str(library.__version__)
 
 
 def _stock_processor(family: Family) -> Any:
