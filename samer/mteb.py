@@ -367,7 +367,7 @@ def evaluate(search: SamerSearch, tasks: Sequence[AbsTaskRetrieval], folder: str
     Args:
         search: the model.
         tasks: MTEB's own, or `LocalTask`s.
-        folder: for MTEB's result files, and `samer.json` with the rows.
+        folder: for MTEB's result files, and `results.json` with the rows.
 
     Returns:
         A row per task, split and subset: `task`, `split`, `subset`, `main_score` (its name), `score`, `ndcg_at_5`,
@@ -384,8 +384,36 @@ def evaluate(search: SamerSearch, tasks: Sequence[AbsTaskRetrieval], folder: str
         for done in result.task_results:
             for split, subsets in done.scores.items():
                 rows += [_row(done.task_name, split, task.metadata.main_score, scores) for scores in subsets]
-    write_json(folder / "samer.json", {"model": search.mteb_model_meta.name, "rows": rows})
+    write_json(folder / "results.json", {"model": search.mteb_model_meta.name, "rows": rows})
     return rows
+
+
+def named_tasks(names: Sequence[str]) -> list[AbsTaskRetrieval]:
+    """MTEB's own tasks by name; their data is read when they run.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    found = []
+    for name in names:
+        try:
+            found.append(mteb.get_task(name))
+        except KeyError as error:
+            said = " ".join(str(error).split())[:200]
+            raise InputError(f"MTEB has no task {name!r} ({said}); mteb available-tasks lists them") from None
+    return found
+
+
+def told(row: dict[str, Any]) -> str:
+    """A row of `evaluate` in a line."""
+    place = row["task"] if row["subset"] == "default" else f"{row['task']} ({row['subset']})"
+    score = f"{place}: {row['main_score']} {row['score']:.4f}"
+    if "pages" not in row:  # results of a run without SaMer's columns
+        return score
+    return (
+        f"{score}; {row['pages']:,.0f} pages x {row['vectors_per_page']:,.1f} vectors, {row['bytes_per_page']:,.0f} bytes "
+        f"a page; indexed in {row['index_seconds']:,.1f} s, {row['queries']:,.0f} queries in {row['search_seconds']:,.1f} s"
+    )
 
 
 _SHOWN = ("ndcg_at_5", "ndcg_at_10", "recall_at_1")

@@ -36,6 +36,7 @@ NAMES = (
     "compare",
     "report",
     "verify",
+    "tasks",
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "assets" / "README.md", *sorted((ROOT / "assets" / "results").glob("*.md"))]
