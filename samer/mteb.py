@@ -410,10 +410,11 @@ def told(row: dict[str, Any]) -> str:
     score = f"{place}: {row['main_score']} {row['score']:.4f}"
     if "pages" not in row:  # results of a run without SaMer's columns
         return score
-    return (
-        f"{score}; {row['pages']:,.0f} pages x {row['vectors_per_page']:,.1f} vectors, {row['bytes_per_page']:,.0f} bytes "
-        f"a page; indexed in {row['index_seconds']:,.1f} s, {row['queries']:,.0f} queries in {row['search_seconds']:,.1f} s"
+    size = (
+        f"{row['pages']:,.0f} pages x {row['vectors_per_page']:,.1f} vectors, {row['bytes_per_page']:,.0f} bytes a page"
     )
+    asked = f"{row['queries']:,.0f} queries in {row['search_seconds']:,.1f} s"
+    return f"{score}; {size}; indexed in {row['index_seconds']:,.1f} s, {asked}"
 
 
 _SHOWN = ("ndcg_at_5", "ndcg_at_10", "recall_at_1")

@@ -5,8 +5,8 @@
     DATA_ROOT=/data/flickr30k_entities bash bash/mteb.sh
 
 --data-root names data on this machine (ViDoRe, Flickr30k, COCO, any kind that is read here) and needs no network;
---tasks names tasks of MTEB, whose data MTEB fetches unless it has it. Needs the extra `mteb`. Each task's index stays in
-CACHE_DIR, and MTEB's result files and results.json in CACHE_DIR/results; run again, what is there is not made anew.
+--tasks names tasks of MTEB, whose data MTEB fetches unless it has it. Needs the extra `mteb`. Each task's index stays
+in CACHE_DIR, MTEB's result files and results.json in CACHE_DIR/results; run again, what is there is not made anew.
 """
 
 import sys
@@ -29,17 +29,13 @@ def main(argv=None):
     parser.add_argument("--data-root", help="a data set's folder; boxes are not read")
     parser.add_argument("--reader", default="", help="kind of data set at --data-root (guessed)")
     parser.add_argument("--splits", nargs="+", default=["test"], help="of --data-root; default: test")
-    parser.add_argument(
-        "--main-score", default="ndcg_at_10", help="of --data-root (ndcg_at_10; ViDoRe 1, 2: ndcg_at_5)"
-    )
+    parser.add_argument("--main-score", default="ndcg_at_10", help="of --data-root (ndcg_at_10; ViDoRe 1, 2 ndcg_at_5)")
     parser.add_argument("--limit-images", type=int, help="of --data-root: the first so many of each split")
     parser.add_argument("--tasks", nargs="+", default=[], help="tasks of MTEB by name")
     parser.add_argument("--cache-dir", required=True, help="where indexes and results go")
     parser.add_argument("--adapter-path", default="", help="trained projector: folder or hub id; empty: untouched")
     parser.add_argument("--batch-size", type=int, default=8, help="images and queries per forward pass (8)")
-    parser.add_argument(
-        "--cache-dtype", default="bfloat16", help="bfloat16 (default), float32, float16, int8 or binary"
-    )
+    parser.add_argument("--cache-dtype", default="bfloat16", help="bfloat16 (default), float32, float16, int8, binary")
     parser.add_argument("--bank", default="", help="query bank for merge.compressor=querybank (scripts/bank.py)")
     add_compute_options(parser)
     parser.add_argument("--config", help="YAML file with model and merge settings")
