@@ -155,7 +155,9 @@ def test_colqwen2_is_repaired_in_the_model_that_needs_it(folders, images):
     time, rows, columns = seen.pop()[-3:]
     assert not torch.equal(rows, columns)
     assert not torch.equal(time, rows)
-    families.repair(plain, families.family_of(plain))  # asked again, as a saved pipeline does: one hook is enough
+    assert (
+        st.repair(plain).architecture == "ColQwen2ForRetrieval"
+    )  # asked again, as a saved pipeline does: one hook is enough
     assert sum(isinstance(hook, families.Positions) for hook in plain[0]._forward_pre_hooks.values()) == 1
 
 
@@ -278,6 +280,11 @@ def test_vectors_that_do_not_fit_are_refused():
     pooling = st.SamerPooling(3)
     with pytest.raises(InputError, match="4 x 4 needs"):
         pooling.pool([vectors], grid=(4, 4))
+    arrays = [pooling.pool([vectors], grid=form)[0] for form in ((3, 4), np.array([[3, 4]]), torch.tensor([[3, 4]]))]
+    assert torch.equal(arrays[0], arrays[1])
+    assert torch.equal(arrays[0], arrays[2])
+    with pytest.raises(InputError, match=r"\(rows, columns\)"):
+        pooling.pool([vectors], grid=[(3, 4, 1)])
     with pytest.raises(InputError, match="2 grids for 1 images"):
         pooling.pool([vectors], grid=[(3, 4), (3, 4)])
     with pytest.raises(InputError, match="needs its attention_mask"):
@@ -305,3 +312,13 @@ def test_models_that_do_not_fit_are_refused(tmp_path, folders, saved):
     with pytest.raises(InputError, match="more than an image's vectors"):
         st.save(tmp_path / "new", saved("colpali")[0], MergeConfig(compressor="sap-max"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pipeline_that_names_the_pooling_loads_for_those_who_trust_it(tmp_path, saved, images):
+    model = st.load(saved("colpali")[1], device="cpu")
+    model.save_pretrained(str(tmp_path))
+    again = sentence_transformers.MultiVectorEncoder(str(tmp_path), device="cpu", trust_remote_code=True)
+    assert again[-1].merge == MERGE
+    assert all(torch.equal(a, b) for a, b in zip(model.encode_document(images), again.encode_document(images)))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        sentence_transformers.MultiVectorEncoder(str(tmp_path), device="cpu")

@@ -4,7 +4,8 @@
     model = samer.st.load("pipeline")  # the same with the pooling behind it
     scores = model.similarity(model.encode_query(texts), model.encode_document(images))  # ours
 
-`MultiVectorEncoder("pipeline")` gives the trained projection without the pooling, and needs no code of ours.
+`MultiVectorEncoder("pipeline")` gives the trained projection without the pooling, and needs no code of ours. `repair` gives
+a ColQwen2 of transformers that is used without a pooling the positions that it loses.
 """
 
 try:
@@ -14,7 +15,8 @@ except ImportError as error:
         f"samer.st needs sentence-transformers 6.2 or newer: pip install samer[sentence-transformers] ({error})"
     ) from None
 
+from samer.st.families import repair
 from samer.st.pipelines import attach, dense, load, save
 from samer.st.pooling import SamerPooling, similarity_map
 
-__all__ = ["SamerPooling", "attach", "dense", "load", "save", "similarity_map"]
+__all__ = ["SamerPooling", "attach", "dense", "load", "repair", "save", "similarity_map"]

@@ -35,7 +35,11 @@ def transformer_of(model: MultiVectorEncoder) -> Transformer:
 
 
 def family_of(model: MultiVectorEncoder) -> Family | None:
-    """The family of a pipeline's model, whole or without its projection; None: none of ours."""
+    """The family of a pipeline's model, whole or without its projection; None: none of ours.
+
+    Raises:
+        InputError: a family whose pictures sentence-transformers can't prepare as they must be.
+    """
     transformer = transformer_of(model)
     inner, processor = transformer.model, transformer.processor
     whole = FAMILIES.get(type(inner).__name__)
@@ -70,13 +74,21 @@ class Positions:
             features["position_ids"] = self.family.positions(inputs)
 
 
-def repair(model: MultiVectorEncoder, family: Family) -> None:
-    """Gives a ColQwen2 of transformers the positions of pictures, and leaves the prompt out of its vectors; once."""
-    transformer = transformer_of(model)
+def repair(model: MultiVectorEncoder) -> Family | None:
+    """Gives a ColQwen2 of transformers the positions of pictures, and leaves the prompt out of its vectors; once.
+
+    Returns:
+        The model's family, of which others need no repair; None: none of ours.
+
+    Raises:
+        InputError: as `family_of`.
+    """
+    transformer, family = transformer_of(model), family_of(model)
     if not isinstance(family, ColQwen2) or type(transformer.model).__name__ != family.architecture:
-        return
+        return family
     if not any(isinstance(hook, Positions) for hook in transformer._forward_pre_hooks.values()):
         transformer.register_forward_pre_hook(Positions(family))
     for module in model:
         if isinstance(module, MultiVectorMask):
             module.keep_only_token_ids = [family.image_token_id]
+    return family

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sentence_transformers import MultiVectorEncoder
@@ -21,7 +22,7 @@ from samer.compressors import make_compressor
 from samer.config import InputError, MergeConfig, whole_number
 from samer.coords import visual_coords
 from samer.retrievers import Family
-from samer.st.families import family_of, repair
+from samer.st.families import repair
 from samer.tokens import MergedTokens, VisualTokens, regions_of_patches
 
 AT_ONCE = 64  # images merged together where a list of embeddings is pooled
@@ -86,9 +87,7 @@ class SamerPooling(BaseTokenPooling):
         Raises:
             InputError: a family whose pictures sentence-transformers can't prepare as they must be.
         """
-        self._family = family_of(model)
-        if self._family is not None:
-            repair(model, self._family)
+        self._family = repair(model)
 
     def forward(self, features: dict[str, Any], task: str | None = None) -> dict[str, Any]:
         """Pools a batch; adds `samer_assignments` (B, N), `samer_source` (B, P) and `samer_grid` (B, 2), all long.
@@ -178,12 +177,11 @@ class SamerPooling(BaseTokenPooling):
                 stacklevel=3,
             )
             return [(0, 0)] * count
-        each = list(grid) if isinstance(grid[0], Sequence) or (isinstance(grid, Tensor) and grid.dim() == 2) else None
-        if each is None:
+        if not any(np.ndim(each) for each in grid):
             return [_as_grid(grid)] * count
-        if len(each) != count:
-            raise InputError(f"{len(each)} grids for {count} images; give one pair for all, or a pair per image")
-        return [_as_grid(pair) for pair in each]
+        if len(grid) != count:
+            raise InputError(f"{len(grid)} grids for {count} images; give one pair for all, or a pair per image")
+        return [_as_grid(pair) for pair in grid]
 
     def _merged(self, embeddings: Sequence[Tensor], grids: Sequence[Grid]) -> MergedTokens:
         """Merges a batch of images (N, D) of grids whose cells come first; (0, 0) means places are not known."""
@@ -211,7 +209,7 @@ class SamerPooling(BaseTokenPooling):
 
 
 def _as_grid(pair: Sequence[int]) -> Grid:
-    if len(pair) != 2:
+    if np.ndim(pair) != 1 or len(pair) != 2:
         raise InputError(f"a grid is (rows, columns); {pair!r:.80} is none")
     rows, columns = (whole_number("grid", int(value) if isinstance(value, Tensor) else value) for value in pair)
     if rows < 1 or columns < 1:
