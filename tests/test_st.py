@@ -155,9 +155,7 @@ def test_colqwen2_is_repaired_in_the_model_that_needs_it(folders, images):
     time, rows, columns = seen.pop()[-3:]
     assert not torch.equal(rows, columns)
     assert not torch.equal(time, rows)
-    assert (
-        st.repair(plain).architecture == "ColQwen2ForRetrieval"
-    )  # asked again, as a saved pipeline does: one hook is enough
+    assert st.repair(plain).architecture == "ColQwen2ForRetrieval"  # asked again: one hook is enough
     assert sum(isinstance(hook, families.Positions) for hook in plain[0]._forward_pre_hooks.values()) == 1
 
 

@@ -4,8 +4,8 @@
     model = samer.st.load("pipeline")  # the same with the pooling behind it
     scores = model.similarity(model.encode_query(texts), model.encode_document(images))  # ours
 
-`MultiVectorEncoder("pipeline")` gives the trained projection without the pooling, and needs no code of ours. `repair` gives
-a ColQwen2 of transformers that is used without a pooling the positions that it loses.
+`MultiVectorEncoder("pipeline")` gives the trained projection without the pooling, and needs no code of ours. `repair`
+gives a ColQwen2 of transformers that is used without a pooling the positions that it loses.
 """
 
 try:
