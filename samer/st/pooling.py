@@ -177,7 +177,7 @@ class SamerPooling(BaseTokenPooling):
                 stacklevel=3,
             )
             return [(0, 0)] * count
-        if not any(np.ndim(each) for each in grid):
+        if not hasattr(grid, "__iter__") or not any(np.ndim(each) for each in grid):
             return [_as_grid(grid)] * count
         if len(grid) != count:
             raise InputError(f"{len(grid)} grids for {count} images; give one pair for all, or a pair per image")
