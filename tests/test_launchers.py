@@ -72,6 +72,7 @@ def test_names_arrive_as_they_are_and_stand_where_the_caller_does(place, name):
         "compare": {"--data-root": 0, "--out": 3, "--features": 2, "--config": 5},
         "inference": {"--data-root": 0, "--cache-dir": 1, "--features": 2, "--output-json": 4},
         "train": {"--config": 5},
+        "mteb": {"--data-root": 0, "--cache-dir": 1, "--adapter-path": 6},
     }
     for launcher, options in expected.items():
         status, said, ((folder, words),) = called(place, launcher, "--flag", "", "a b", "*", **values)

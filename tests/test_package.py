@@ -37,6 +37,7 @@ NAMES = (
     "compare",
     "report",
     "verify",
+    "tasks",
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "assets").glob("*.md")), *sorted((ROOT / "assets/results").glob("*.md"))]
