@@ -51,7 +51,7 @@ def table_files(folder: Path) -> dict[str, list[Path]]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened_table(path: Path) -> Iterator[Any]:
     """A parquet file, open; what goes wrong within is told with its name."""
     try:
         import pyarrow
@@ -79,7 +79,7 @@ def columns_of(path: Path) -> list[str]:
     Raises:
         InputError: it can't be read.
     """
-    with _opened(path) as file:
+    with opened_table(path) as file:
         return list(file.schema_arrow.names)
 
 
@@ -99,7 +99,7 @@ def column_named(path: Path, names: Sequence[str]) -> str:
 def table_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple]]:
     """Numbers of rows, and their values in some columns; other columns are not read."""
     number = 0
-    with _opened(path) as file:
+    with opened_table(path) as file:
         for batch in file.iter_batches(batch_size=4096, columns=list(dict.fromkeys(columns))):
             values = {name: batch.column(name).to_pylist() for name in columns}
             for row in zip(*(values[name] for name in columns)):
@@ -127,7 +127,7 @@ def unpack(path: Path, column: str, rows: Collection[int], folder: Path, defects
     missing = set(rows) - held.keys()
     if missing:
         print0(f"{path}: {len(missing):,} pictures are unpacked to {folder}")
-        with _opened(path) as file:
+        with opened_table(path) as file:
             first = 0
             for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
                 for number in sorted(missing & set(range(first, first + batch.num_rows))):

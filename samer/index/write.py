@@ -233,7 +233,7 @@ def writing(
     assignments: bool,
     bank: Bank | None = None,
 ):
-    _check_folder(folder)
+    check_folder(folder)
     if bank:
         merge = replace(merge, bank_size=bank.origin.size)
     with only_writer(folder), stoppable():
@@ -250,7 +250,7 @@ def writing(
         yield _Writer(folder, retriever, making, batch_size, bank)
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Refuses a folder that holds something else than an index, or one that was never finished."""
     ours = ("projector.safetensors", BANK)
     known = lambda entry: is_dir(entry) or entry.name in ours or entry.name.startswith(".")
