@@ -5,17 +5,18 @@
     python scripts/compress.py --in outputs/all_tokens --out outputs/k64 --dtype int8      (indexes of ours)
     python scripts/compress.py --in all.parquet --advise --queries queries.parquet --out outputs/advice
 
-A place is FILE.parquet (or a folder of such files), FILE.npz, FILE.safetensors, FILE.duckdb[#TABLE], FOLDER/TABLE.lance,
-qdrant:http://HOST:6333#COLLECTION (or qdrant:FOLDER#COLLECTION, its local mode), or the folder of an index. Tables have
-columns `id` and `embedding`, a list of vectors; others are carried along. Where vectors stand in the picture is said by
---rows and --columns, by a column `grid` ([rows, columns]) or `coords` (a list of [x, y]), or is not known: then only
-directions count. int8 comes with a column `scale`; binary are the signs, packed into bytes.
+A place is FILE.parquet (or a folder of such files), FILE.npz, FILE.safetensors, FILE.duckdb[#TABLE],
+FOLDER/TABLE.lance, qdrant:http://HOST:6333#COLLECTION (qdrant:FOLDER#COLLECTION, its local mode), or an index's folder.
+Tables have columns `id` and `embedding`, a list of vectors; others are carried along. Where vectors stand in
+the picture is said by --rows and --columns, by a column `grid` ([rows, columns]) or `coords` (a list of [x, y]), or is
+not known: then only directions count. int8 comes with a column `scale`; binary are the signs, packed into bytes.
 
 Killed, it goes on when it is called again; what is merged so far lies in OUT.parts until OUT is written.
 
 --advise merges nothing but a sample, for many K and dtypes, and recommends the smallest that keeps 99 % of what all
-vectors find; --num-regions [8,16,32] says which K. Queries are vectors in the same kinds of places (an optional column `relevant` names the ids that answer);
-an index brings its own. Without any, images held out of the sample stand for queries, and the answer says so.
+vectors find; --num-regions [8,16,32] says which K. Queries are vectors in the same kinds of places (a column `relevant`
+names the ids that answer, if they are known); an index brings its own. Without any, images held out of the sample stand
+for queries, and the answer says so.
 """
 
 import sys

@@ -4,8 +4,8 @@
                                   then an object a line: `id` of an image, and its columns: texts, numbers, truth
                                   values, null. Images that have none have no line
 
-It lies beside an index's shards and is no part of how the index was made, so it may be written at any time; a line of an
-image that the index does not hold is passed over.
+It lies beside an index's shards and is no part of how the index was made, so it may be written at any time; a line of
+an image that the index does not hold is passed over.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Advice:
-    """The table, the smallest row that keeps 99 %, and the smallest that does so for sure, by its interval's low end."""
+    """The table, the smallest row that keeps 99 %, and the smallest whose interval lies above that."""
 
     source: str
     queries: str

@@ -1,7 +1,7 @@
 """Embeddings in an index of ours: `FOLDER`, or `FOLDER#SPLIT` where it holds several.
 
-An index that is written is made from one that keeps all tokens (compressor none), so it is what the retriever would have
-made with the new settings: it grows, syncs and is searched as any other.
+An index that is written is made from one that keeps all tokens (compressor none), so it is what the retriever would
+have made with the new settings: it grows, syncs and is searched as any other.
 """
 
 from __future__ import annotations
@@ -97,14 +97,14 @@ class IndexStore(Store):
         super().check_target(plan)
         if not isinstance(plan.source, IndexStore):
             raise InputError(
-                f"{self.place}: an index says which model made it, and {plan.source.place} does not; write parquet, npz "
-                "or a database, or start from an index"
+                f"{self.place}: an index says which model made it, and {plan.source.place} does not; write parquet, "
+                "npz or a database, or start from an index"
             )
         held = plan.source.index.manifest.merge.compressor
         if held != "none":
             raise InputError(
-                f"{plan.source.place}: an index of merged vectors ({held}) makes no other index, which says how its own "
-                "images are merged; start from one with merge.compressor=none, or write parquet"
+                f"{plan.source.place}: an index of merged vectors ({held}) makes no other index, which says how its "
+                "own images are merged; start from one with merge.compressor=none, or write parquet"
             )
         if plan.merge.compressor == "querybank":
             raise InputError(f"{self.place}: an index with a query bank is made by scripts/index.py --bank")

@@ -53,11 +53,10 @@ class ParquetStore(Store):
         check_writable(self.place)
 
     def write(self, parts: Parts) -> None:
-        pyarrow = arrow(self.place)
-        import pyarrow.parquet
-
         schema = schema_of(self.place, parts)
-        with atomic_path(self.place) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
+        from pyarrow.parquet import ParquetWriter
+
+        with atomic_path(self.place) as temporary, ParquetWriter(temporary, schema) as writer:
             for rows in parts:
                 writer.write_batch(batch_of(self.place, schema, rows))
 
