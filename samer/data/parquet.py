@@ -83,6 +83,15 @@ def columns_of(path: Path) -> list[str]:
         return list(file.schema_arrow.names)
 
 
+def plain_columns_of(path: Path) -> list[str]:
+    """The names of a file's columns of texts, numbers and truth values; raises as `columns_of`."""
+    with opened_table(path) as file:
+        from pyarrow import types
+
+        kinds = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+        return [each.name for each in file.schema_arrow if any(kind(each.type) for kind in kinds)]
+
+
 def column_named(path: Path, names: Sequence[str]) -> str:
     """The first of some names that a file has a column of.
 

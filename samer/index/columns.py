@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from samer.config import InputError
+from samer.index.manifest import read_index_manifest
 from samer.runtime.files import DiskError, atomic_path, is_file, opened, trouble
+from samer.runtime.shards import load_header
 
 FILE = "metadata.jsonl"
 FORMAT, FORMAT_VERSION = "samer_metadata", 1
+IDS = ("id", "_id", "corpus-id", "corpus_id")  # what the column is called; the last three in sets of documents
 PLAIN = (str, int, float, bool, type(None))
 Columns = Mapping[str, Mapping[str, Any]]  # columns by name, by id
 
@@ -84,7 +87,8 @@ def columns_in_file(file: str | Path) -> dict[str, dict[str, Any]]:
         raise InputError(f"{path}: metadata is read from .jsonl, .csv or .parquet; write one of these")
     found: dict[str, dict[str, Any]] = {}
     for where, row in readers[path.suffix.lower()](path):
-        name = row.pop("id", None) if isinstance(row, dict) else None
+        key = next((each for each in IDS if each in row), None) if isinstance(row, dict) else None
+        name = None if key is None else row.pop(key)
         if name in (None, ""):
             raise InputError(f"{where}: no id; each row names its image so, as the index does")
         if str(name) in found:
@@ -119,7 +123,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(csv.DictReader(io.StringIO(_text(path))), 1):
         if None in row or None in row.values():
             raise InputError(f"{path}: row {number} has more or fewer fields than the first line; correct it")
-        yield f"{path}: row {number}", {key: value if key == "id" else as_number(value) for key, value in row.items()}
+        yield f"{path}: row {number}", {key: value if key in IDS else as_number(value) for key, value in row.items()}
 
 
 def as_number(text: str) -> int | float | str | None:
@@ -138,6 +142,37 @@ def as_number(text: str) -> int | float | str | None:
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     from samer.data import parquet
 
-    names = parquet.columns_of(path)
+    names = parquet.plain_columns_of(path)
     for number, row in parquet.table_rows(path, names):
         yield f"{path}: row {number}", dict(zip(names, row))
+
+
+def give_columns(folder: str | Path, file: str | Path) -> tuple[str, int, int]:
+    """Replaces the metadata of an index by that of a file.
+
+    Returns:
+        The split, how many of its images have metadata now, and how many rows of the file name none of its images.
+
+    Raises:
+        InputError: as `columns_in_file`; an index of several splits, or none of whose images is named.
+    """
+    manifest = read_index_manifest(Path(folder) / "manifest.json")
+    if len(manifest.splits) != 1:
+        raise InputError(
+            f"{folder}: holds {', '.join(manifest.splits) or 'nothing'}; metadata is for an index of one split"
+        )
+    (split,) = manifest.splits
+    found = columns_in_file(file)
+    ids = {
+        name
+        for shard in manifest.splits[split].images
+        for name in load_header(Path(folder) / split / shard.file)["stamp"]["ids"]
+    }
+    known = {name: own for name, own in found.items() if name in ids}
+    if not known:
+        shown = ", ".join(repr(name[:40]) for name in sorted(ids)[:2])
+        raise InputError(
+            f"{file}: none of its {len(found):,} ids is an image of {folder}, whose ids are such as {shown}"
+        )
+    write_columns(folder, split, known)
+    return split, len(known), len(found) - len(known)
