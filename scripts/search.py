@@ -1,7 +1,7 @@
 """Searches an index by words.
 
     python scripts/search.py --cache-dir outputs/pictures "two dogs on a beach" [--top 10] [--json]
-    python scripts/search.py --cache-dir outputs/pages "cash flow" --filter year>=2020 --documents report --pages 2
+    python scripts/search.py --cache-dir outputs/pages "cash flow" --filter "year>=2020" --documents report --pages 2
     python scripts/search.py --cache-dir outputs/pictures          (asks for queries until an empty line or Ctrl-D)
     python scripts/search.py --cache-dir outputs/pictures --json < queries.txt            (a query a line, to the end)
 

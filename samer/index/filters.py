@@ -2,8 +2,8 @@
 
     language=en      language=en|de      page!=0      year>=2020      day<2024-05-01
 
-A column, =, !=, <, <=, > or >=, and a value; `|` parts several, of which one is enough. Numbers are compared as numbers,
-texts as texts (dates as 2024-05-01 then come in order). An image without the column meets no condition but !=.
+A column, =, !=, <, <=, > or >=, and a value; `|` parts several, of which one is enough. Numbers are compared as
+numbers, texts as texts (dates as 2024-05-01 then come in order). An image without the column meets no condition but !=.
 """
 
 from __future__ import annotations

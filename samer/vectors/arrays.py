@@ -143,7 +143,7 @@ class ArrayStore(FileStore):
 
 
 def _floats(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.float32))
+    return torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: what is read may be mapped
 
 
 class NpzStore(ArrayStore):
