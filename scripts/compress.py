@@ -56,6 +56,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if (options.rows is None) != (options.columns is None):
         parser.error("--rows and --columns go together")
+    if options.prompt_tokens is not None and options.rows is None:
+        parser.error("--prompt-tokens goes with --rows and --columns")
     if not (options.out or options.advise):
         parser.error("say with --out where to write, or ask with --advise")
     from samer.config import load_config

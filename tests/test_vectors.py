@@ -400,13 +400,13 @@ def test_a_run_goes_on_where_it_was_ended(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         compress(tmp_path / "in.parquet", tmp_path / "out.parquet")
     assert not (tmp_path / "out.parquet").exists()
-    assert len(list((tmp_path / "out.parts").glob("part-*"))) == 3
+    assert len(list((tmp_path / "out.parquet.parts").glob("part-*"))) == 3
     monkeypatch.setattr(
         vectors_merge, "merge_rows", lambda compressor, rows: merged.append(1) or real(compressor, rows)
     )
     assert compress(tmp_path / "in.parquet", tmp_path / "out.parquet").reused == 3
     assert len(merged) == 5
-    assert not (tmp_path / "out.parts").exists()
+    assert not (tmp_path / "out.parquet.parts").exists()
     expected = merge_tokens(TOKENS, visual_coords(ROWS, COLUMNS), MergeConfig(num_regions=4)).tokens
     torch.testing.assert_close(vectors_in(tmp_path / "out.parquet"), expected, atol=1e-6, rtol=0)
 

@@ -75,8 +75,9 @@ class LanceStore(Store):
     def write(self, parts: Parts) -> None:
         """As one version of the table: readers see the old one or the new one."""
         schema = schema_of(self.place, parts, fixed=True)
-        database = self._database()
+        database, mode = self._database(), "create"
         if exists(self.path):
+            mode = "overwrite"
             held = self._table().schema
             if EMBEDDING not in held.names or held.field(EMBEDDING).type != schema.field(EMBEDDING).type:
                 shown = held.field(EMBEDDING).type if EMBEDDING in held.names else "no embedding"
@@ -87,6 +88,6 @@ class LanceStore(Store):
         batches = (batch_of(self.place, schema, rows) for rows in parts)
         reader = arrow(self.place).RecordBatchReader.from_batches(schema, batches)
         try:
-            database.create_table(self.path.stem, data=reader, schema=schema, mode="overwrite")
+            database.create_table(self.path.stem, data=reader, schema=schema, mode=mode)
         except (RuntimeError, OSError) as error:
             raise InputError(f"{self.place}: LanceDB says: {one_line(error)[:200]}; run the command again") from None

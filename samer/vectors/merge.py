@@ -62,7 +62,7 @@ class Grid:
             more = f" and {extra} prompt tokens" if extra else ""
             raise InputError(
                 f"{where}: {count} vectors, but a grid of {self.rows} x {self.columns}{more} has {patches + extra}; "
-                "correct --rows and --columns, or say with --prompt-tokens how many vectors follow the grid"
+                "correct it, or say with --rows, --columns and --prompt-tokens how many vectors follow the grid"
             )
         coords = visual_coords(self.rows, self.columns, prompt_tokens=extra)
         return replace(row, grid=(self.rows, self.columns), coords=coords, source=torch.arange(patches))
@@ -275,7 +275,7 @@ def parts_folder(place: str) -> Path:
     """Where what is merged waits until a place is written: beside it, or in the working folder for a server's."""
     if "://" in place:
         return Path("samer-" + hashlib.sha256(place.encode()).hexdigest()[:12] + ".parts")
-    return Path(place.partition(":")[2] if place.startswith("qdrant:") else place).with_suffix(".parts")
+    return Path(place.removeprefix("qdrant:").rstrip("/") + ".parts")
 
 
 class _Run:

@@ -1,4 +1,7 @@
-"""Embeddings in parquet files: `X.parquet`, or a folder of such files, which are read in the order of their names."""
+"""Embeddings in parquet files: `X.parquet`, or a folder of such files, which are read in the order of their names.
+
+Memory to read: a row group, as pyarrow takes it up whole; what is written here has one a part, some 64 MB of input.
+"""
 
 from __future__ import annotations
 

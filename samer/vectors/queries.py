@@ -60,7 +60,7 @@ def read_queries(place: str, normalise: bool = False) -> Queries:
         width = tokens[0].shape[1] if tokens else None
         tokens.append(check_vectors(where, row.vectors, width, normalise))
         named = row.columns.get(RELEVANT)
-        relevant.append(frozenset(str(named).split(",") if named not in (None, "") else ()))
+        relevant.append(frozenset([str(named), *str(named).split(",")] if named not in (None, "") else ()))
     if not tokens:
         raise InputError(f"{place}: holds no queries; leave --queries out to have images stand for them")
     return Queries(tokens, relevant if any(relevant) else None, f"{len(tokens):,} queries of {place}")
