@@ -41,7 +41,9 @@ TOKENS = unit(len(IDS), COUNT, DIM)
 
 def write_table(path, tokens=TOKENS, ids=IDS, kind=NESTED, **columns):
     lists = [each.tolist() if isinstance(each, torch.Tensor) else each for each in tokens]
-    pq.write_table(pa.table({"id": list(ids), "embedding": pa.array(lists, kind), **columns}), path)
+    pq.write_table(
+        pa.table({"id": pa.array(list(ids), pa.string()), "embedding": pa.array(lists, kind), **columns}), path
+    )
     return path
 
 
