@@ -464,7 +464,7 @@ def all_tokens(tmp_path):
     return tmp_path, root, names
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8", "binary"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "binary"])
 def test_an_index_of_all_tokens_becomes_what_the_retriever_would_have_made(all_tokens, dtype):
     folder, root, names = all_tokens
     merge = MergeConfig(num_regions=6)

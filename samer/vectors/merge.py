@@ -214,7 +214,7 @@ class Done:
 
 def stored_bytes(vectors: int, images: int, width: int, dtype: str) -> int:
     """Bytes of so many vectors of so many images."""
-    each = {"float32": 4 * width, "float16": 2 * width, "int8": width, "binary": width // 8}[dtype]
+    each = {"float32": 4 * width, "int8": width, "binary": width // 8}.get(dtype, 2 * width)
     return vectors * each + (4 * images if dtype == "int8" else 0)
 
 
