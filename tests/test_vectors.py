@@ -526,3 +526,28 @@ def test_the_command_prints_json(tmp_path, script, capsys):
     script("compress").main(words)
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["rows"], told["vectors_in"], told["vectors_out"], told["bytes_per_image"]) == (9, 180, 36, 256.0)
+
+
+def test_a_store_that_goes_down_in_the_middle_is_gone_on_with(tmp_path, monkeypatch):
+    """Its points are sent once: `sent.json` says how far it came."""
+    qdrant = pytest.importorskip("qdrant_client", reason="needs qdrant-client")
+    from samer.vectors import points
+
+    monkeypatch.setattr(points, "REQUEST_BYTES", 2 * points.NUMBER_BYTES * DIM * 4)  # two images a request
+    write_table(tmp_path / "in.parquet", page=list(range(9)))
+    place, sent, real = f"qdrant:{tmp_path}/q#pages", [], qdrant.QdrantClient.upsert
+
+    def fails(self, collection, own, **rest):
+        if len(sent) == 3:
+            raise ConnectionError("connection refused")
+        sent.append([point.payload["id"] for point in own])
+        return real(self, collection, own, **rest)
+
+    monkeypatch.setattr(qdrant.QdrantClient, "upsert", fails)
+    assert "connection refused" in refusal(compress, tmp_path / "in.parquet", place)
+    taken = lambda *a, **k: sent.append([point.payload["id"] for point in a[2]]) or real(*a, **k)
+    monkeypatch.setattr(qdrant.QdrantClient, "upsert", taken)
+    assert compress(tmp_path / "in.parquet", place).reused == 1
+    assert sent == [IDS[:2], IDS[2:4], IDS[4:6], IDS[6:8], IDS[8:]]
+    assert sorted(row.id for row in store_of(place).rows()) == IDS
+    assert not (tmp_path / "q#pages.parts").exists()
