@@ -214,6 +214,16 @@ def test_metadata_goes_to_an_index_and_is_vouched_for(pictures, tmp_path, script
     assert not path.exists()
 
 
+def test_metadata_follows_a_picture_that_moves(tmp_path):
+    root = paint(tmp_path / "pictures", NAMES[:3])
+    add(tmp_path / "index", root, NAMES[:3])
+    write_columns(tmp_path / "index", "images", {name: {"page": k} for k, name in enumerate(NAMES[:3])})
+    (root / NAMES[1]).rename(root / "other.png")
+    add(tmp_path / "index", root, [NAMES[0], NAMES[2], "other.png"], remove_gone=True)
+    expected = {NAMES[0]: {"page": 0}, NAMES[2]: {"page": 2}, "other.png": {"page": 1}}
+    assert read_columns(tmp_path / "index", "images") == expected
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 

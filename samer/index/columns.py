@@ -73,6 +73,14 @@ def read_columns(folder: str | Path, split: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def rename_columns(folder: str | Path, split: str, names: Mapping[str, str]) -> None:
+    """Gives images that moved the metadata that they had; `names`: old id -> new one."""
+    columns = read_columns(folder, split) if names else {}
+    found = {names[name]: columns.pop(name) for name in list(columns) if name in names}
+    if found:
+        write_columns(folder, split, {**columns, **found})
+
+
 def columns_in_file(file: str | Path) -> dict[str, dict[str, Any]]:
     """Metadata as people have it: `.jsonl`, `.csv` or `.parquet`, a row an image, with a column `id`.
 
