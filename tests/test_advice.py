@@ -7,10 +7,12 @@ import pytest
 import torch
 from test_vectors import refusal, unit, write_table
 
+from samer.compressors import make_compressor
 from samer.config import MergeConfig
 from samer.coords import visual_coords
 from samer.merging import merge_tokens
 from samer.scoring import pack_signs, unpack_signs
+from samer.tokens import VisualTokens
 from samer.vectors.advice import advice
 from samer.vectors.merge import Grid
 from samer.vectors.places import store_of
@@ -144,6 +146,20 @@ def test_an_index_brings_its_captions(world, base, tmp_path):
     values = query_metrics(scores, torch.nn.functional.one_hot(image_of, 8).bool())
     assert found.reference["recall"] == pytest.approx(values["r@1"].mean(), abs=0.01)
     assert found.reference["ndcg"] == pytest.approx(values["ndcg@10"].mean(), abs=0.01)
+
+
+def test_what_a_bank_learns_from_is_not_asked(place, tmp_path):
+    write_table(tmp_path / "q.parquet", ASKED, [str(k) for k in range(10)])
+    how = {"budgets": (5,), "queries": str(tmp_path / "q.parquet")}
+    found = advice(store_of(str(place)), MergeConfig(compressor="querybank"), **how)
+    compressor = make_compressor(MergeConfig(num_regions=5, compressor="querybank"))
+    compressor.fit_queries(ASKED[::2].flatten(0, 1))
+    images = compressor(VisualTokens(TOKENS, torch.full((*TOKENS.shape[:2], 2), 0.5))).tokens
+    scores, reference = (brute(ASKED[1::2], each) for each in (images.half().float(), TOKENS))
+    overlap = [len(set(best(own)) & set(best(truth))) for own, truth in zip(scores, reference)]
+    row = next(row for row in found.rows if (row.regions, row.dtype) == (5, "float16"))
+    assert row.overlap == pytest.approx(10 * sum(overlap) / 5)
+    assert found.queries.startswith("half of 10 queries")
 
 
 @pytest.mark.parametrize("what", ["width", "relevant", "none"])

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from samer.compressors import Compressor, make_compressor
 from samer.config import Budget, InputError, MergeConfig
 from samer.metrics import bootstrap_intervals, graded_metrics, query_metrics
 from samer.report.cells import budget_words, markdown_table
@@ -145,7 +146,10 @@ def advice(
         return (row for row in checked_rows(source, grid, normalise) if row.id in names)
 
     asked = asked or pseudo_queries(rows(waiting))
-    table = _Scores(merge, budgets, asked)
+    bank = None
+    if make_compressor(merge).needs_queries:  # what it learns from is not asked
+        bank, asked = torch.cat(asked.tokens[::2]), asked.every_other()
+    table = _Scores(merge, budgets, asked, bank)
     with Progress(desc="comparing", total=len(chosen), unit="images") as bar:
         for batch in _in_batches(rows(frozenset(chosen))):
             table.add(batch)
@@ -191,8 +195,9 @@ def _in_batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
 class _Scores:
     """Scores of all queries against the images seen so far, for every budget and dtype."""
 
-    def __init__(self, merge: MergeConfig, budgets: Sequence[Budget], asked: Queries) -> None:
-        self.merge, self.asked = merge, asked
+    def __init__(self, merge: MergeConfig, budgets: Sequence[Budget], asked: Queries, bank: Tensor | None) -> None:
+        self.merge, self.asked, self.bank = merge, asked, bank
+        self.compressors: dict[Budget, Compressor] = {}
         self.query: QueryTokens = asked.padded()
         self.budgets = list(budgets)
         self.ids: list[str] = []
@@ -208,6 +213,8 @@ class _Scores:
             self.places = batch[0].coords is not None
             most = max(len(row.vectors) for row in batch)
             self.budgets = self.budgets or [k for k in BUDGETS if k < most]
+            own = {regions: replace(self.merge, num_regions=regions) for regions in self.budgets}
+            self.compressors = {k: compressor_for(each, self.places, self.bank) for k, each in own.items()}
             if batch[0].vectors.shape[1] != self.width:
                 raise InputError(
                     f"queries have {self.width} numbers a vector, images {batch[0].vectors.shape[1]}; give queries of "
@@ -217,10 +224,8 @@ class _Scores:
         whole = [row.vectors for row in batch]
         self.all.append(self._float(*_padded(whole)))
         self._score(ALL, whole)
-        bank = torch.cat(self.asked.tokens)
-        for regions in self.budgets:
-            own = compressor_for(replace(self.merge, num_regions=regions), self.places, bank)
-            self._score(regions, [vectors for vectors, _ in merge_rows(own, batch)])
+        for regions, compressor in self.compressors.items():
+            self._score(regions, [vectors for vectors, _ in merge_rows(compressor, batch)])
 
     def _float(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return maxsim(self.query.tokens, tokens, self.query.mask, mask)  # (Q, n)

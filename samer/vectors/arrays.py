@@ -103,7 +103,8 @@ class ArrayStore(FileStore):
                 (values,) = self._pieces(key, [lengths[number]])
                 yield make_row(f"{self.place}: {key[:80]}", _floats(values), {ID: key})
             return
-        sides = {key: self._whole(key) for key in (SCALE, GRID) if key in self._shapes()}
+        wanted = (SCALE, GRID) if self._shapes()[name][1] == "int8" else (GRID,)
+        sides = {key: self._whole(key) for key in wanted if key in self._shapes()}
         for key, values in sides.items():
             if len(values) != len(ids):
                 raise InputError(f"{self.place}: {key} has {len(values)} rows for {len(ids)} images; give each one")

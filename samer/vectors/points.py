@@ -116,6 +116,8 @@ class QdrantStore(Store):
         super().check_target(plan)
         if self._local:
             check_writable(Path(self.server) / "trial")
+            if not exists(self.server):  # a client would make it
+                return
         with self._client() as client:
             client.collection_exists(self.collection)
 

@@ -6,7 +6,7 @@ Shape letters: M vectors of a query, D embedding, T vectors of all queries.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,17 @@ class Queries:
     relevant: list[frozenset[str]] | None
     words: str
     held_out: frozenset[str] = frozenset()
+
+    def every_other(self) -> Queries:
+        """The second, the fourth and so on: the others are learned from.
+
+        Raises:
+            InputError: there is one only.
+        """
+        if len(self.tokens) < 2:
+            raise InputError("one query is too few to learn from some and ask others; give more with --queries")
+        relevant = None if self.relevant is None else self.relevant[1::2]
+        return replace(self, tokens=self.tokens[1::2], relevant=relevant, words=f"half of {self.words}")
 
     def padded(self) -> QueryTokens:
         """All of them as one batch."""

@@ -93,7 +93,8 @@ def rows_of(place: str, batch: Any, first: int) -> Iterator[Row]:
         row = owners[int(np.searchsorted(starts, at, side="right")) - 1]
         raise InputError(f"{place}: row {first + row} has a number that is null; take it out")
     flat = numbers.to_numpy(zero_copy_only=False)
-    others = {name: batch.column(name).to_pylist() for name in batch.schema.names if name != EMBEDDING}
+    skipped = (EMBEDDING,) if flat.dtype == np.int8 else (EMBEDDING, SCALE)  # a scale is of int8 only
+    others = {name: batch.column(name).to_pylist() for name in batch.schema.names if name not in skipped}
     ends = np.cumsum(lengths)
     for number, (start, end) in enumerate(zip(ends - lengths, ends)):
         where = f"{place}: row {first + number}"
