@@ -485,6 +485,28 @@ def test_an_index_of_all_tokens_becomes_what_the_retriever_would_have_made(all_t
     add(folder / "out", root, [*names], dtype=dtype, merge=merge, assignments=True)  # and it goes on
 
 
+def test_regions_name_the_vectors_that_are_there(all_tokens, monkeypatch):
+    """A compressor that leaves regions empty (here: every other) has its patches follow the vectors that are kept."""
+    from samer.compressors.kmeans import KMeans
+    from samer.tokens import MergedTokens
+
+    def holes(self, visual, labels):
+        tokens = torch.stack([visual.tokens[:, 3], 0 * visual.tokens[:, 0], visual.tokens[:, 7]], dim=1)
+        where = torch.full(visual.tokens.shape[:2], 2)
+        where[:, :4], where[:, 4] = 0, -1
+        filled = torch.tensor([True, False, True]).expand(len(tokens), -1)
+        return MergedTokens(tokens, tokens[..., :2], filled, tokens[:, :0], where)
+
+    folder = all_tokens[0]
+    monkeypatch.setattr(KMeans, "compress", holes)
+    compress(folder / "all", folder / "out", compressor="kmeans", grid=None)
+    whole, out = Index(folder / "all"), Index(folder / "out")
+    for name, number in out.numbers("images").items():
+        mine, theirs = out.vectors("images", number), whole.vectors("images", whole.numbers("images")[name])
+        assert torch.equal(mine.tokens, theirs.tokens[[3, 7]])
+        assert mine.regions.tolist() == [0, 0, 0, 0, -1, *[1] * 11]
+
+
 def test_an_index_of_captions_keeps_them(all_tokens, world, base):
     from samer.retrievers.hf import Retriever
 

@@ -22,6 +22,7 @@ from samer.runtime.files import only_writer
 from samer.runtime.processes import print0
 from samer.runtime.progress import Progress
 from samer.runtime.signals import stop_here, stoppable
+from samer.runtime.shards import tensors_checksum
 from samer.scoring import pack_signs, quantise_images
 from samer.tokens import MergedTokens, VisualTokens, regions_of_patches
 from samer.vectors.parts import Parts, part_is_there, part_stamp, part_tensors, write_part
@@ -108,6 +109,12 @@ def visual_tokens(rows: Sequence[Row]) -> VisualTokens:
     )
 
 
+def renumbered(regions: Tensor, mask: Tensor) -> Tensor:
+    """Regions, -1 for none, as they are numbered when those that are not filled, (K,) bool, are left out."""
+    number = torch.where(mask, mask.long().cumsum(0) - 1, -1)
+    return torch.where(regions >= 0, number[regions.clamp(min=0)], -1)
+
+
 @torch.no_grad()
 def merge_rows(compressor: Compressor, rows: Sequence[Row]) -> list[tuple[Tensor, Tensor]]:
     """Merged vectors (K, D) float32 and assignments (N,) of every row; images of one N are merged together."""
@@ -121,7 +128,7 @@ def merge_rows(compressor: Compressor, rows: Sequence[Row]) -> list[tuple[Tensor
             merged: MergedTokens = compressor(visual_tokens([rows[number] for number in own]))
             for place, number in enumerate(own):
                 kept = merged.mask[place]
-                found[number] = merged.tokens[place][kept], merged.assignments[place]
+                found[number] = merged.tokens[place][kept], renumbered(merged.assignments[place], kept)
     return [found[number] for number in range(len(rows))]
 
 
@@ -253,6 +260,8 @@ def compress_vectors(
     folder = parts_folder(target.place)
     with only_writer(folder), stoppable():
         settings = {**settings_used(merge), "dtype": dtype, "source": source.place}
+        if queries is not None:
+            settings["queries"] = tensors_checksum({"queries": queries})
         run = _Run(folder, settings, merge, "float32" if target.stores_itself else dtype, queries)
         with Progress(desc="merging", total=len(ids), unit="images") as bar:
             for block in blocks_of(checked_rows(source, grid, normalise)):

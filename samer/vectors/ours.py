@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from samer.config import InputError
 from samer.index.columns import read_columns, write_columns
@@ -37,6 +36,7 @@ from samer.runtime.processes import print0
 from samer.runtime.progress import Progress
 from samer.runtime.shards import load_shard, write_shard
 from samer.runtime.signals import stop_here
+from samer.vectors.merge import renumbered
 from samer.vectors.parts import Parts
 from samer.vectors.rows import Plan, Row, Store, split_table
 
@@ -89,7 +89,7 @@ class IndexStore(Store):
                 stored = self.index.vectors(self.split, numbers[name])
                 source = None
                 if stored.regions is not None and stored.grid is not None:
-                    source = _renumbered(stored.regions, stored.mask)
+                    source = renumbered(stored.regions, stored.mask)
                 grid = None if source is None else stored.grid
                 yield Row(name, stored.tokens[stored.mask], grid, None, source, columns.get(name, {}))
 
@@ -176,9 +176,3 @@ class IndexStore(Store):
                 QueryShard(**write_shard(self.folder / split / shard.file, tensors, stamp, {"count": shard.count}))
             )
         return tuple(found)
-
-
-def _renumbered(regions: Tensor, mask: Tensor) -> Tensor:
-    """Regions (P,) by the vectors that are there, as masked ones are left out."""
-    number = torch.where(mask, mask.long().cumsum(0) - 1, -1)
-    return torch.where(regions >= 0, number[regions.clamp(min=0)], -1)
