@@ -21,8 +21,8 @@ from samer.coords import visual_coords
 from samer.runtime.files import only_writer
 from samer.runtime.processes import print0
 from samer.runtime.progress import Progress
-from samer.runtime.signals import stop_here, stoppable
 from samer.runtime.shards import tensors_checksum
+from samer.runtime.signals import stop_here, stoppable
 from samer.scoring import pack_signs, quantise_images
 from samer.tokens import MergedTokens, VisualTokens, regions_of_patches
 from samer.vectors.parts import Parts, part_is_there, part_stamp, part_tensors, write_part
