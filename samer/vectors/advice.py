@@ -130,7 +130,7 @@ def advice(
         budgets: each K; empty: powers of two below the vectors of an image.
         queries: a place of queries; None: the source's own, or images in their place.
         grid, normalise: as in `compress_vectors`.
-        sample: how many images at most, evenly spaced; those that answer a query are among them.
+        sample: how many images, evenly spaced; those that answer a query come beside them, at most as many.
 
     Raises:
         InputError: bad rows, no queries that could be answered.
@@ -173,7 +173,8 @@ def _sample(
     right = [number for number, names in enumerate(asked.relevant) if names & known]
     if not right:
         raise InputError(f"{place}: no query names a relevant image that is here; correct the column relevant")
-    right = right[:: -(-len(right) // min(MOST_QUERIES, size))]
+    most = MOST_QUERIES if size == len(ids) else min(MOST_QUERIES, size)  # what answers them is looked at, too
+    right = right[:: -(-len(right) // most)]
     if len(right) < len(asked.tokens):
         print0(f"note: {len(right):,} of {len(asked.tokens):,} queries are asked")
     tokens, relevant = [asked.tokens[k] for k in right], [asked.relevant[k] & known for k in right]
