@@ -5,6 +5,7 @@
     python scripts/index.py --cache-dir outputs/pictures --sync      (the same folder; what is gone is taken out)
     python scripts/index.py --cache-dir outputs/pictures --delete trips/a.jpg ~/Pictures/b.jpg
     python scripts/index.py --cache-dir outputs/pictures --compact   (after much adding and deleting)
+    python scripts/index.py --cache-dir outputs/pictures --metadata pages.csv      (columns for search's --filter)
 
 Model, projector, merge and dtype are chosen when an index is made; from then on it answers for itself, and what is
 asked for otherwise is refused. merge.compressor=querybank needs a query bank then: --bank, or bank.safetensors beside
@@ -41,6 +42,9 @@ def main(argv=None):
     parser.add_argument(
         "--delete", nargs="+", metavar="PICTURE", help="take pictures out, by path; -: a path a line of standard input"
     )
+    parser.add_argument(
+        "--metadata", metavar="FILE", help=".jsonl, .csv or .parquet: what a search may filter by, a row an id"
+    )
     parser.add_argument("--compact", action="store_true", help="rewrite the index without deleted pictures")
     parser.add_argument("--adapter-path", default="", help="trained projector: folder or hub id; empty: untouched")
     parser.add_argument("--cache-dtype", help="int8 (default), binary, bfloat16, float16 or float32")
@@ -53,12 +57,20 @@ def main(argv=None):
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
-    if bool(options.images or options.sync) + bool(options.delete) + options.compact != 1 or not options.cache_dir:
-        parser.error("give --cache-dir INDEX and either --images FOLDER, --sync, --delete PICTURE ..., or --compact")
+    jobs = bool(options.images or options.sync) + bool(options.delete) + options.compact
+    if jobs > 1 or not (jobs or options.metadata) or not options.cache_dir:
+        parser.error(
+            "give --cache-dir INDEX and either --images FOLDER, --sync, --delete PICTURE ..., --compact or --metadata"
+        )
     if stray := [word for word in options.overrides if "=" not in word]:
         parser.error(f"{stray[0]!r}: --images takes one folder, all of whose pictures are indexed")
     if options.images or options.sync:
-        return index_folder(options)
+        summary = index_folder(options)
+        if options.metadata:
+            give_metadata(options)
+        return summary
+    if options.metadata and not jobs:
+        return give_metadata(options)
     from samer.index.names import picture_ids
     from samer.index.pictures import FOLDER_SPLIT, compact_images, delete_images
 
@@ -112,6 +124,15 @@ def index_folder(options):
     for line in changes.lines():
         print(line)
     return summary
+
+
+def give_metadata(options):
+    """Gives the images of an index their metadata, in place of what they had."""
+    from samer.index.columns import give_columns
+
+    split, known, unknown = give_columns(options.cache_dir, options.metadata)
+    print(f"metadata of {known:,} images of {split}" + (f"; {unknown:,} rows name none" if unknown else ""))
+    return known
 
 
 def lines():

@@ -1,6 +1,7 @@
 """Searches an index by words.
 
     python scripts/search.py --cache-dir outputs/pictures "two dogs on a beach" [--top 10] [--json]
+    python scripts/search.py --cache-dir outputs/pages "cash flow" --filter "year>=2020" --documents report --pages 2
     python scripts/search.py --cache-dir outputs/pictures          (asks for queries until an empty line or Ctrl-D)
     python scripts/search.py --cache-dir outputs/pictures --json < queries.txt            (a query a line, to the end)
 
@@ -9,6 +10,10 @@ is loaded once; it is the one that the index was made with, as are projector and
 query, with paths as they are; without it what would move a terminal's cursor is escaped in them. Lines of a file or a
 pipe are UTF-8, UTF-16 with its mark, or what the locale says; empty ones are passed over. A query that is refused is
 told on standard error, with its line, the others are answered, and the exit status is 2.
+
+Metadata is given to an index by scripts/index.py --metadata. A filter is a column, =, !=, <, <=, > or >=, and a value
+(several parted by | are one or another). --documents COLUMN joins the images that have the same value there: a document
+scores the mean of its best --pages, all of them if it has fewer; an image without the column is one by itself.
 """
 
 import sys
@@ -32,17 +37,24 @@ def main(argv=None):
     parser.add_argument("--cache-dir", required=True, help="made by scripts/index.py or scripts/cache.py")
     parser.add_argument("--split", help="default: the index's only one")
     parser.add_argument("--top", type=int, default=10, help="how many images per query (10)")
+    parser.add_argument(
+        "--filter", action="append", default=[], metavar="CONDITION", help="on metadata: language=en, page>=2; all hold"
+    )
+    parser.add_argument("--documents", default="", metavar="COLUMN", help="find documents, which this column names")
+    parser.add_argument("--pages", type=int, default=1, help="a document counts by its best so many pages (1)")
     parser.add_argument("--json", action="store_true", help="one JSON object per query")
     parser.add_argument("--model", help="where the model is, if not where the index says")
     add_compute_options(parser)
     options = parser.parse_args(argv)
-    if options.top < 1:
-        parser.error("--top must be at least 1")
+    if options.top < 1 or options.pages < 1:
+        parser.error("--top and --pages must be at least 1")
+    if options.pages > 1 and not options.documents:
+        parser.error("--pages goes with --documents COLUMN")
     device = compute_device(options)
     from samer.runtime.streams import printable
     from samer.search.answers import answer, answers
     from samer.search.models import Models
-    from samer.search.open_index import SearchIndex
+    from samer.search.open_index import SearchIndex, Wanted
     from samer.search.queries import Asked, typed_queries
 
     index = SearchIndex(options.cache_dir, Models(device, options.model), options.split)
@@ -51,7 +63,8 @@ def main(argv=None):
         f"in {printable(options.cache_dir)}",
         file=sys.stderr,
     )
-    how = options.top, options.json
+    wanted = Wanted(options.top, tuple(options.filter), options.documents, options.pages)
+    how = wanted, options.json
     if len(options.query) == 1:
         return [answer(index, options.query[0], *how)]
     if options.query:

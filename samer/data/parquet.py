@@ -55,7 +55,7 @@ def whole(files: list[Path]) -> list[Path]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened_table(path: Path) -> Iterator[Any]:
     """A parquet file, open; what goes wrong within is told with its name."""
     try:
         import pyarrow
@@ -83,8 +83,17 @@ def columns_of(path: Path) -> list[str]:
     Raises:
         InputError: it can't be read.
     """
-    with _opened(path) as file:
+    with opened_table(path) as file:
         return list(file.schema_arrow.names)
+
+
+def plain_columns_of(path: Path) -> list[str]:
+    """The names of a file's columns of texts, numbers and truth values; raises as `columns_of`."""
+    with opened_table(path) as file:
+        from pyarrow import types
+
+        kinds = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+        return [each.name for each in file.schema_arrow if any(kind(each.type) for kind in kinds)]
 
 
 def column_named(path: Path, names: Sequence[str]) -> str:
@@ -103,7 +112,7 @@ def column_named(path: Path, names: Sequence[str]) -> str:
 def table_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple]]:
     """Numbers of rows, and their values in some columns; other columns are not read."""
     number = 0
-    with _opened(path) as file:
+    with opened_table(path) as file:
         for batch in file.iter_batches(batch_size=4096, columns=list(dict.fromkeys(columns))):
             values = {name: batch.column(name).to_pylist() for name in columns}
             for row in zip(*(values[name] for name in columns)):
@@ -134,7 +143,7 @@ def unpack(path: Path, column: str, rows: Collection[int], folder: Path, defects
     missing = set(rows) - held.keys()
     if missing:
         print0(f"{path}: {len(missing):,} pictures are unpacked to {folder}")
-        with _opened(path) as file:
+        with opened_table(path) as file:
             first = 0
             for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
                 for number in sorted(missing & set(range(first, first + batch.num_rows))):

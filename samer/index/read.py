@@ -18,6 +18,7 @@ from samer.config import InputError
 from samer.data.contents import check_contents
 from samer.data.records import MOST_GRADE
 from samer.evaluation import grade_matrix
+from samer.index.filters import only
 from samer.index.manifest import (
     FLOATS,
     NO_REGION,
@@ -449,16 +450,17 @@ class Index:
         return scores, torch.cat([image for _, image in blocks])
 
     def search(
-        self, queries: QueryTokens, split: str, top: int, device: torch.device | str = "cpu"
+        self, queries: QueryTokens, split: str, top: int, device: torch.device | str = "cpu", keep: Tensor | None = None
     ) -> list[list[tuple[str, float]]]:
         """The best images of each query: at most `top` pairs (id, score), best first, ties by id.
 
         One pass over the mapped shards; with 1-bit tokens the `CANDIDATES` * top best, at least 100, are then scored
-        exactly from the second file.
+        exactly from the second file. `keep`, (rows,) bool, names those that may be found, as `samer.index.filters`.
         """
+        shards = self.stored(split, device) if keep is None else only(self.stored(split, device), keep)
         if self.manifest.dtype != "binary":
-            return search(queries, self.stored(split, device), top)
-        found = search(queries, self.stored(split, device), max(100, CANDIDATES * top))
+            return search(queries, shards, top)
+        found = search(queries, shards, max(100, CANDIDATES * top))
         numbers = self.numbers(split)
         result = []
         for number, candidates in enumerate(found):

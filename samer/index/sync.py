@@ -26,6 +26,7 @@ from samer.data.pictures import Found, PictureError, Skipped, read_picture
 from samer.data.records import ImageRecord
 from samer.index import pictures
 from samer.index.banks import GIVE, held_bank
+from samer.index.columns import rename_columns
 from samer.index.manifest import IndexSummary, Shard, Split, summarise
 from samer.index.pictures import FOLDER_SPLIT, copy_rows
 from samer.index.read import Index
@@ -357,6 +358,7 @@ class _Update:
             path = self.place / f"images-{number + len(shards):05d}.safetensors"
             rows = [self.sources[content] for content in copies.values()]
             shards.append(copy_rows(self.index, FOLDER_SPLIT, rows, path, list(copies)))
+        renamed: dict[str, str] = {}
         for name in (*names, *copies):
             before = moved.get(copies.get(name))
             if name in self.rows:
@@ -364,6 +366,7 @@ class _Update:
                 self.counts["changed"] += 1
             elif before:
                 out.append(before.pop())
+                renamed[out[-1]] = name
                 self.gone.remove(out[-1])
                 self.counts["moved"] += 1
             else:
@@ -371,6 +374,7 @@ class _Update:
             self.added.add(name)
         if shards:
             self._commit(shards, out)
+            rename_columns(self.writer.folder, FOLDER_SPLIT, renamed)
 
     def _commit(self, shards: Sequence[Shard], out: Iterable[str]) -> None:
         """Makes new shards visible, and old rows invisible, in one step."""

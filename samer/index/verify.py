@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from samer.config import InputError
 from samer.features import manifest as store_manifest
 from samer.index import manifest as index_manifest
+from samer.index.columns import FILE as METADATA
+from samer.index.columns import read_columns
 from samer.retrievers.banks import FILE as BANK
 from samer.retrievers.projectors import read_projector
 from samer.runtime.files import about, exists, is_dir, is_file, read_json, trouble
@@ -113,7 +115,7 @@ def _files_under(path: Path) -> tuple[list[Path], list[str]]:
 
 
 def _listed(path: Path, kind: str) -> Iterator[tuple[Path, str, str]]:
-    """Every file that a store's manifest vouches for: path, "bytes", "projector" or "header", checksum."""
+    """Every file that a store's manifest vouches for: path, "bytes", "projector", "header" or "metadata", checksum."""
     folder = path.parent
     if kind == index_manifest.FORMAT:
         index = index_manifest.read_index_manifest(path)
@@ -121,6 +123,8 @@ def _listed(path: Path, kind: str) -> Iterator[tuple[Path, str, str]]:
         if index.bank:
             yield folder / BANK, "header", index.bank
         yield from ((folder / file, "bytes", checksum) for file, checksum in index_manifest.files_of(index))
+        told = (folder / split / METADATA for split in index.splits)
+        yield from ((file, "metadata", "") for file in told if exists(file))
         return
     store = store_manifest.read_store_manifest(path)
     yield folder / "base.safetensors", "projector", store.base_projector
@@ -146,6 +150,9 @@ def _check(file: Path, how: str, checksum: str) -> int:
     """Bytes of a file whose checksum holds."""
     if how == "bytes":
         return verify_shard(file, checksum)
+    if how == "metadata":
+        read_columns(file.parent.parent, file.parent.name)
+        return file.stat().st_size
     if how == "projector":
         found = read_projector(file).hash
     else:

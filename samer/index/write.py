@@ -53,6 +53,9 @@ Of format 3, which is still read and may be added to, a shard's `version` is 3 a
 images. Its shards have no grids, and `assignments` are those of all N tokens; rows of them that are compacted keep
 that, and have the grid (0, 0).
 
+DIR/<split>/metadata.jsonl may lie beside the shards, too: columns of the images to filter a search by, as
+`samer.index.columns` says. It may be written at any time.
+
 DIR/<split>/stamps.json may lie beside the shards: a JSON object of `files`, by id [bytes, time of change, time of its
 inode's change (both in ns), hash] of a file when it was read, and `checksum`, as of the manifest. It is vouched for by
 nothing and only saves reading a file whose size and times are still those; without it all are read once more.
@@ -233,7 +236,7 @@ def writing(
     assignments: bool,
     bank: Bank | None = None,
 ):
-    _check_folder(folder)
+    check_folder(folder)
     if bank:
         merge = replace(merge, bank_size=bank.origin.size)
     with only_writer(folder), stoppable():
@@ -250,7 +253,7 @@ def writing(
         yield _Writer(folder, retriever, making, batch_size, bank)
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Refuses a folder that holds something else than an index, or one that was never finished."""
     ours = ("projector.safetensors", BANK)
     known = lambda entry: is_dir(entry) or entry.name in ours or entry.name.startswith(".")

@@ -20,8 +20,11 @@ from samer.config import InputError
 from samer.data import make_reader
 from samer.data.records import Box, ImageRecord
 from samer.grounding import box_coverage
+from samer.index.columns import read_columns
+from samer.index.filters import parse_condition, rows_that_meet
 from samer.index.read import Index, StoredVectors
 from samer.runtime.files import about, is_file
+from samer.search.documents import Document, find_documents
 from samer.search.latest import Latest
 from samer.search.marks import Marks
 from samer.search.models import Models
@@ -39,6 +42,7 @@ class Found:
             known of that.
         query: its tokens (1, M, D).
         encode_ms, search_ms: milliseconds.
+        documents: where these were asked for; the hits are their best pages then, in their order.
     """
 
     hits: list[tuple[str, float]]
@@ -46,6 +50,24 @@ class Found:
     query: QueryTokens
     encode_ms: float
     search_ms: float
+    documents: list[Document] | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of an index a search may find, and as what.
+
+    Attributes:
+        top: how many images, or documents.
+        conditions: on the images' metadata, as `samer.index.filters` writes them; all must be met.
+        documents: the column that names the document of a page; empty: images are found.
+        pages: how many of a document's best pages count.
+    """
+
+    top: int = 10
+    conditions: tuple[str, ...] = ()
+    documents: str = ""
+    pages: int = 1
 
 
 class SearchIndex:
@@ -128,18 +150,54 @@ class SearchIndex:
             "pictures": self.root is not None or self.data_root is not None,
         }
 
-    def search(self, text: str, top: int) -> Found:
-        """The best images for a text, as `Index.search` finds them.
+    @cached_property
+    def columns(self) -> dict[str, dict]:
+        """The images' metadata by id; empty where there is none."""
+        return read_columns(self.folder, self.split)
+
+    def search(self, text: str, wanted: int | Wanted) -> Found:
+        """The best images for a text, as `Index.search` finds them, or so many documents.
 
         Raises:
-            InputError: as `check_query`; a text that the model refuses.
+            InputError: as `check_query`; a text that the model refuses; a condition that is none.
         """
+        wanted = Wanted(wanted) if isinstance(wanted, int) else wanted
         check_query(text)
+        keep = self._kept(wanted.conditions)
+        names = self._document_names(wanted.documents) if wanted.documents else {}
         query, encode_ms = self.models.query(self.encoder, self.projector, text)
         started = time.perf_counter()
-        hits = self.index.search(query, self.split, top, self.models.device)[0]
+        documents = None
+        if wanted.documents:
+            how = {"pages": wanted.pages, "keep": keep, "device": self.models.device}
+            documents = find_documents(self.index, self.split, query, names, wanted.top, **how)
+            hits = [document.pages[0] for document in documents]
+        else:
+            hits = self.index.search(query, self.split, wanted.top, self.models.device, keep)[0]
         took = 1000 * (time.perf_counter() - started)
-        return Found(hits, [self._state(name) for name, _ in hits], query, encode_ms, took)
+        return Found(hits, [self._state(name) for name, _ in hits], query, encode_ms, took, documents)
+
+    def _kept(self, conditions: Sequence[str]) -> Tensor | None:
+        """(rows,) bool, True for what may be found; None: all may."""
+        if not conditions:
+            return None
+        rows = sum(shard.count for shard in self.index.manifest.splits[self.split].images)
+        parsed = [parse_condition(each) for each in conditions]
+        return rows_that_meet(parsed, self.columns, self.index.numbers(self.split), rows)
+
+    def _document_names(self, column: str) -> dict[str, str]:
+        """The document of every page by id.
+
+        Raises:
+            InputError: no image has the column.
+        """
+        found = {name: own[column] for name, own in self.columns.items() if own.get(column) is not None}
+        if not found:
+            held = ", ".join(sorted({key for own in self.columns.values() for key in own})) or "none"
+            raise InputError(
+                f"{self.folder}: no image has a column {column[:40]!r} that names documents (it has {held})"
+            )
+        return {name: str(value) for name, value in found.items()}
 
     def _state(self, name: str) -> str | None:
         """What became of an image's file, as `Marks.state` says; None where it is not known which file that is."""
