@@ -4,4 +4,6 @@ STORES = {
     "qdrant": ("qdrant", "Qdrant"),
     "lancedb": ("lance", "Lance"),
     "parquet": ("parquet", "Parquet"),
+    "vectorchord": ("vectorchord", "VectorChord"),
+    "milvus": ("milvus", "Milvus"),
 }

@@ -92,7 +92,9 @@ class Parquet(Store):
 
     def query_code(self) -> str:
         files = str(self._file("*"))
-        return f'import duckdb\nsql = """{self._sql(10)}"""\nprint(duckdb.execute(sql, [query.tolist(), {files!r}]).df())'
+        return (
+            f'import duckdb\nsql = """{self._sql(10)}"""\nprint(duckdb.execute(sql, [query.tolist(), {files!r}]).df())'
+        )
 
 
 def _schema_words(path: Path) -> dict[str, str]:
