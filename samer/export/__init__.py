@@ -6,4 +6,6 @@ STORES = {
     "parquet": ("parquet", "Parquet"),
     "vectorchord": ("vectorchord", "VectorChord"),
     "milvus": ("milvus", "Milvus"),
+    "vespa": ("vespa", "Vespa"),
+    "weaviate": ("weaviate", "Weaviate"),
 }

@@ -114,7 +114,7 @@ class Store(ABC):
     def query_code(self) -> str:
         """Lines of Python that search the store with the query tokens `query`, (M, D) float32 numpy."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - a folder has none
         """Ends the connection."""
 
 

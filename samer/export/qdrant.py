@@ -95,7 +95,8 @@ class Qdrant(Database):
         return (
             "from qdrant_client import QdrantClient\nfrom qdrant_client.models import Prefetch\n"
             f"client = QdrantClient({where})\n"
-            f"found = client.query_points({self.collection!r}, {coarse}query=query.tolist(), using='vectors', limit=10)\n"
+            f"found = client.query_points({self.collection!r}, {coarse}query=query.tolist(), using='vectors', "
+            "limit=10)\n"
             "print([(point.payload['id'], point.score / len(query)) for point in found.points])"
         )
 

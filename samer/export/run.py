@@ -81,8 +81,8 @@ def open_store(kind: str, place: str, collection: str, facts: Facts) -> Store:
 def export(index: Index, split: str, store: Store, cursor: str | Path) -> Exported:
     """Brings a store to what the index holds: changed shards are written, what is gone is removed.
 
-    `cursor` is a file that says after every shard what the store has; it is tied to store, collection and facts. Without
-    it everything is written again, which changes nothing in the store.
+    `cursor` is a file that says after every shard what the store has; it is tied to store, collection and facts.
+    Without it everything is written again, which changes nothing in the store.
 
     Raises:
         InputError: a damaged shard, a store that refuses, a cursor of another export.
