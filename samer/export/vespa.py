@@ -96,7 +96,8 @@ class Vespa(Database):
             "import json, urllib.request\n"
             "tokens = {str(row): token.tolist() for row, token in enumerate(query)}\n"
             f"body = json.dumps({self._question(10)!r} | {{'input.query(q)': tokens}}).encode()\n"
-            f"request = urllib.request.Request({self._url + '/search/'!r}, body, {{'Content-Type': 'application/json'}})\n"
+            f"request = urllib.request.Request({self._url + '/search/'!r}, body, "
+            "{'Content-Type': 'application/json'})\n"
             "hits = json.load(urllib.request.urlopen(request))['root'].get('children', [])\n"
             "print([(hit['fields']['id'], hit['relevance'] / len(query)) for hit in hits])"
         )
