@@ -1,14 +1,16 @@
-"""Writes an index out into the store that you run: Qdrant, LanceDB, parquet.
+"""Writes an index out into the store that you run: Qdrant, LanceDB, parquet, VectorChord, Milvus, Vespa, Weaviate.
 
     python scripts/export.py --cache-dir outputs/pictures --to qdrant --place http://localhost:6333
     python scripts/export.py --cache-dir outputs/pictures --to lancedb --place outputs/lance --verify 200
     python scripts/export.py --cache-dir outputs/pictures --to parquet --place outputs/parquet --dtype float32
+    python scripts/export.py --cache-dir outputs/pictures --to vespa --place http://localhost:8080 --schema > samer.sd
 
 The same command again brings the store to what the index holds by then: new and changed images are written, deleted
 ones removed. A file in the index's folder (--cursor) notes what is done, so that a run that was stopped goes on. With
 --verify N, N queries are asked of the store and of our exact search: the overlap of the best 10, and the largest
 difference of a score. Vectors are float16 unless --dtype says float32; int8 ones are multiplied out, of 1-bit ones the
-exact file is taken. Prints the lines of Python that search the store by words.
+exact file is taken. Vespa keeps bfloat16 for float16, Weaviate float32 always. --schema prints what Vespa must be
+deployed with before the first export. Prints the lines of Python that search the store by words.
 """
 
 import sys
@@ -38,6 +40,7 @@ def main(argv=None):
     parser.add_argument("--dtype", default="float16", choices=["float16", "float32"], help="of vectors (float16)")
     parser.add_argument("--coarse", type=int, default=0, metavar="K", help="so many vectors besides, as a first stage")
     parser.add_argument("--cursor", help="file that notes what is done (export-STORE-COLLECTION.json in the index)")
+    parser.add_argument("--schema", action="store_true", help="print what the store must know beforehand, and end")
     parser.add_argument("--verify", type=int, metavar="N", help="ask the store and our search N queries")
     options = parser.parse_args(argv)
     if options.coarse < 0:
@@ -45,7 +48,7 @@ def main(argv=None):
     from pathlib import Path
 
     from samer.config import InputError
-    from samer.export.run import export, facts_of, open_store, query_side, verify
+    from samer.export.run import export, facts_of, make_store, query_side, verify
     from samer.index.read import Index
 
     index = Index(options.cache_dir)
@@ -54,7 +57,11 @@ def main(argv=None):
         raise InputError(f"{options.cache_dir}: holds {', '.join(splits)}; name one with --split")
     split = options.split or splits[0]
     facts = facts_of(index, split, options.dtype, options.coarse)
-    store = open_store(options.to, options.place, options.collection, facts)
+    store = make_store(options.to, options.place, options.collection, facts)
+    if options.schema:
+        print(store.schema(), end="", flush=True)
+        return None
+    store.open()
     try:
         name = f"export-{options.to}-{options.collection}.json"
         done = export(index, split, store, options.cursor or Path(options.cache_dir) / name)

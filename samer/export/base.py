@@ -114,6 +114,14 @@ class Store(ABC):
     def query_code(self) -> str:
         """Lines of Python that search the store with the query tokens `query`, (M, D) float32 numpy."""
 
+    def schema(self) -> str:
+        """The file that the store wants before the export; most make their collection themselves.
+
+        Raises:
+            InputError: this one does.
+        """
+        raise InputError(f"{self.name} needs no schema beforehand; leave --schema out")
+
     def close(self) -> None:  # noqa: B027 - a folder has none
         """Ends the connection."""
 

@@ -1,6 +1,6 @@
 """Milvus 2.6.4 and later: an array of structs with a vector each, MAX_SIM under the inner product.
 
-A server by its URL, or a file of Milvus Lite where that knows arrays of structs.
+A server by its URL; never run against one here: Milvus Lite 3.2 has no arrays of structs, and refuses them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FIELD, PART = "parts", "vector"
 
 
 class Milvus(Database):
-    """`place` is http://host:19530, or a file that ends in .db."""
+    """`place` is http://host:19530."""
 
     name = "milvus"
 

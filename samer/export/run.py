@@ -64,16 +64,25 @@ def facts_of(index: Index, split: str, dtype: str, coarse: int = 0) -> Facts:
     )
 
 
-def open_store(kind: str, place: str, collection: str, facts: Facts) -> Store:
-    """A store, connected.
+def make_store(kind: str, place: str, collection: str, facts: Facts) -> Store:
+    """A store, not yet connected.
 
     Raises:
-        InputError: an unknown kind, a store that is down, a collection that holds something else.
+        InputError: an unknown kind, or facts that it has no place for.
     """
     if kind not in STORES:
         raise InputError(f"store {kind!r} is unknown; use one of {', '.join(STORES)}")
     file, name = STORES[kind]
-    store = getattr(importlib.import_module(f"samer.export.{file}"), name)(place, collection, facts)
+    return getattr(importlib.import_module(f"samer.export.{file}"), name)(place, collection, facts)
+
+
+def open_store(kind: str, place: str, collection: str, facts: Facts) -> Store:
+    """A store, connected.
+
+    Raises:
+        InputError: as `make_store`; a store that is down, a collection that holds something else.
+    """
+    store = make_store(kind, place, collection, facts)
     store.open()
     return store
 
