@@ -10,6 +10,7 @@ import json
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -168,3 +169,24 @@ def needs(module: str, package: str) -> object:
         return importlib.import_module(module)
     except ImportError:
         raise InputError(f"{package} is not installed; pip install {package}, or the extra samer[export]") from None
+
+
+def down(place: str, error: Exception) -> InputError:
+    """One line for a store that does not answer, or refuses."""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return InputError(f"{place}: the store does not take that ({reason}); see that it runs, then run the same again")
+
+
+@contextmanager
+def telling(place: str):
+    """Tells in one line what a store's library raises; they have no base class for what goes wrong on the way.
+
+    Raises:
+        InputError: names the place and the reason. What can only be a defect of ours stays as it is.
+    """
+    try:
+        yield
+    except (InputError, TypeError, AttributeError, NameError):
+        raise
+    except Exception as error:
+        raise down(place, error) from None

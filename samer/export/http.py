@@ -9,7 +9,7 @@ import urllib.request
 from typing import Any
 
 from samer.config import InputError
-from samer.export.qdrant import down
+from samer.export.base import down
 
 SECONDS = 120
 

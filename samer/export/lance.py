@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from samer.config import InputError
-from samer.export.base import Database, Point, needs
-from samer.export.qdrant import down
+from samer.export.base import Database, Point, needs, telling
 
 
 class Lance(Database):
@@ -22,11 +21,9 @@ class Lance(Database):
     def open(self) -> None:
         lancedb = needs("lancedb", "lancedb")
         schema = self._schema()
-        try:
+        with telling(self.place):
             self._base = lancedb.connect(self.place)
             self._table = self._base.create_table(self.collection, schema=schema, exist_ok=True)
-        except Exception as error:  # the library has no base class for what goes wrong
-            raise down(self.place, error) from None
         if self._table.schema.field("vectors").type != schema.field("vectors").type:
             raise InputError(
                 f"{self.place}: table {self.collection!r} holds vectors of another size or dtype; "
@@ -51,22 +48,25 @@ class Lance(Database):
         rows = pa.FixedSizeListArray.from_arrays(pa.array(flat), self.facts.dim)
         offsets = np.cumsum([0, *(len(point.vectors) for point in batch)], dtype=np.int32)
         table = pa.Table.from_arrays([*arrays, pa.ListArray.from_arrays(offsets, rows)], schema=schema)
-        try:
+        with telling(self.place):
             self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(table)
-        except Exception as error:
-            raise down(self.place, error) from None
 
     def ids(self) -> Iterator[str]:
-        for batch in self._table.search().select(["id"]).limit(self._table.count_rows()).to_batches():
-            yield from batch.column("id").to_pylist()
+        with telling(self.place):
+            count = self._table.count_rows()
+            batches = self._table.search().select(["id"]).limit(count).to_batches() if count else ()
+            names = [name for batch in batches for name in batch.column("id").to_pylist()]
+        yield from names
 
     def delete(self, ids: list[str]) -> None:
         words = ", ".join("'" + name.replace("'", "''") + "'" for name in ids)
-        self._table.delete(f"id in ({words})")
+        with telling(self.place):
+            self._table.delete(f"id in ({words})")
 
     def search(self, query: np.ndarray, top: int) -> list[tuple[str, float]]:
         found = self._table.search(query, vector_column_name="vectors").distance_type("cosine").limit(top)
-        rows = found.select(["id", "_distance"]).to_list()
+        with telling(self.place):
+            rows = found.select(["id", "_distance"]).to_list()
         return [(row["id"], 1 - row["_distance"] / len(query)) for row in rows]
 
     def query_code(self) -> str:

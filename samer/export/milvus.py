@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from samer.config import InputError
-from samer.export.base import Database, Point, id_of, needs
-from samer.export.qdrant import down
+from samer.export.base import Database, Point, id_of, needs, telling
 
 MOST_VECTORS = 4096  # of an image; Milvus wants a bound
 FIELD, PART = "parts", "vector"
@@ -24,14 +23,12 @@ class Milvus(Database):
 
     def open(self) -> None:
         library = needs("pymilvus", "pymilvus")
-        try:
+        with telling(self.place):
             self._client = library.MilvusClient(self.place)
             if not self._client.has_collection(self.collection):
                 self._create(library)
             held = self._client.describe_collection(self.collection)
             self._client.load_collection(self.collection)
-        except Exception as error:  # the library's own, grpc's and those of its local mode
-            raise down(self.place, error) from None
         if f"'dim': {self.facts.dim}" not in str(held).replace('"', "'") or self._kind(library).name not in str(held):
             raise InputError(
                 f"{self.place}: collection {self.collection!r} holds vectors of another size or dtype; "
@@ -62,32 +59,32 @@ class Milvus(Database):
             {**point.payload(self.facts), "key": point.uuid, FIELD: [{PART: row} for row in self._rows(point.vectors)]}
             for point in batch
         ]
-        try:
+        with telling(self.place):
             self._client.upsert(self.collection, rows)
-        except Exception as error:
-            raise down(self.place, error) from None
 
     def _rows(self, vectors: np.ndarray) -> list:
         """Float16 goes over as arrays, float32 as lists."""
         return list(vectors) if vectors.dtype == np.float16 else vectors.tolist()
 
     def ids(self) -> Iterator[str]:
-        cursor = self._client.query_iterator(self.collection, batch_size=1000, filter="", output_fields=["id"])
-        while rows := cursor.next():
-            yield from (row["id"] for row in rows)
-        cursor.close()
+        with telling(self.place):
+            cursor = self._client.query_iterator(self.collection, batch_size=1000, filter="", output_fields=["id"])
+            names = [row["id"] for rows in iter(cursor.next, []) for row in rows]
+            cursor.close()
+        yield from names
 
     def delete(self, ids: list[str]) -> None:
-        self._client.delete(self.collection, ids=[id_of(name) for name in ids])
+        with telling(self.place):
+            self._client.delete(self.collection, ids=[id_of(name) for name in ids])
 
     def search(self, query: np.ndarray, top: int) -> list[tuple[str, float]]:
         library = needs("pymilvus", "pymilvus")
         tokens = library.EmbeddingList()
         for token in query.astype(self.facts.dtype):
             tokens.add(token)
-        (found,) = self._client.search(
-            self.collection, data=[tokens], anns_field=f"{FIELD}[{PART}]", limit=top, output_fields=["id"]
-        )
+        asked = {"data": [tokens], "anns_field": f"{FIELD}[{PART}]", "limit": top, "output_fields": ["id"]}
+        with telling(self.place):
+            (found,) = self._client.search(self.collection, **asked)
         return [(hit["entity"]["id"], hit["distance"] / len(query)) for hit in found]
 
     def query_code(self) -> str:

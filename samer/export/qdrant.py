@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from samer.config import InputError
-from samer.export.base import Database, Point, id_of, needs
+from samer.export.base import Database, Point, id_of, needs, telling
 
 
 class Qdrant(Database):
@@ -26,14 +26,12 @@ class Qdrant(Database):
 
         remote = self.place.startswith(("http://", "https://"))
         self._models = models
-        try:
+        with telling(self.place):
             where = {"url": self.place, "timeout": 60} if remote else {"path": self.place}
             self._client = client.QdrantClient(**where)
             if not self._client.collection_exists(self.collection):
                 self._client.create_collection(self.collection, vectors_config=self._config())
             held = self._client.get_collection(self.collection).config.params.vectors
-        except Exception as error:  # the client has no base class for what goes wrong on the way
-            raise down(self.place, error) from None
         self._check(held)
 
     def _config(self) -> dict:
@@ -67,26 +65,27 @@ class Qdrant(Database):
             if point.coarse is not None:
                 vectors["coarse"] = point.coarse.tolist()
             points.append(self._models.PointStruct(id=point.uuid, vector=vectors, payload=point.payload(self.facts)))
-        try:
+        with telling(self.place):
             self._client.upsert(self.collection, points, wait=True)
-        except Exception as error:
-            raise down(self.place, error) from None
 
     def ids(self) -> Iterator[str]:
         offset = None
         while True:
-            points, offset = self._client.scroll(self.collection, limit=1000, offset=offset, with_payload=["id"])
+            with telling(self.place):
+                points, offset = self._client.scroll(self.collection, limit=1000, offset=offset, with_payload=["id"])
             yield from (point.payload["id"] for point in points)
             if offset is None:
                 return
 
     def delete(self, ids: list[str]) -> None:
-        self._client.delete(self.collection, self._models.PointIdsList(points=[id_of(name) for name in ids]), wait=True)
+        points = self._models.PointIdsList(points=[id_of(name) for name in ids])
+        with telling(self.place):
+            self._client.delete(self.collection, points, wait=True)
 
     def search(self, query: np.ndarray, top: int) -> list[tuple[str, float]]:
-        found = self._client.query_points(
-            self.collection, query=query.tolist(), using="vectors", limit=top, with_payload=["id"]
-        )
+        asked = {"query": query.tolist(), "using": "vectors", "limit": top, "with_payload": ["id"]}
+        with telling(self.place):
+            found = self._client.query_points(self.collection, **asked)
         return [(point.payload["id"], point.score / len(query)) for point in found.points]
 
     def query_code(self) -> str:
@@ -102,9 +101,3 @@ class Qdrant(Database):
 
     def close(self) -> None:
         self._client.close()
-
-
-def down(place: str, error: Exception) -> InputError:
-    """One line for a store that does not answer, or refuses."""
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return InputError(f"{place}: the store does not take that ({reason}); see that it runs, then run the same again")

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from samer.config import InputError
-from samer.export.base import Database, Point, needs
-from samer.export.qdrant import down
+from samer.export.base import Database, Point, needs, telling
 
 COLUMNS = ("id", "path", "rows", "columns", "projector", "prompts", "vectors")
 
@@ -27,10 +26,9 @@ class VectorChord(Database):
         psycopg = needs("psycopg", "psycopg[binary]")
         if not re.fullmatch(r"[A-Za-z_]\w{0,62}", self.collection, re.ASCII):
             raise InputError(f"--collection {self.collection!r} is no table's name; use letters, digits and _")
-        self._error = psycopg.Error
         kind = "halfvec" if self.facts.dtype == "float16" else "vector"
         self._type, column = f"{kind}[]", f"{kind}({self.facts.dim})[]"
-        try:
+        with telling(self.place):
             self._base = psycopg.connect(self.place, autocommit=True, connect_timeout=30)
             self._base.execute(
                 f'create table if not exists "{self.collection}" (id text primary key, path text, rows int, '
@@ -41,8 +39,6 @@ class VectorChord(Database):
                 "attname = 'vectors'",
                 [f'"{self.collection}"'],
             ).fetchone()
-        except psycopg.Error as error:
-            raise down(self.place, error) from None
         if held is None or held[0].rpartition(".")[2] != column:
             raise InputError(f"table {self.collection!r} has no column vectors {column}; name another --collection")
 
@@ -54,21 +50,21 @@ class VectorChord(Database):
             f"on conflict (id) do update set {kept}"
         )
         rows = [(*point.payload(self.facts).values(), as_texts(point.vectors)) for point in batch]
-        try:
-            with self._base.transaction(), self._base.cursor() as cursor:
-                cursor.executemany(words, rows)
-        except self._error as error:
-            raise down(self.place, error) from None
+        with telling(self.place), self._base.transaction(), self._base.cursor() as cursor:
+            cursor.executemany(words, rows)
 
     def ids(self) -> Iterator[str]:
-        for (name,) in self._base.execute(f'select id from "{self.collection}"'):
-            yield name
+        with telling(self.place):
+            rows = self._base.execute(f'select id from "{self.collection}"').fetchall()
+        yield from (name for (name,) in rows)
 
     def delete(self, ids: list[str]) -> None:
-        self._base.execute(f'delete from "{self.collection}" where id = any(%s)', [ids])
+        with telling(self.place):
+            self._base.execute(f'delete from "{self.collection}" where id = any(%s)', [ids])
 
     def search(self, query: np.ndarray, top: int) -> list[tuple[str, float]]:
-        rows = self._base.execute(self._sql(top), [as_texts(query)]).fetchall()
+        with telling(self.place):
+            rows = self._base.execute(self._sql(top), [as_texts(query)]).fetchall()
         return [(name, -float(distance) / len(query)) for name, distance in rows]
 
     def _sql(self, top: int) -> str:
