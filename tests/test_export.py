@@ -207,3 +207,15 @@ def test_the_command_exports_and_verifies(index, tmp_path, command):
     assert "12 images" in done.stdout
     assert "7 queries (vectors of the index's own images): overlap@10 1.0000" in done.stdout
     assert json.loads((index.folder / "export-parquet-samer.json").read_text())["store"] == "parquet"
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_what_somebody_else_put_there_is_left_alone(kind, index, pictures, tmp_path):
+    add(tmp_path / "few", pictures, names=NAMES[:3], dtype="float32")
+    few, store = Index(tmp_path / "few"), store_at(kind, tmp_path, index)
+    export(index, "images", store, tmp_path / "cursor.json")
+    with pytest.raises(InputError, match="holds what this index does not"):
+        export(few, "images", store, tmp_path / "other.json")
+    assert len(store.search(np.eye(DIM, dtype="float32")[:2], 50)) == 12
+    assert not (tmp_path / "other.json").exists()
+    store.close()

@@ -104,6 +104,10 @@ class Store(ABC):
         """Writes a part; what is there already of the same ids is replaced."""
 
     @abstractmethod
+    def has_others(self, parts: set[str], live: set[str]) -> bool:
+        """Whether something is there that is of no part and no live image of the index."""
+
+    @abstractmethod
     def settle(self, parts: set[str], live: set[str]) -> int:
         """Removes what belongs to no part and no live image of the index; returns how many images it holds then."""
 
@@ -133,6 +137,9 @@ class Database(Store):
     def write(self, part: str, batches: Iterable[list[Point]]) -> None:
         for batch in batches:
             self.put(batch)
+
+    def has_others(self, parts: set[str], live: set[str]) -> bool:
+        return any(name not in live for name in self.ids())
 
     def settle(self, parts: set[str], live: set[str]) -> int:
         held, gone = 0, []

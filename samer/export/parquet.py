@@ -68,6 +68,9 @@ class Parquet(Store):
         arrays = [pa.array(column, schema.field(number).type) for number, column in enumerate(columns)]
         return pa.Table.from_arrays([*arrays, pa.ListArray.from_arrays(images, inner)], schema=schema)
 
+    def has_others(self, parts: set[str], live: set[str]) -> bool:
+        return bool(set(self._files()) - {self._file(part) for part in parts})
+
     def settle(self, parts: set[str], live: set[str]) -> int:
         import pyarrow.parquet as pq
 

@@ -73,7 +73,7 @@ class Qdrant(Database):
         while True:
             with telling(self.place):
                 points, offset = self._client.scroll(self.collection, limit=1000, offset=offset, with_payload=["id"])
-            yield from (point.payload["id"] for point in points)
+            yield from (point.payload.get("id", "") for point in points)
             if offset is None:
                 return
 

@@ -102,14 +102,19 @@ def export(index: Index, split: str, store: Store, cursor: str | Path) -> Export
     done = _read_cursor(cursor, own)
     states = {shard.file: _state(shard, held.deleted.get(shard.file, ())) for shard in held.images}
     todo = [shard for shard in held.images if done.get(shard.file) != states[shard.file]]
+    live = set(index.numbers(split))
+    parts = {_part(split, each) for each in held.images if len(held.deleted.get(each.file, ())) < each.count}
+    if not exists(cursor) and store.has_others(parts, live):
+        raise InputError(
+            f"{store.place}: {store.collection!r} holds what this index does not, and no cursor at {cursor} says that an "
+            "export put it there; nothing was changed: name another --collection"
+        )
     for shard in Progress(todo, f"export {split} to {store.name}", unit="shards", leave=False):
         stop_here()
-        if len(held.deleted.get(shard.file, ())) < shard.count:
-            store.write(_part(shard), _batches(index, split, shard, store.facts))
+        if _part(split, shard) in parts:
+            store.write(_part(split, shard), _batches(index, split, shard, store.facts))
         done[shard.file] = states[shard.file]
         write_json(cursor, {**own, "done": done})
-    live = set(index.numbers(split))
-    parts = {_part(shard) for shard in held.images if len(held.deleted.get(shard.file, ())) < shard.count}
     images = store.settle(parts, live)
     if images != len(live):
         raise InputError(
@@ -120,8 +125,8 @@ def export(index: Index, split: str, store: Store, cursor: str | Path) -> Export
     return Exported(images, len(todo), len(states) - len(todo))
 
 
-def _part(shard: Shard) -> str:
-    return shard.file.partition(".")[0]
+def _part(split: str, shard: Shard) -> str:
+    return f"{split}-{shard.file.partition('.')[0]}"
 
 
 def _state(shard: Shard, deleted: tuple[int, ...]) -> str:
