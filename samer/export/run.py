@@ -106,8 +106,8 @@ def export(index: Index, split: str, store: Store, cursor: str | Path) -> Export
     parts = {_part(split, each) for each in held.images if len(held.deleted.get(each.file, ())) < each.count}
     if not exists(cursor) and store.has_others(parts, live):
         raise InputError(
-            f"{store.place}: {store.collection!r} holds what this index does not, and no cursor at {cursor} says that an "
-            "export put it there; nothing was changed: name another --collection"
+            f"{store.place}: {store.collection!r} holds what this index does not, and no cursor at {cursor} says that "
+            "an export put it there; nothing was changed: name another --collection"
         )
     for shard in Progress(todo, f"export {split} to {store.name}", unit="shards", leave=False):
         stop_here()
