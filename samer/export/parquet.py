@@ -40,8 +40,9 @@ class Parquet(Store):
 
         with atomic_path(self._file(part)) as temporary:
             schema = self._schema()
-            # vectors hardly compress, and a dictionary of them would double the memory
-            with pq.ParquetWriter(temporary, schema, compression="NONE", use_dictionary=False) as writer:
+            # vectors hardly compress, a dictionary of them would double the memory, and nobody asks for their least
+            how = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
+            with pq.ParquetWriter(temporary, schema, **how) as writer:
                 for batch in batches:
                     writer.write_table(self._table(batch, schema))
 

@@ -154,7 +154,7 @@ def _batches(index: Index, split: str, shard: Shard, facts: Facts) -> Iterator[l
 
 
 def _points(block: ExactBlock, facts: Facts) -> Iterator[Point]:
-    tokens = block.tokens.numpy().astype(facts.dtype)
+    tokens = block.tokens.to(getattr(torch, facts.dtype)).numpy()  # numpy takes far longer to halve
     mask, grids = block.mask.numpy(), block.grids.tolist()
     coarse = _coarse(block, facts.coarse) if facts.coarse else None
     for row, name in enumerate(block.ids):
