@@ -1,0 +1,118 @@
+"""A folder of parquet files, one a shard of the index, that DuckDB, pandas, Spark and the like read.
+
+Columns: id, path (strings), rows, columns (int32), embedding (a list of lists of float16 or float32). The schema's
+metadata says what made the vectors. Memory: one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from samer.config import InputError
+from samer.export.base import Point, Store, needs
+from samer.runtime.files import atomic_path, listing
+
+
+class Parquet(Store):
+    """`place` is the folder; `collection` begins the files' names."""
+
+    name = "parquet"
+
+    def open(self) -> None:
+        needs("pyarrow", "pyarrow")
+        for part in self._files():
+            held = _schema_words(part)
+            if held.get("projector") != self.facts.projector or held.get("dtype") != self.facts.dtype:
+                raise InputError(f"{part}: vectors of another projector or dtype; name another --collection")
+
+    def _file(self, part: str) -> Path:
+        return Path(self.place) / f"{self.collection}-{part}.parquet"
+
+    def _files(self) -> list[Path]:
+        start = f"{self.collection}-"
+        return [each for each in listing(self.place) if each.name.startswith(start) and each.suffix == ".parquet"]
+
+    def write(self, part: str, batches: Iterable[list[Point]]) -> None:
+        import pyarrow.parquet as pq
+
+        with atomic_path(self._file(part)) as temporary:
+            schema = self._schema()
+            # vectors hardly compress, a dictionary of them would double the memory, and nobody asks for their least
+            how = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
+            with pq.ParquetWriter(temporary, schema, **how) as writer:
+                for batch in batches:
+                    writer.write_table(self._table(batch, schema))
+
+    def _schema(self):
+        import pyarrow as pa
+
+        number = pa.float16() if self.facts.dtype == "float16" else pa.float32()
+        whole = [("id", pa.string()), ("path", pa.string()), ("rows", pa.int32()), ("columns", pa.int32())]
+        return pa.schema([*whole, ("embedding", pa.list_(pa.list_(number)))], metadata=self.facts.words())
+
+    def _table(self, batch: list[Point], schema):
+        import pyarrow as pa
+
+        flat = np.concatenate([point.vectors for point in batch])
+        rows = np.arange(len(flat) + 1, dtype=np.int32) * self.facts.dim
+        images = np.cumsum([0, *(len(point.vectors) for point in batch)], dtype=np.int32)
+        inner = pa.ListArray.from_arrays(rows, pa.array(flat.reshape(-1)))
+        columns = [
+            [point.id for point in batch],
+            [point.path for point in batch],
+            [point.grid[0] for point in batch],
+            [point.grid[1] for point in batch],
+        ]
+        arrays = [pa.array(column, schema.field(number).type) for number, column in enumerate(columns)]
+        return pa.Table.from_arrays([*arrays, pa.ListArray.from_arrays(images, inner)], schema=schema)
+
+    def has_others(self, parts: set[str], live: set[str]) -> bool:
+        return bool(set(self._files()) - {self._file(part) for part in parts})
+
+    def settle(self, parts: set[str], live: set[str]) -> int:
+        import pyarrow.parquet as pq
+
+        wanted, held = {self._file(part) for part in parts}, 0
+        for path in self._files():
+            if path in wanted:
+                held += pq.read_metadata(path).num_rows
+            else:
+                path.unlink()
+        return held
+
+    def search(self, query: np.ndarray, top: int) -> list[tuple[str, float]]:
+        sql = self._sql(top)
+        rows = needs("duckdb", "duckdb").execute(sql, [query.tolist(), str(self._file("*"))]).fetchall()
+        return [(name, score) for name, score in rows]
+
+    def _sql(self, top: int) -> str:
+        """DuckDB's words for the mean over query tokens of the best product: $1 the query, $2 the files."""
+        best = "list_max([list_inner_product(q, v::FLOAT[]) for v in embedding])"
+        score = f"list_avg([{best} for q in $1::FLOAT[][]])"
+        return f"select id, {score} as score from read_parquet($2) order by score desc, id limit {top}"
+
+    def query_code(self) -> str:
+        files = str(self._file("*"))
+        return (
+            f'import duckdb\nsql = """{self._sql(10)}"""\nprint(duckdb.execute(sql, [query.tolist(), {files!r}]).df())'
+        )
+
+
+def _schema_words(path: Path) -> dict[str, str]:
+    """What a file's schema says of its vectors.
+
+    Raises:
+        InputError: it is no parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        found = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(f"{path}: no parquet file ({reason}); remove it, or name another --collection") from None
+    return {key.decode(): value.decode() for key, value in found.items()}

@@ -1,0 +1,221 @@
+"""Exporting: what a store then holds, found again by each engine's own search; kills, deletions, refusals."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_index import DIM, NAMES, add, compressed, paint
+
+from samer.config import InputError
+from samer.export.base import id_of
+from samer.export.run import export, facts_of, open_store, query_side, verify
+from samer.index import pictures as index_pictures
+from samer.index.pictures import delete_images
+from samer.index.read import Index
+
+LOCAL = {"qdrant": "qdrant_client", "lancedb": "lancedb", "parquet": "duckdb"}
+
+
+def store_at(kind, folder, index, dtype="float32", coarse=0, collection="samer"):
+    pytest.importorskip(LOCAL[kind])
+    place = folder / kind
+    return open_store(kind, str(place), collection, facts_of(index, "images", dtype, coarse))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return paint(tmp_path_factory.mktemp("exported"), NAMES)
+
+
+@pytest.fixture
+def index(pictures, tmp_path, monkeypatch):
+    """12 pictures in shards of 4, in float32."""
+    monkeypatch.setattr(index_pictures, "PICTURES_PER_SHARD", 4)
+    add(tmp_path / "index", pictures, dtype="float32")
+    return Index(tmp_path / "index")
+
+
+def naive(query, images):
+    """Scores of images {name: (k, D)} by loops, best first."""
+    found = {}
+    for name, vectors in images.items():
+        best = [max(float(np.dot(token, vector)) for vector in vectors) for token in query]
+        found[name] = sum(best) / len(best)
+    return sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_store_finds_what_loops_over_the_images_find(kind, dtype, index, pictures, tmp_path):
+    store = store_at(kind, tmp_path, index, dtype)
+    done = export(index, "images", store, tmp_path / "cursor.json")
+    assert (done.images, done.written, done.kept) == (12, 3, 0)
+    truth = dict(zip(NAMES, compressed(pictures, NAMES).numpy().astype(dtype).astype("float32")))
+    query = torch.nn.functional.normalize(torch.randn(3, DIM, generator=torch.manual_seed(5)), dim=-1).numpy()
+    wanted, found = naive(query, truth)[:5], store.search(query, 5)
+    assert [name for name, _ in found] == [name for name, _ in wanted]
+    near = 1e-5 if dtype == "float32" or kind != "lancedb" else 1e-3  # its cosine divides by the rounded rows' lengths
+    assert [score for _, score in found] == pytest.approx([score for _, score in wanted], abs=near)
+    agreed = verify(index, "images", store, 200)
+    assert (agreed.queries, agreed.overlap) == (12, 1.0)
+    assert agreed.difference < near
+    store.close()
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+@pytest.mark.parametrize("dtype", ["int8", "binary", "bfloat16"])
+def test_small_dtypes_are_written_out_as_numbers(kind, dtype, pictures, tmp_path):
+    add(tmp_path / "small", pictures, dtype=dtype)
+    index = Index(tmp_path / "small")
+    store = store_at(kind, tmp_path, index)
+    export(index, "images", store, tmp_path / "cursor.json")
+    one = index.vectors("images", index.numbers("images")["p3.png"])
+    unit = torch.nn.functional.normalize(one.tokens[one.mask], dim=-1).numpy()
+    name, score = store.search(unit, 1)[0]
+    lengths = 1 if kind == "lancedb" else float(one.tokens[one.mask].norm(dim=-1).mean())
+    assert name == "p3.png"
+    assert score == pytest.approx(lengths, abs=1e-3)
+    store.close()
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_a_killed_export_goes_on_and_writes_nothing_twice(kind, index, tmp_path, monkeypatch):
+    store, cursor = store_at(kind, tmp_path, index), tmp_path / "cursor.json"
+    calls, write = [], type(store).write
+
+    def dying(self, part, batches):
+        calls.append(part)
+        if len(calls) == 2:  # in the middle of a shard: its first image is written
+            write(self, part, [next(iter(batches))[:1]]) if kind != "parquet" else None
+            raise KeyboardInterrupt
+        write(self, part, batches)
+
+    monkeypatch.setattr(type(store), "write", dying)
+    with pytest.raises(KeyboardInterrupt):
+        export(index, "images", store, cursor)
+    store.close()
+    again = store_at(kind, tmp_path, index)
+    done = export(index, "images", again, cursor)
+    assert (done.images, done.written, done.kept) == (12, 2, 1)
+    assert len(calls) == 4
+    assert sorted(name for name, _ in again.search(np.eye(DIM, dtype="float32")[:2], 50)) == sorted(NAMES)
+    third = export(index, "images", again, cursor)
+    assert (third.images, third.written, third.kept) == (12, 0, 3)
+    cursor.unlink()
+    assert export(index, "images", again, cursor).images == 12  # all of it written once more, nothing twice
+    again.close()
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_deleted_and_changed_images_follow(kind, index, pictures, tmp_path, monkeypatch):
+    root = shutil.copytree(pictures, tmp_path / "root")
+    monkeypatch.setattr(index_pictures, "PICTURES_PER_SHARD", 4)
+    add(tmp_path / "own", root, dtype="float32")
+    own, cursor = Index(tmp_path / "own"), tmp_path / "cursor.json"
+    store = store_at(kind, tmp_path, own)
+    export(own, "images", store, cursor)
+    delete_images(tmp_path / "own", "images", ["p1.png", "sub/a.png"])
+    done = export(Index(tmp_path / "own"), "images", store, cursor)
+    assert (done.images, done.written) == (10, 2)
+    found = {name for name, _ in store.search(np.eye(DIM, dtype="float32")[:2], 50)}
+    assert found == set(NAMES) - {"p1.png", "sub/a.png"}
+    store.close()
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_a_collection_of_another_kind_is_refused_and_left_alone(kind, index, tmp_path):
+    store = store_at(kind, tmp_path, index)
+    export(index, "images", store, tmp_path / "cursor.json")
+    store.close()
+    with pytest.raises(InputError, match="name another --collection"):
+        store_at(kind, tmp_path, index, dtype="float16")
+    again = store_at(kind, tmp_path, index)
+    assert len(again.search(np.eye(DIM, dtype="float32")[:2], 50)) == 12
+    again.close()
+
+
+def test_a_cursor_of_another_export_is_refused(index, tmp_path):
+    store = store_at("parquet", tmp_path, index)
+    export(index, "images", store, tmp_path / "cursor.json")
+    other = store_at("parquet", tmp_path / "b", index)
+    with pytest.raises(InputError, match="cursor of another export"):
+        export(index, "images", other, tmp_path / "cursor.json")
+    assert not (tmp_path / "b").exists()
+
+
+def test_parquet_files_are_what_compress_reads(index, tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    export(index, "images", store_at("parquet", tmp_path, index), tmp_path / "cursor.json")
+    rows = [row for path in sorted((tmp_path / "parquet").iterdir()) for row in pq.read_table(path).to_pylist()]
+    assert [row["id"] for row in rows] == list(index.numbers("images"))
+    for row in rows:
+        one = index.vectors("images", index.numbers("images")[row["id"]])
+        assert np.array_equal(np.array(row["embedding"], "float32"), one.tokens[one.mask].numpy())
+        assert (row["rows"], row["columns"]) == one.grid
+        assert row["path"].endswith("/" + row["id"])
+    words = pq.read_schema(next((tmp_path / "parquet").iterdir())).metadata
+    assert words[b"projector"].decode() == index.manifest.projector
+
+
+def test_qdrant_has_a_first_stage_and_ids_that_stay(index, tmp_path):
+    store = store_at("qdrant", tmp_path, index, coarse=2)
+    export(index, "images", store, tmp_path / "cursor.json")
+    (point,) = store._client.retrieve("samer", [id_of("p2.png")], with_vectors=True)
+    assert point.payload["id"] == "p2.png"
+    assert point.payload["projector"] == index.manifest.projector
+    assert np.array(point.vector["coarse"]).shape == (2, DIM)
+    scope = {"query": np.eye(DIM, dtype="float32")[:2]}
+    wanted = store.search(scope["query"], 10)
+    store.close()
+    code = store.query_code().replace("print(", "answer = (")
+    exec(code, scope)
+    assert [name for name, _ in scope["answer"]] == [name for name, _ in wanted]
+
+
+@pytest.mark.parametrize("kind", ["lancedb", "parquet"])
+def test_stores_without_a_first_stage_say_so(kind, index, tmp_path):
+    with pytest.raises(InputError, match="no first stage"):
+        store_at(kind, tmp_path, index, coarse=2)
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_the_query_side_runs(kind, index, tmp_path, capsys):
+    store = store_at(kind, tmp_path, index)
+    export(index, "images", store, tmp_path / "cursor.json")
+    query = np.eye(DIM, dtype="float32")[:2]
+    best = store.search(query, 1)[0][0]
+    store.close()
+    exec(store.query_code(), {"query": query})
+    assert best in capsys.readouterr().out
+    compile(query_side(store, tmp_path), "query", "exec")
+
+
+def test_a_server_that_is_down_is_one_line(index):
+    pytest.importorskip("qdrant_client")
+    with pytest.raises(InputError, match=r"http://127.0.0.1:9: the store does not take that .*run the same again"):
+        open_store("qdrant", "http://127.0.0.1:9", "samer", facts_of(index, "images", "float32"))
+
+
+def test_the_command_exports_and_verifies(index, tmp_path, command):
+    pytest.importorskip("duckdb")
+    words = ["--to", "parquet", "--place", tmp_path / "out", "--verify", "7"]
+    done = command(sys.executable, "scripts/export.py", "--cache-dir", index.folder, *words)
+    assert done.returncode == 0, done.stderr
+    assert "12 images" in done.stdout
+    assert "7 queries (vectors of the index's own images): overlap@10 1.0000" in done.stdout
+    assert json.loads((index.folder / "export-parquet-samer.json").read_text())["store"] == "parquet"
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_what_somebody_else_put_there_is_left_alone(kind, index, pictures, tmp_path):
+    add(tmp_path / "few", pictures, names=NAMES[:3], dtype="float32")
+    few, store = Index(tmp_path / "few"), store_at(kind, tmp_path, index)
+    export(index, "images", store, tmp_path / "cursor.json")
+    with pytest.raises(InputError, match="holds what this index does not"):
+        export(few, "images", store, tmp_path / "other.json")
+    assert len(store.search(np.eye(DIM, dtype="float32")[:2], 50)) == 12
+    assert not (tmp_path / "other.json").exists()
+    store.close()
