@@ -5,6 +5,7 @@
     python scripts/index.py --cache-dir outputs/pictures --sync      (the same folder; what is gone is taken out)
     python scripts/index.py --cache-dir outputs/pictures --delete trips/a.jpg ~/Pictures/b.jpg
     python scripts/index.py --cache-dir outputs/pictures --compact   (after much adding and deleting)
+    python scripts/index.py --cache-dir outputs/all --merge-indexes outputs/all/part-*   (of separate jobs)
 
 Model, projector, merge and dtype are chosen when an index is made; from then on it answers for itself, and what is
 asked for otherwise is refused. merge.compressor=querybank needs a query bank then: --bank, or bank.safetensors beside
@@ -42,6 +43,7 @@ def main(argv=None):
         "--delete", nargs="+", metavar="PICTURE", help="take pictures out, by path; -: a path a line of standard input"
     )
     parser.add_argument("--compact", action="store_true", help="rewrite the index without deleted pictures")
+    parser.add_argument("--merge-indexes", nargs="+", metavar="INDEX", help="join indexes that were made alike")
     parser.add_argument("--adapter-path", default="", help="trained projector: folder or hub id; empty: untouched")
     parser.add_argument("--cache-dtype", help="int8 (default), binary, bfloat16, float16 or float32")
     parser.add_argument(
@@ -53,12 +55,16 @@ def main(argv=None):
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
-    if bool(options.images or options.sync) + bool(options.delete) + options.compact != 1 or not options.cache_dir:
-        parser.error("give --cache-dir INDEX and either --images FOLDER, --sync, --delete PICTURE ..., or --compact")
+    jobs = bool(options.images or options.sync), bool(options.delete), options.compact, bool(options.merge_indexes)
+    if sum(jobs) != 1 or not options.cache_dir:
+        told = "--images FOLDER, --sync, --delete PICTURE ..., --compact, or --merge-indexes INDEX ..."
+        parser.error(f"give --cache-dir INDEX and either {told}")
     if stray := [word for word in options.overrides if "=" not in word]:
         parser.error(f"{stray[0]!r}: --images takes one folder, all of whose pictures are indexed")
     if options.images or options.sync:
         return index_folder(options)
+    if options.merge_indexes:
+        return join_indexes(options)
     from samer.index.names import picture_ids
     from samer.index.pictures import FOLDER_SPLIT, compact_images, delete_images
 
@@ -112,6 +118,17 @@ def index_folder(options):
     for line in changes.lines():
         print(line)
     return summary
+
+
+def join_indexes(options):
+    """Makes one index of several."""
+    from samer.index.manifest import describe
+    from samer.index.merge import merge_indexes
+
+    summaries = merge_indexes(options.cache_dir, options.merge_indexes)
+    for summary in summaries:
+        print(describe(summary, options.cache_dir))
+    return summaries
 
 
 def lines():

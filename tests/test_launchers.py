@@ -212,7 +212,10 @@ STEP = {
             "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:1 --rdzv-id x",
         ),
         (STEP, "--nnodes 3 --node-rank 1 --master-addr gpu007 --master-port 20042"),
-        ({**STEP, "SLURM_STEP_NODELIST": "b4,gpu[1-2]"}, "--nnodes 3 --node-rank 1 --master-addr b4 --master-port 20042"),
+        (
+            {**STEP, "SLURM_STEP_NODELIST": "b4,gpu[1-2]"},
+            "--nnodes 3 --node-rank 1 --master-addr b4 --master-port 20042",
+        ),
         ({**STEP, "NNODES": "1", "NPROC_PER_NODE": "4"}, "--standalone"),  # what is said by hand counts
         ({"SLURM_NNODES": "3", "NPROC_PER_NODE": "4"}, "--standalone"),  # a batch script, which runs on one node only
     ],

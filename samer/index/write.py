@@ -105,6 +105,7 @@ from samer.index.manifest import (
     summarise,
     write_index_manifest,
 )
+from samer.index.parts import PartOfMany, check_parts, own_part
 from samer.index.tensors import Part, image_tensors, kept_part
 from samer.retrievers.banks import FILE as BANK
 from samer.retrievers.banks import Bank
@@ -135,6 +136,7 @@ def build_index(
     strict: bool = False,
     bank: Bank | None = None,
     bank_split: str = "train",
+    part: PartOfMany | None = None,
 ) -> list[IndexSummary]:
     """Encodes and compresses splits without boxes and writes them; finished shards of an earlier try are kept.
 
@@ -154,6 +156,7 @@ def build_index(
         reader: of the data set, a name in `samer.data.READERS`; empty: guessed.
         assignments: keep the region of every patch, a byte each.
         strict: refuse what a reader otherwise leaves out of the data and tells.
+        part: (k, n), only the kth of n parts of each split, for `samer.index.merge`.
 
     Raises:
         InputError: bad data, or a folder that holds an index of another projector, model or setting, or is written to
@@ -166,6 +169,9 @@ def build_index(
         split: kind.load_split(data_root, split, boxes=False, limit_images=limit_images, strict=strict)
         for split in splits
     }
+    if part:
+        check_parts(merge)
+        records = {split: own_part(split, rows, part, IMAGES_PER_SHARD) for split, rows in records.items()}
     retriever.check_records([record for rows in records.values() for record in rows])
     if make_compressor(merge).needs_queries and bank is None:
         if bank_split in splits:
@@ -233,7 +239,7 @@ def writing(
     assignments: bool,
     bank: Bank | None = None,
 ):
-    _check_folder(folder)
+    check_folder(folder)
     if bank:
         merge = replace(merge, bank_size=bank.origin.size)
     with only_writer(folder), stoppable():
@@ -250,7 +256,7 @@ def writing(
         yield _Writer(folder, retriever, making, batch_size, bank)
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Refuses a folder that holds something else than an index, or one that was never finished."""
     ours = ("projector.safetensors", BANK)
     known = lambda entry: is_dir(entry) or entry.name in ours or entry.name.startswith(".")
