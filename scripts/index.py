@@ -5,6 +5,8 @@
     python scripts/index.py --cache-dir outputs/pictures --sync      (the same folder; what is gone is taken out)
     python scripts/index.py --cache-dir outputs/pictures --delete trips/a.jpg ~/Pictures/b.jpg
     python scripts/index.py --cache-dir outputs/pictures --compact   (after much adding and deleting)
+    python scripts/index.py --images s3://bucket/pages --cache-dir /shared/pages --engine ray   (all GPUs of a cluster)
+    python scripts/index.py --images pages.parquet --cache-dir outputs/all/part-00003 --part 3/100   (one of many jobs)
     python scripts/index.py --cache-dir outputs/all --merge-indexes outputs/all/part-*   (of separate jobs)
 
 Model, projector, merge and dtype are chosen when an index is made; from then on it answers for itself, and what is
@@ -14,6 +16,11 @@ Pictures are found in subfolders too; what can't be read is skipped, counted at 
 Interrupted, it goes on where it stopped, in steps of 256 pictures. A picture that was taken out but is still in the
 folder comes back when the folder is indexed again. Deleting notes rows and adding writes new files, so an index that
 changes for long grows and slows down; --compact makes it as small as a new one. Search with scripts/search.py.
+
+--images may also be parquet files (column image, and id), tar files of webdataset, a folder that holds either, or an
+address in object storage. Of these, and with --engine or --part, a fixed set is indexed: run again, it goes on, and
+what changed there is made anew. --engine ray joins the cluster that RAY_ADDRESS names, whose machines share the index's
+folder, or starts one on this machine.
 """
 
 import sys
@@ -51,6 +58,11 @@ def main(argv=None):
     )
     parser.add_argument("--bank", default="", help="query bank for merge.compressor=querybank (scripts/bank.py)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (32)")
+    parser.add_argument("--engine", choices=["process", "ray"], help="who works: this process (default), or Ray's")
+    parser.add_argument("--workers", type=int, help="of --engine ray (one a GPU)")
+    parser.add_argument(
+        "--part", help="K/N: only the Kth of N parts, in an index of its own; --merge-indexes joins them"
+    )
     add_compute_options(parser)
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
@@ -62,7 +74,7 @@ def main(argv=None):
     if stray := [word for word in options.overrides if "=" not in word]:
         parser.error(f"{stray[0]!r}: --images takes one folder, all of whose pictures are indexed")
     if options.images or options.sync:
-        return index_folder(options)
+        return (index_fixed if is_fixed(parser, options) else index_folder)(options)
     if options.merge_indexes:
         return join_indexes(options)
     from samer.index.names import picture_ids
@@ -77,6 +89,55 @@ def main(argv=None):
     left = delete_images(options.cache_dir, FOLDER_SPLIT, ids)
     print(f"taken out of {options.cache_dir}: {len(ids)}; it holds {left:,}")
     return left
+
+
+def is_fixed(parser, options):
+    """Whether a fixed set of pictures is to be indexed, rather than a folder followed."""
+    from samer.data.sources import is_bulk
+
+    asked = [f"--{name}" for name in ("engine", "workers", "part") if getattr(options, name)]
+    fixed = bool(asked) or bool(options.images and is_bulk(options.images))
+    if fixed and options.sync:
+        parser.error(f"--sync follows a folder of pictures; leave {asked[0] if asked else 'it'} out")
+    if options.workers and options.engine != "ray":
+        parser.error("--workers are those of --engine ray")
+    return fixed
+
+
+def index_fixed(options):
+    """Makes the index of a fixed set of pictures, by one process or by many."""
+    from contextlib import nullcontext
+
+    from samer.index.bulk import InProcess, Task, index_source
+    from samer.index.cluster import OnRay
+    from samer.index.manifest import describe
+    from samer.index.parts import part_named
+    from samer.index.settings import Asked
+    from samer.index.sync import NothingReadable, skipped_lines, write_skipped
+
+    part = part_named(options.part) if options.part else (1, 1)
+    asked = Asked(options.adapter_path, options.config, options.overrides, options.cache_dtype, options.assignments)
+    task = Task(
+        folder=os.path.abspath(options.cache_dir),
+        asked=asked,
+        bank=options.bank,
+        batch_size=options.batch_size,
+        device=options.device,
+        threads=options.threads,
+        home=os.getcwd(),
+    )
+    with OnRay(options.workers) if options.engine == "ray" else nullcontext(InProcess()) as engine:
+        try:
+            summary, skipped = index_source(options.images, task, engine, part)
+        except NothingReadable as error:
+            if options.skipped:
+                write_skipped(options.skipped, error.skipped)
+            raise
+    if options.skipped:
+        write_skipped(options.skipped, skipped)
+    for line in [describe(summary, options.cache_dir), *skipped_lines(skipped)]:
+        print(line)
+    return summary
 
 
 def index_folder(options):

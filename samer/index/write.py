@@ -240,20 +240,23 @@ def writing(
     bank: Bank | None = None,
 ):
     check_folder(folder)
-    if bank:
-        merge = replace(merge, bank_size=bank.origin.size)
     with only_writer(folder), stoppable():
-        making = Making(
-            model=retriever.identity,
-            projector=retriever.current_projector().hash,
-            merge=merge,
-            dtype=dtype,
-            embedding_dim=retriever.embedding_dim,
-            hidden_states=retriever.origin,
-            assignments=assignments,
-            bank=bank.hash if bank else "",
-        )
+        making = making_of(retriever, merge, dtype, assignments, bank)
         yield _Writer(folder, retriever, making, batch_size, bank)
+
+
+def making_of(retriever: Encoder, merge: MergeConfig, dtype: str, assignments: bool, bank: Bank | None) -> Making:
+    """How an index is made by these."""
+    return Making(
+        model=retriever.identity,
+        projector=retriever.current_projector().hash,
+        merge=replace(merge, bank_size=bank.origin.size) if bank else merge,
+        dtype=dtype,
+        embedding_dim=retriever.embedding_dim,
+        hidden_states=retriever.origin,
+        assignments=assignments,
+        bank=bank.hash if bank else "",
+    )
 
 
 def check_folder(folder: Path) -> None:
