@@ -6,7 +6,7 @@
 #   PART (3/100: the third of a hundred indexes, in CACHE_DIR/part-00003; in a SLURM job array it need not be set;
 #   python scripts/index.py --cache-dir DIR --merge-indexes CACHE_DIR/part-* joins them)
 # Example: IMAGES=s3://bucket/pages ENGINE=ray bash bash/index.sh --adapter-path=checkpoints/samer_k64_colpali
-# sbatch --array=0-99 --gpus=1 --wrap='IMAGES=/data/pages CACHE_DIR=/data/index bash bash/index.sh'
+# IMAGES=/data/pages CACHE_DIR=/data/index sbatch --array=0-99 --gpus=1 --wrap='bash bash/index.sh'
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 

@@ -12,10 +12,12 @@ import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+import samer
 from samer.config import InputError
 from samer.data.sources import Job
 from samer.index.bulk import Chunk, Done, Opened, Task, Worker, chunks_of
@@ -58,6 +60,7 @@ class OnRay:
                 ray.init(**quiet)
             else:  # one CPU more than there are, so that reading never waits for encoding
                 cpus = max(os.cpu_count() or 1, self.workers or 1) + 1
+                _let_import()
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             words = " ".join(str(error).split())[:200]
@@ -104,7 +107,20 @@ class OnRay:
             stop_here()
             ready, _ = self.ray.wait([reference], timeout=1)
             if ready:
-                return self.ray.get(reference)
+                with self._told():
+                    return self.ray.get(reference)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What Ray says of machines that lack SaMer, in one line."""
+        try:
+            yield
+        except self.ray.exceptions.RayError as error:
+            if "No module named 'samer'" not in str(error):
+                raise
+            raise InputError(
+                "SaMer is not installed on the cluster's machines; install it there as it is here"
+            ) from None
 
     def run(self, task: Task, jobs: Sequence[Job]) -> Iterator[Done]:
         """As `Engine.run`; in the order in which chunks are finished.
@@ -129,6 +145,12 @@ class OnRay:
             if row["error"]:
                 raise InputError(row["error"])
             yield Done(**json.loads(row["done"]))
+
+
+def _let_import() -> None:
+    """Workers on this machine import the SaMer that runs, from wherever it was started."""
+    paths = [str(Path(samer.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
 def _opened(task: Task) -> Opened | str:
