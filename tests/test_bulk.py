@@ -93,7 +93,7 @@ def test_the_same_pictures_from_anywhere_have_the_same_vectors(album, indexed, t
         found = {
             key.rpartition("/")[2].partition(".")[0]: tokens for key, tokens in vectors(tmp_path / name[:2]).items()
         }
-        assert list(sorted(found)) == list(sorted(own))
+        assert sorted(found) == sorted(own)
         for key, tokens in found.items():
             torch.testing.assert_close(tokens, own[key], atol=1e-5, rtol=0)  # other batches
     assert list(vectors(tmp_path / "ta"))[:2] in (["00", "02"], ["s-0/00", "s-0/02"])
@@ -175,7 +175,7 @@ def workers_of_ray():
                 parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
-            if line.startswith("ray::") and "_Encoder" in line or line.startswith("ray::MapWorker"):
+            if (line.startswith("ray::") and "_Encoder" in line) or line.startswith("ray::MapWorker"):
                 found.append(int(place.name))
 
     def is_ours(pid):

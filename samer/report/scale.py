@@ -198,9 +198,10 @@ wants {threads} CPU threads that read pictures, else it waits, and pictures that
   files, or an address in object storage. Interrupted, it goes on.
 - **A Ray cluster**: the same with `--engine ray`. An actor per GPU encodes what Ray's tasks have read; a worker that
   is lost costs the shards in its hands. All machines share the index's folder.
-- **A SLURM job array**: `IMAGES=PLACE CACHE_DIR=INDEX sbatch --array=0-99 --gpus=1 --wrap='bash bash/index.sh'`:
-  each task makes the index of its part, and `python scripts/index.py --cache-dir ALL --merge-indexes INDEX/part-*` joins them, by links
-  where the disk has them. Nobody waits for anybody, and a task that failed is run again alone.
+- **A SLURM job array**:
+  `IMAGES=PLACE CACHE_DIR=INDEX sbatch --array=0-99 --gpus=1 --wrap='bash bash/index.sh'`: each task makes the index of
+  its part, and `python scripts/index.py --cache-dir ALL --merge-indexes INDEX/part-*` joins them, by links where the
+  disk has them. Nobody waits for anybody, and a task that failed is run again alone.
 - **Machines that wait for each other** (data sets with captions, feature stores, training):
   `srun --ntasks-per-node=1 bash bash/cache.sh`, or `NNODES`, `NODE_RANK`, `MASTER_ADDR` by hand.
 
