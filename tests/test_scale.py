@@ -38,8 +38,8 @@ def test_hours_machines_and_engines():
     measured = Measured(encoded=100, merged=0.01, read=30, cpu_scan=0.5, gpu_scan=0.01, gpu_memory=1e9)
     text = scale.page([1_000_000, 50_000_000], 64, measured)
     assert cells(text, "GPU hours, encoding and merging") == ["5.56", "278"]  # 0.02 s an image
-    assert cells(text, "on 1 GPUs") == ["5.56 hours", "11.6 days"]
-    assert cells(text, "on 1024 GPUs") == ["19.5 s", "16.3 minutes"]
+    assert cells(text, "on 1 GPU") == ["5.56 hours", "11.6 days"]
+    assert cells(text, "on 1,024 GPUs") == ["19.5 s", "16.3 minutes"]
     assert cells(text, "parts of a job array, a day on one GPU each") == ["1", "12"]
     assert cells(text, "all 1,030 vectors, float16") == ["264 GB", "13.2 TB"]
     assert cells(text, "of int8, what a search reads") == ["8.26 GB", "413 GB"]

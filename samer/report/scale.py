@@ -56,7 +56,8 @@ SOURCES = """\
 | reading and resizing it, one CPU thread | {read:g} images/s | the same |
 | a query among 1,000,000 images, int8, 2 cores | {cpu_scan:g} s | `python scripts/bench.py scale` |
 | the same on the GPU, from 200,000 images | {gpu_ms:g} ms | `python scripts/bench.py gpu` |
-| bytes of an image | below | this script, which writes a shard of {count:,} images |
+| memory of the GPU that an index may take | {gpu_gb:g} GB | taken, of an H200's 141 |
+| bytes of an image | above | this script, which writes a shard of {count:,} images |
 """
 
 
@@ -143,9 +144,9 @@ def page(counts: Sequence[int], regions: int = 64, measured: Measured | None = N
         ("of int8, what a search reads", [size(count * scan_bytes("int8", regions)) for count in counts]),
         ("of binary, what a search reads first", [size(count * scan_bytes("binary", regions)) for count in counts]),
         (f"shards of {IMAGES_PER_SHARD:,}", [f"{-(-count // IMAGES_PER_SHARD):,}" for count in counts]),
-        ("GPU hours, encoding and merging", [f"{count * measured.gpu_seconds / 3600:,.3g}" for count in counts]),
+        ("GPU hours, encoding and merging", [_hours(count * measured.gpu_seconds) for count in counts]),
         *(
-            (f"on {gpus} GPUs", [duration(count * measured.gpu_seconds / gpus) for count in counts])
+            (f"on {gpus:,} GPU{'s' * (gpus > 1)}", [duration(count * measured.gpu_seconds / gpus) for count in counts])
             for gpus in (1, NODE_GPUS, 64, 1024)
         ),
         ("parts of a job array, a day on one GPU each", [f"{_parts(count, measured):,}" for count in counts]),
@@ -155,7 +156,12 @@ def page(counts: Sequence[int], regions: int = 64, measured: Measured | None = N
     table = [f"| images | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     table += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows]
     threads = -(-measured.encoded // measured.read)
-    given = {"merged_ms": measured.merged * 1e3, "gpu_ms": measured.gpu_scan * 1e3, "count": IMAGES_PER_SHARD}
+    given = {
+        "merged_ms": measured.merged * 1e3,
+        "gpu_ms": measured.gpu_scan * 1e3,
+        "gpu_gb": measured.gpu_memory / 1e9,
+        "count": IMAGES_PER_SHARD,
+    }
     sources = SOURCES.format(**{**vars(measured), **given})
     return _PAGE.format(
         table="\n".join(table),
@@ -169,6 +175,10 @@ def page(counts: Sequence[int], regions: int = 64, measured: Measured | None = N
     )
 
 
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.0f}" if seconds >= 360_000 else f"{seconds / 3600:.3g}"
+
+
 def _parts(count: int, measured: Measured) -> int:
     return max(1, -(-int(count * measured.gpu_seconds) // 86400))
 
@@ -180,8 +190,8 @@ def _gpus(count: int, regions: int, measured: Measured) -> str:
 _PAGE = """\
 # How far it goes
 
-Written by `python scripts/scale.py --out assets/SCALE.md`, which computes it from what was measured on one machine:
-nothing here of more than 1,000,000 images has been run. Encoding, merging and exact search are linear in the images.
+Written by `python scripts/scale.py --out assets/SCALE.md`, which computes it from what was measured on 2 cores and
+on one GPU: nothing of more than 1,000,000 images has been run. Encoding, merging and exact search are linear in them.
 
 {table}
 
