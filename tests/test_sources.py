@@ -142,3 +142,6 @@ def test_which_places_are_fixed_sets(tmp_path):
     places = [tmp_path / "pictures", tmp_path / "tables", tmp_path / "tables/t.parquet", tmp_path / "none"]
     assert [sources.is_bulk(str(place)) for place in places] == [False, True, True, False]
     assert sources.is_bulk("s3://bucket/pictures")
+    write_tar(tmp_path / "pictures/backup.tar", [])  # beside pictures it is none of them, as ever
+    assert not sources.is_bulk(str(tmp_path / "pictures"))
+    assert [job.names for job in sources.find_source(str(tmp_path / "pictures"), 3).jobs] == [("a.png",)]

@@ -1,7 +1,7 @@
 """Many pictures at a place: a folder, parquet files, tar files of webdataset, on this machine or in object storage.
 
-A place is a path or an address that pyarrow knows (s3://, gs://, abfs://, hdfs://). A folder that holds .parquet or
-.tar files is read as those, whose rows and members are named
+A place is a path or an address that pyarrow knows (s3://, gs://, abfs://, hdfs://). A folder of .parquet or .tar
+files, without pictures or folders beside them, is read as those, whose rows and members are named
 
     parquet   by the column id, _id, image_id, corpus-id or corpus_id, else FILE/NUMBER; the picture is in image or jpg
     tar       FILE/KEY, the key being the member's path without the picture's suffix
@@ -86,7 +86,9 @@ def is_bulk(place: str) -> bool:
     """Whether a place is something else than a folder of pictures on this machine."""
     if "://" in place or is_file(place):
         return True
-    return is_dir(place) and any(kind_of(path.name) in ("parquet", "tar") for path in listing(place))
+    inside = listing(place) if is_dir(place) else []
+    kinds = {kind_of(path.name) for path in inside}
+    return bool(kinds & {"parquet", "tar"}) and "pictures" not in kinds and not any(map(is_dir, inside))
 
 
 def find_source(place: str, size: int) -> Source:
@@ -169,15 +171,17 @@ def _file_system(place: str) -> tuple[Any, str, Any]:
 @contextmanager
 def _told(place: str) -> Iterator[None]:
     """What goes wrong within is told in one line that names the place."""
-    import pyarrow
-
+    try:
+        from pyarrow import ArrowException as damaged
+    except ModuleNotFoundError:  # nothing within asks it
+        damaged = tarfile.TarError
     try:
         yield
     except OSError as error:
         if error.errno is not None:
             raise trouble(place, error) from None
         raise InputError(f"{place}: can't be read ({one_line(error)[:160]}); look at it, and run this again") from None
-    except (pyarrow.ArrowException, tarfile.TarError, EOFError, UnicodeDecodeError) as error:
+    except (damaged, tarfile.TarError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"{place}: can't be read ({one_line(error)[:160]}); restore it") from None
 
 

@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import samer
 from samer.config import InputError
 from samer.data.sources import Job
 from samer.index.bulk import Chunk, Done, Opened, Task, Worker, chunks_of
@@ -149,7 +148,7 @@ class OnRay:
 
 def _let_import() -> None:
     """Workers on this machine import the SaMer that runs, from wherever it was started."""
-    paths = [str(Path(samer.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 
 
