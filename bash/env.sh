@@ -122,13 +122,75 @@ folders() {
     done
 }
 
-# launch SCRIPT ARGUMENT...: one process, or torchrun with NPROC_PER_NODE of them; a launcher's last command. SIGTERM
-# reaches the processes, which finish what is at work (torchrun gives them 30 seconds), and the status is 143.
-launch() {
-    case ${NPROC_PER_NODE:=1} in
-        *[!0-9]*) echo "error: NPROC_PER_NODE is '$NPROC_PER_NODE'; give the number of processes" >&2; exit 2 ;;
+# number NAME VALUE: refuses what is no whole number
+number() {
+    case $2 in
+        '' | *[!0-9]*) echo "error: $1 is '$2'; give the number of $3" >&2; exit 2 ;;
     esac
-    [ "$NPROC_PER_NODE" -gt 1 ] || exec "$PYTHON" "$@"
+}
+
+# first_host LIST: the first name of a SLURM node list, such as gpu[003-007,9],cpu1
+first_host() {
+    local head=${1%%[[,]*} rest=${1#*[} tail=""
+    case $1 in
+        "$head"\[*)
+            tail=${rest#*]}
+            echo "$head${rest%%[],-]*}${tail%%,*}"
+            ;;
+        *) echo "$head" ;;
+    esac
+}
+
+# nodes: sets RENDEZVOUS to what torchrun needs to join NNODES machines, each of which runs the same launcher. What is
+# not set by hand is SLURM's, in a step with one task a node (srun --ntasks-per-node=1 bash bash/cache.sh).
+nodes() {
+    RENDEZVOUS=(--standalone)
+    if [ -z "${NNODES:-}" ] && [ "${SLURM_STEP_NUM_NODES:-1}" != 1 ]; then
+        NNODES=$SLURM_STEP_NUM_NODES
+        if [ "${SLURM_STEP_NUM_TASKS:-$NNODES}" != "$NNODES" ]; then
+            echo "error: SLURM starts $SLURM_STEP_NUM_TASKS tasks on $NNODES nodes; start one a node (srun --ntasks-per-node=1), NPROC_PER_NODE says how many processes each has" >&2
+            exit 2
+        fi
+        NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}
+        MASTER_ADDR=${MASTER_ADDR:-$(first_host "${SLURM_STEP_NODELIST:-}")}
+        MASTER_PORT=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))}
+    fi
+    number NNODES "${NNODES:=1}" machines
+    [ "$NNODES" -gt 1 ] || return 0
+    RENDEZVOUS=(--nnodes "$NNODES")
+    if [ -n "${RDZV_ENDPOINT:-}" ]; then # any machine may come first; they number themselves
+        RENDEZVOUS+=(--rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-${SLURM_JOB_ID:-samer}}")
+        return
+    fi
+    number NODE_RANK "${NODE_RANK:-}" "this machine, 0 to NNODES - 1"
+    [ "$NODE_RANK" -lt "$NNODES" ] ||
+        { echo "error: NODE_RANK is $NODE_RANK of NNODES=$NNODES; machines count from 0" >&2; exit 2; }
+    [ -n "${MASTER_ADDR:-}" ] ||
+        { echo "error: NNODES is $NNODES, and MASTER_ADDR is not set; give the address of machine 0, or RDZV_ENDPOINT=HOST:PORT" >&2; exit 2; }
+    RENDEZVOUS+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+}
+
+# part: sets PART_FLAG to --part=K/N of PART, or of a SLURM job array, whose tasks each make an index of their own; and
+# CACHE_DIR to that index's folder, within the folder that it names
+part() {
+    PART_FLAG=()
+    if [ -z "${PART:-}" ] && [ "${SLURM_ARRAY_TASK_COUNT:-1}" != 1 ]; then
+        PART=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))/$SLURM_ARRAY_TASK_COUNT
+        [ "$((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1))" = "$SLURM_ARRAY_TASK_COUNT" ] ||
+            { echo "error: the array's tasks are not numbered one by one (--array=0-99); set PART=K/N" >&2; exit 2; }
+    fi
+    [ -n "${PART:-}" ] || return 0
+    PART_FLAG=(--part="$PART")
+    CACHE_DIR=$CACHE_DIR/part-$(printf %05d "${PART%%/*}")
+}
+
+# launch SCRIPT ARGUMENT...: one process, or torchrun with NPROC_PER_NODE of them on each of NNODES machines; a
+# launcher's last command. SIGTERM reaches the processes, which finish what is at work (torchrun gives them 30 seconds),
+# and the status is 143.
+launch() {
+    number NPROC_PER_NODE "${NPROC_PER_NODE:=1}" processes
+    nodes
+    [ "$NPROC_PER_NODE" -gt 1 ] || [ "$NNODES" -gt 1 ] || exec "$PYTHON" "$@"
     local torchrun="" stopped="" status=0
     stop() {
         stopped=$1
@@ -137,7 +199,7 @@ launch() {
     trap 'stop 129' HUP
     trap 'stop 130' INT
     trap 'stop 143' TERM
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC_PER_NODE" "$@" &
+    "$PYTHON" -m torch.distributed.run "${RENDEZVOUS[@]}" --nproc-per-node "$NPROC_PER_NODE" "$@" &
     torchrun=$!
     [ -z "$stopped" ] || stop "$stopped"
     wait "$torchrun" || status=$?

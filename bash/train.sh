@@ -2,6 +2,7 @@
 # Trains the projector. Variables (default) and any section.key=value override:
 #   DATA_ROOT (required; its kind is guessed, data.name=coco says it)   NPROC_PER_NODE (1; more: torchrun)
 #   CONFIG (configs/samer_k64_colpali.yaml; for ColQwen2 configs/samer_k64_colqwen2.yaml)
+#   NNODES, NODE_RANK, MASTER_ADDR (MASTER_PORT), or RDZV_ENDPOINT: several machines, as in bash/cache.sh
 #   RUN_NAME (samer_k64_colpali)   OUTPUT_DIR (checkpoints/$RUN_NAME)
 #   and, where set, over the config's own value: MODEL_NAME LOCAL_FILES_ONLY TRAIN_BATCH_SIZE EVAL_BATCH_SIZE
 #   GRAD_ACCUM_STEPS LEARNING_RATE NUM_TRAIN_EPOCHS BF16 REPORT_TO NUM_REGIONS CLUSTER_ITERS SPATIAL_WEIGHT

@@ -9,7 +9,8 @@ An index that is there answers for its model, projector, merge and dtype; what i
 new one, without --adapter-path the retriever's own projection is used. Model and merge settings come from --config if
 given, else from the adapter's config.json, else from the defaults; section.key=value overrides any of them.
 merge.compressor=querybank takes its query bank from --bank, else from bank.safetensors beside the adapter, else makes
-one of the captions of data.train_split; the index keeps it.
+one of the captions of data.train_split; the index keeps it. --part 3/100, of a job array, takes the third of a hundred
+parts of each split, in whole shards; scripts/index.py --merge-indexes joins such indexes to that of one job.
 """
 
 import sys
@@ -40,6 +41,7 @@ def main(argv=None):
         "--assignments", action=argparse.BooleanOptionalAction, help="keep each patch's region, a byte each (default)"
     )
     parser.add_argument("--limit-images", type=int, help="the first so many images of each split")
+    parser.add_argument("--part", help="K/N: only the Kth of N parts of each split, in an index of its own")
     parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
     parser.add_argument("--bank", default="", help="query bank for merge.compressor=querybank (scripts/bank.py)")
     add_compute_options(parser)
@@ -52,10 +54,12 @@ def main(argv=None):
     from samer.data.pictures import limit_pixels
     from samer.index.banks import bank_for
     from samer.index.manifest import describe
+    from samer.index.parts import part_named
     from samer.index.settings import Asked, settings_for
     from samer.index.write import build_index
     from samer.runtime.processes import print0, process_group
 
+    part = part_named(options.part) if options.part else None
     asked = Asked(options.adapter_path, options.config, overrides, options.cache_dtype, options.assignments)
     settings = settings_for(options.cache_dir, asked, "bfloat16")
     limit_pixels(settings.config.data.max_megapixels)
@@ -79,6 +83,7 @@ def main(argv=None):
             strict=settings.config.data.strict,
             bank=bank_for(settings, retriever, options.bank),
             bank_split=settings.config.data.train_split,
+            part=part,
         )
         for line in [*(describe(summary, options.cache_dir) for summary in summaries), *retriever.notes]:
             print0(line)

@@ -6,6 +6,9 @@
     python scripts/index.py --cache-dir outputs/pictures --delete trips/a.jpg ~/Pictures/b.jpg
     python scripts/index.py --cache-dir outputs/pictures --compact   (after much adding and deleting)
     python scripts/index.py --cache-dir outputs/pictures --metadata pages.csv      (columns for search's --filter)
+    python scripts/index.py --images s3://bucket/pages --cache-dir /shared/pages --engine ray   (all GPUs of a cluster)
+    python scripts/index.py --images pages.parquet --cache-dir outputs/all/part-00003 --part 3/100   (one of many jobs)
+    python scripts/index.py --cache-dir outputs/all --merge-indexes outputs/all/part-*   (of separate jobs)
 
 Model, projector, merge and dtype are chosen when an index is made; from then on it answers for itself, and what is
 asked for otherwise is refused. merge.compressor=querybank needs a query bank then: --bank, or bank.safetensors beside
@@ -14,6 +17,11 @@ Pictures are found in subfolders too; what can't be read is skipped, counted at 
 Interrupted, it goes on where it stopped, in steps of 256 pictures. A picture that was taken out but is still in the
 folder comes back when the folder is indexed again. Deleting notes rows and adding writes new files, so an index that
 changes for long grows and slows down; --compact makes it as small as a new one. Search with scripts/search.py.
+
+--images may also be parquet files (column image, and id), tar files of webdataset, a folder that holds either, or an
+address in object storage. Of these, and with --engine or --part, a fixed set is indexed: run again, it goes on, and
+what changed there is made anew. --engine ray joins the cluster that RAY_ADDRESS names, whose machines share the index's
+folder, or starts one on this machine.
 """
 
 import sys
@@ -46,6 +54,7 @@ def main(argv=None):
         "--metadata", metavar="FILE", help=".jsonl, .csv or .parquet: what a search may filter by, a row an id"
     )
     parser.add_argument("--compact", action="store_true", help="rewrite the index without deleted pictures")
+    parser.add_argument("--merge-indexes", nargs="+", metavar="INDEX", help="join indexes that were made alike")
     parser.add_argument("--adapter-path", default="", help="trained projector: folder or hub id; empty: untouched")
     parser.add_argument("--cache-dtype", help="int8 (default), binary, bfloat16, float16 or float32")
     parser.add_argument(
@@ -53,23 +62,29 @@ def main(argv=None):
     )
     parser.add_argument("--bank", default="", help="query bank for merge.compressor=querybank (scripts/bank.py)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (32)")
+    parser.add_argument("--engine", choices=["process", "ray"], help="who works: this process (default), or Ray's")
+    parser.add_argument("--workers", type=int, help="of --engine ray (one a GPU)")
+    parser.add_argument(
+        "--part", help="K/N: only the Kth of N parts, in an index of its own; --merge-indexes joins them"
+    )
     add_compute_options(parser)
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
-    jobs = bool(options.images or options.sync) + bool(options.delete) + options.compact
-    if jobs > 1 or not (jobs or options.metadata) or not options.cache_dir:
-        parser.error(
-            "give --cache-dir INDEX and either --images FOLDER, --sync, --delete PICTURE ..., --compact or --metadata"
-        )
+    jobs = bool(options.images or options.sync), bool(options.delete), options.compact, bool(options.merge_indexes)
+    if sum(jobs) > 1 or not (any(jobs) or options.metadata):
+        told = "--images FOLDER, --sync, --delete PICTURE ..., --compact, --merge-indexes INDEX ..., or --metadata FILE"
+        parser.error(f"give --cache-dir INDEX and either {told}")
     if stray := [word for word in options.overrides if "=" not in word]:
         parser.error(f"{stray[0]!r}: --images takes one folder, all of whose pictures are indexed")
     if options.images or options.sync:
-        summary = index_folder(options)
+        summary = (index_fixed if is_fixed(parser, options) else index_folder)(options)
         if options.metadata:
             give_metadata(options)
         return summary
-    if options.metadata and not jobs:
+    if options.merge_indexes:
+        return join_indexes(options)
+    if options.metadata and not any(jobs):
         return give_metadata(options)
     from samer.index.names import picture_ids
     from samer.index.pictures import FOLDER_SPLIT, compact_images, delete_images
@@ -83,6 +98,55 @@ def main(argv=None):
     left = delete_images(options.cache_dir, FOLDER_SPLIT, ids)
     print(f"taken out of {options.cache_dir}: {len(ids)}; it holds {left:,}")
     return left
+
+
+def is_fixed(parser, options):
+    """Whether a fixed set of pictures is to be indexed, rather than a folder followed."""
+    from samer.data.sources import is_bulk
+
+    asked = [f"--{name}" for name in ("engine", "workers", "part") if getattr(options, name)]
+    fixed = bool(asked) or bool(options.images and is_bulk(options.images))
+    if fixed and options.sync:
+        parser.error(f"--sync follows a folder of pictures; leave {asked[0] if asked else 'it'} out")
+    if options.workers and options.engine != "ray":
+        parser.error("--workers are those of --engine ray")
+    return fixed
+
+
+def index_fixed(options):
+    """Makes the index of a fixed set of pictures, by one process or by many."""
+    from contextlib import nullcontext
+
+    from samer.index.bulk import InProcess, Task, index_source
+    from samer.index.cluster import OnRay
+    from samer.index.manifest import describe
+    from samer.index.parts import part_named
+    from samer.index.settings import Asked
+    from samer.index.sync import NothingReadable, skipped_lines, write_skipped
+
+    part = part_named(options.part) if options.part else (1, 1)
+    asked = Asked(options.adapter_path, options.config, options.overrides, options.cache_dtype, options.assignments)
+    task = Task(
+        folder=os.path.abspath(options.cache_dir),
+        asked=asked,
+        bank=options.bank,
+        batch_size=options.batch_size,
+        device=options.device,
+        threads=options.threads,
+        home=os.getcwd(),
+    )
+    with OnRay(options.workers) if options.engine == "ray" else nullcontext(InProcess()) as engine:
+        try:
+            summary, skipped = index_source(options.images, task, engine, part)
+        except NothingReadable as error:
+            if options.skipped:
+                write_skipped(options.skipped, error.skipped)
+            raise
+    if options.skipped:
+        write_skipped(options.skipped, skipped)
+    for line in [describe(summary, options.cache_dir), *skipped_lines(skipped)]:
+        print(line)
+    return summary
 
 
 def index_folder(options):
@@ -133,6 +197,17 @@ def give_metadata(options):
     split, known, unknown = give_columns(options.cache_dir, options.metadata)
     print(f"metadata of {known:,} images of {split}" + (f"; {unknown:,} rows name none" if unknown else ""))
     return known
+
+
+def join_indexes(options):
+    """Makes one index of several."""
+    from samer.index.manifest import describe
+    from samer.index.merge import merge_indexes
+
+    summaries = merge_indexes(options.cache_dir, options.merge_indexes)
+    for summary in summaries:
+        print(describe(summary, options.cache_dir))
+    return summaries
 
 
 def lines():

@@ -20,6 +20,7 @@ for word; do printf '%s\\0' "$word" >>"$SAID.words"; done
 printf '\\n\\0' >>"$SAID.words"
 """
 NAMED = ("DATA_ROOT", "CACHE_DIR", "FEATURES_DIR", "OUTPUT_DIR", "OUTPUT_JSON", "CONFIG", "ADAPTER_PATH")
+NODES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RDZV_ENDPOINT", "RDZV_ID")
 
 
 @pytest.fixture
@@ -39,7 +40,8 @@ def called(place, launcher, *words, cwd="caller", shell="bash", path=None, **var
     said = place / "said"
     for old in place.glob("said*"):
         old.unlink()
-    kept = {k: v for k, v in os.environ.items() if k not in (*NAMED, "CDPATH", "NPROC_PER_NODE", "SPLITS", "SEEDS")}
+    unset = (*NAMED, *NODES, "CDPATH", "NPROC_PER_NODE", "SPLITS", "SEEDS", "PART")
+    kept = {k: v for k, v in os.environ.items() if k not in unset and not k.startswith("SLURM_")}
     env = {**kept, "PATH": f"{place / 'bin'}:/usr/bin:/bin", "SAID": str(said), **variables}
     line = [shell, str(path or place / "the repo" / "bash" / f"{launcher}.sh"), *words]
     done = subprocess.run(line, cwd=place / cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
@@ -88,7 +90,7 @@ def test_names_arrive_as_they_are_and_stand_where_the_caller_does(place, name):
 def test_what_is_not_named_lies_in_the_repo(place, launcher):
     repo = f"{place / 'the repo'}/"
     for cwd, before in (("caller", repo), ("the repo", ""), ("the repo/bash", repo)):
-        _, said, calls = called(place, launcher, cwd=cwd, DATA_ROOT="d")
+        _, said, calls = called(place, launcher, cwd=cwd, DATA_ROOT="d", IMAGES="i")
         assert said == ""
         (folder, words) = calls[-1]
         assert folder == str(place / cwd)
@@ -174,7 +176,7 @@ def test_a_repo_behind_a_link(place):
 def test_another_shell_hands_over_to_bash(place, shell, launcher):
     if not shutil.which(shell):
         pytest.skip(f"no {shell} here")
-    status, said, calls = called(place, launcher, "a b", shell=shell, DATA_ROOT="d")
+    status, said, calls = called(place, launcher, "a b", shell=shell, DATA_ROOT="d", IMAGES="i")
     assert (status, said) == (0, "")
     assert calls[-1][1][-1] == "a b"
 
@@ -191,6 +193,89 @@ def test_several_processes_are_torchruns(place):
     assert words[:6] == [*start, f"{place / 'the repo'}/scripts/train.py"]
 
 
+BY_HAND = {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "10.0.0.7"}
+STEP = {
+    "SLURM_JOB_ID": "1230042",
+    "SLURM_STEP_NUM_NODES": "3",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_NODELIST": "gpu[007-008,011]",
+    "SLURM_NODEID": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags"),
+    [
+        (BY_HAND, "--nnodes 3 --node-rank 2 --master-addr 10.0.0.7 --master-port 29500"),
+        ({**BY_HAND, "MASTER_PORT": "7"}, "--nnodes 3 --node-rank 2 --master-addr 10.0.0.7 --master-port 7"),
+        (
+            {"NNODES": "2", "RDZV_ENDPOINT": "a:1", "RDZV_ID": "x"},
+            "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:1 --rdzv-id x",
+        ),
+        (STEP, "--nnodes 3 --node-rank 1 --master-addr gpu007 --master-port 20042"),
+        (
+            {**STEP, "SLURM_STEP_NODELIST": "b4,gpu[1-2]"},
+            "--nnodes 3 --node-rank 1 --master-addr b4 --master-port 20042",
+        ),
+        ({**STEP, "NNODES": "1", "NPROC_PER_NODE": "4"}, "--standalone"),  # what is said by hand counts
+        ({"SLURM_NNODES": "3", "NPROC_PER_NODE": "4"}, "--standalone"),  # a batch script, which runs on one node only
+    ],
+)
+def test_several_machines(place, variables, flags):
+    status, said, ((_, words),) = called(place, "features", DATA_ROOT="d", **variables)
+    assert (status, said) == (0, "")
+    count = variables.get("NPROC_PER_NODE", "1")
+    start = ["-m", "torch.distributed.run", *flags.split(), "--nproc-per-node", count]
+    assert words[: len(start)] == start
+    assert words[len(start)].endswith("scripts/features.py")
+
+
+def test_a_step_of_one_node_is_one_process(place):
+    _, _, ((_, words),) = called(place, "cache", DATA_ROOT="d", SLURM_STEP_NUM_NODES="1", SLURM_NODEID="0")
+    assert words[0].endswith("scripts/cache.py")
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"NNODES": "two"}, "NNODES is 'two'; give the number of machines"),
+        ({"NNODES": "2"}, "NODE_RANK is ''; give the number of this machine, 0 to NNODES - 1"),
+        ({**BY_HAND, "NODE_RANK": "3"}, "NODE_RANK is 3 of NNODES=3; machines count from 0"),
+        ({**BY_HAND, "MASTER_ADDR": ""}, "NNODES is 3, and MASTER_ADDR is not set; give the address of machine 0, or"),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "12"}, "SLURM starts 12 tasks on 3 nodes; start one a node"),
+    ],
+)
+def test_machines_that_can_not_meet(place, variables, said):
+    status, told, calls = called(place, "cache", DATA_ROOT="d", **variables)
+    assert (status, calls) == (2, [])
+    assert told.startswith(f"error: {said}")
+    assert told.count("\n") == 1
+
+
+ARRAY = {"SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "8"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "part"),
+    [({"PART": "3/8"}, 3), ({**ARRAY, "SLURM_ARRAY_TASK_ID": "8"}, 8), ({**ARRAY, "SLURM_ARRAY_TASK_ID": "1"}, 1)],
+)
+@pytest.mark.parametrize("launcher", ["cache", "index"])
+def test_a_job_of_an_array_makes_an_index_of_its_own(place, launcher, variables, part):
+    named = {"DATA_ROOT": "d", "IMAGES": "d", "CACHE_DIR": "the index"}
+    status, said, ((_, words),) = called(place, launcher, **named, **variables)
+    assert (status, said) == (0, "")
+    assert (option(words, "--part"), option(words, "--cache-dir")) == (f"{part}/8", f"the index/part-0000{part}")
+    _, _, ((_, words),) = called(place, launcher, **named)
+    assert (option(words, "--part"), option(words, "--cache-dir")) == (None, "the index")
+
+
+def test_an_array_with_gaps_is_refused(place):
+    variables = {**ARRAY, "SLURM_ARRAY_TASK_MAX": "15", "SLURM_ARRAY_TASK_ID": "3"}
+    status, said, calls = called(place, "cache", DATA_ROOT="d", **variables)
+    assert (status, calls) == (2, [])
+    assert said == "error: the array's tasks are not numbered one by one (--array=0-99); set PART=K/N\n"
+
+
 def test_tests_run_in_the_repo(place):
     status, said, calls = called(place, "test", "tests/test_merging.py")
     assert (status, said) == (0, "")
@@ -198,6 +283,12 @@ def test_tests_run_in_the_repo(place):
     *words, last = calls[-1][1]
     assert words[:4] == ["-m", "pytest", "-n", "auto"]  # a worker for each core
     assert last == "tests/test_merging.py"
+
+
+def test_pictures_that_are_not_named_are_asked_for(place):
+    status, said, calls = called(place, "index")
+    assert (status, calls) == (2, [])
+    assert said.startswith("error: IMAGES is not set; ")
 
 
 @pytest.mark.parametrize("launcher", ["cache", "features", "train"])

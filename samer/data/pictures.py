@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -147,6 +148,25 @@ def read_picture(path: str | Path, needs: tuple[int, int] | None = None) -> Pict
                     raise failed
                 return Picture(image, content, about)
     raise PictureError(f"{path}: it is being written; run again when it is complete", "being written", transient=True)
+
+
+def file_bytes(path: str | Path) -> bytes:
+    """What a picture's file holds; raises as `load_image`, but for what is in it."""
+    with _opened(path) as handle:
+        return handle.read()
+
+
+def picture_of(name: str, content: bytes, needs: tuple[int, int] | None = None) -> tuple[Image.Image, str]:
+    """As `read_picture`, of a file's bytes: the image and their content hash; `name` is for messages.
+
+    Raises:
+        PictureError: as `load_image`.
+    """
+    handle = io.BytesIO(content)
+    try:
+        return decode(handle, needs), digest_of(handle)
+    except RefusedError as error:
+        raise PictureError(f"{_shown(name)}: {error}", error.reason) from error
 
 
 def digest_of(handle: BinaryIO) -> str:

@@ -97,16 +97,23 @@ class Changes:
                 f"{self.unknown:,} of the unchanged were indexed by a SaMer that did not note what they held, so edits "
                 "since then went unseen; a new index would see them"
             )
-        reasons: dict[str, list[Skipped]] = defaultdict(list)
-        for each in self.skipped:
-            reasons[each.reason].append(each)
-        for reason, some in reasons.items():
-            names = ", ".join(one_field(each.path) for each in some[:NAMED])
-            more = f" and {len(some) - NAMED:,} more (--skipped FILE lists them)" if len(some) > NAMED else ""
-            lines.append(f"skipped, {reason}: {len(some):,}: {names}{more}; {one_field(some[0].detail)}")
+        lines += skipped_lines(self.skipped)
         if self.dead > 0.5:
             lines.append(f"{self.dead:.0%} of the index's rows belong to no picture any more; --compact takes them out")
         return lines
+
+
+def skipped_lines(skipped: Sequence[Skipped]) -> list[str]:
+    """A line per reason for which files were not taken, with the first few of them."""
+    lines = []
+    reasons: dict[str, list[Skipped]] = defaultdict(list)
+    for each in skipped:
+        reasons[each.reason].append(each)
+    for reason, some in reasons.items():
+        names = ", ".join(one_field(each.path) for each in some[:NAMED])
+        more = f" and {len(some) - NAMED:,} more (--skipped FILE lists them)" if len(some) > NAMED else ""
+        lines.append(f"skipped, {reason}: {len(some):,}: {names}{more}; {one_field(some[0].detail)}")
+    return lines
 
 
 class NothingReadable(InputError):

@@ -108,6 +108,7 @@ from samer.index.manifest import (
     summarise,
     write_index_manifest,
 )
+from samer.index.parts import PartOfMany, check_parts, own_part
 from samer.index.tensors import Part, image_tensors, kept_part
 from samer.retrievers.banks import FILE as BANK
 from samer.retrievers.banks import Bank
@@ -138,6 +139,7 @@ def build_index(
     strict: bool = False,
     bank: Bank | None = None,
     bank_split: str = "train",
+    part: PartOfMany | None = None,
 ) -> list[IndexSummary]:
     """Encodes and compresses splits without boxes and writes them; finished shards of an earlier try are kept.
 
@@ -157,6 +159,7 @@ def build_index(
         reader: of the data set, a name in `samer.data.READERS`; empty: guessed.
         assignments: keep the region of every patch, a byte each.
         strict: refuse what a reader otherwise leaves out of the data and tells.
+        part: (k, n), only the kth of n parts of each split, for `samer.index.merge`.
 
     Raises:
         InputError: bad data, or a folder that holds an index of another projector, model or setting, or is written to
@@ -169,6 +172,9 @@ def build_index(
         split: kind.load_split(data_root, split, boxes=False, limit_images=limit_images, strict=strict)
         for split in splits
     }
+    if part:
+        check_parts(merge)
+        records = {split: own_part(split, rows, part, IMAGES_PER_SHARD) for split, rows in records.items()}
     retriever.check_records([record for rows in records.values() for record in rows])
     if make_compressor(merge).needs_queries and bank is None:
         if bank_split in splits:
@@ -237,20 +243,23 @@ def writing(
     bank: Bank | None = None,
 ):
     check_folder(folder)
-    if bank:
-        merge = replace(merge, bank_size=bank.origin.size)
     with only_writer(folder), stoppable():
-        making = Making(
-            model=retriever.identity,
-            projector=retriever.current_projector().hash,
-            merge=merge,
-            dtype=dtype,
-            embedding_dim=retriever.embedding_dim,
-            hidden_states=retriever.origin,
-            assignments=assignments,
-            bank=bank.hash if bank else "",
-        )
+        making = making_of(retriever, merge, dtype, assignments, bank)
         yield _Writer(folder, retriever, making, batch_size, bank)
+
+
+def making_of(retriever: Encoder, merge: MergeConfig, dtype: str, assignments: bool, bank: Bank | None) -> Making:
+    """How an index is made by these."""
+    return Making(
+        model=retriever.identity,
+        projector=retriever.current_projector().hash,
+        merge=replace(merge, bank_size=bank.origin.size) if bank else merge,
+        dtype=dtype,
+        embedding_dim=retriever.embedding_dim,
+        hidden_states=retriever.origin,
+        assignments=assignments,
+        bank=bank.hash if bank else "",
+    )
 
 
 def check_folder(folder: Path) -> None:
