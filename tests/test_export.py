@@ -10,9 +10,10 @@ import torch
 from test_index import DIM, NAMES, add, compressed, paint
 
 from samer.config import InputError
-from samer.export.base import id_of
 from samer.export.run import export, facts_of, open_store, query_side, verify
 from samer.index import pictures as index_pictures
+from samer.index.columns import write_columns
+from samer.index.names import point_id
 from samer.index.pictures import delete_images
 from samer.index.read import Index
 
@@ -122,7 +123,27 @@ def test_deleted_and_changed_images_follow(kind, index, pictures, tmp_path, monk
     assert (done.images, done.written) == (10, 2)
     found = {name for name, _ in store.search(np.eye(DIM, dtype="float32")[:2], 50)}
     assert found == set(NAMES) - {"p1.png", "sub/a.png"}
+    write_columns(tmp_path / "own", "images", {"p2.png": {"language": "Català", "page": 3}})
+    done = export(Index(tmp_path / "own"), "images", store, cursor)
+    assert (done.images, done.written) == (10, 1)  # the shard whose image has other metadata now
+    told = metadata_in(store)
+    assert told.pop("p2.png") == {"language": "Català", "page": 3}
+    assert list(told.values()) == [{}] * 9
     store.close()
+
+
+def metadata_in(store):
+    """Metadata by id, as a store of ours holds it."""
+    if store.name == "qdrant":
+        points, _ = store._client.scroll("samer", limit=100)
+        return {point.payload["id"]: point.payload["metadata"] for point in points}
+    if store.name == "lancedb":
+        table = store._table.to_arrow()
+    else:
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(store.place)
+    return {name: json.loads(words) for name, words in zip(table["id"].to_pylist(), table["metadata"].to_pylist())}
 
 
 @pytest.mark.parametrize("kind", LOCAL)
@@ -163,7 +184,7 @@ def test_parquet_files_are_what_compress_reads(index, tmp_path):
 def test_qdrant_has_a_first_stage_and_ids_that_stay(index, tmp_path):
     store = store_at("qdrant", tmp_path, index, coarse=2)
     export(index, "images", store, tmp_path / "cursor.json")
-    (point,) = store._client.retrieve("samer", [id_of("p2.png")], with_vectors=True)
+    (point,) = store._client.retrieve("samer", [point_id("p2.png")], with_vectors=True)
     assert point.payload["id"] == "p2.png"
     assert point.payload["projector"] == index.manifest.projector
     assert np.array(point.vector["coarse"]).shape == (2, DIM)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from samer.config import InputError
-from samer.export.base import Facts, Point, id_of
+from samer.export.base import Facts, Point
 from samer.export.run import open_store
+from samer.index.names import point_id
 
 DIM = 8
 OPERATOR = """
@@ -190,7 +191,7 @@ def test_what_vespa_is_sent(server, capsys):
     store, points = open_store("vespa", server.url, "samer", facts(coarse=1)), drawn(9)
     check_database(store, points, points[4].vectors + 0.1)
     posted = next(each for each in server.requests if each[0] == "POST")
-    assert posted[1] == f"/document/v1/samer/samer/docid/{id_of(points[0].id)}"
+    assert posted[1] == f"/document/v1/samer/samer/docid/{point_id(points[0].id)}"
     fields = posted[2]["fields"]
     assert fields["vectors"] == {str(k): pytest.approx(row.tolist()) for k, row in enumerate(points[0].vectors)}
     assert list(fields["coarse"]) == ["0"]

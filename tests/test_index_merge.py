@@ -10,6 +10,7 @@ from samer.config import InputError, MergeConfig
 from samer.data import flickr
 from samer.data.records import plain_caption
 from samer.index import merge, parts, write
+from samer.index.columns import read_columns, write_columns
 from samer.index.pictures import delete_images
 from samer.index.read import Index
 from samer.index.verify import verify
@@ -79,14 +80,19 @@ def test_file_systems_without_links_and_runs_that_were_interrupted(world, retrie
         merge.merge_indexes(tmp_path / "all", sources)
 
 
-def test_what_was_deleted_stays_deleted(world, retriever, tmp_path):
+def test_what_was_deleted_stays_deleted_and_metadata_is_joined(world, retriever, tmp_path):
     sources = [built(tmp_path / f"{k}", world, retriever, ["val"], part=(k, 2)) for k in (1, 2)]
     names = [list(Index(source).numbers("val")) for source in sources]
+    for number, (source, own) in enumerate(zip(sources, names)):
+        write_columns(source, "val", {name: {"part": number} for name in own[:2]})
     delete_images(sources[1], "val", names[1][:1])
     merge.merge_indexes(tmp_path / "all", sources)
     assert list(Index(tmp_path / "all").numbers("val").items()) == [
         (name, row) for row, name in enumerate([*names[0], *names[1]]) if name != names[1][0]
     ]
+    told = {name: {"part": number} for number, own in enumerate(names) for name in own[:2]}
+    del told[names[1][0]]
+    assert read_columns(tmp_path / "all", "val") == told
 
 
 def test_splits_that_only_some_hold(world, retriever, tmp_path):

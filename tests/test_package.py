@@ -37,7 +37,10 @@ NAMES = (
     "compare",
     "report",
     "verify",
+    "compress",
+    "export",
     "tasks",
+    "scale",
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "assets").glob("*.md")), *sorted((ROOT / "assets/results").glob("*.md"))]

@@ -14,6 +14,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import torch
 from samer.config import InputError
 from samer.runtime import commands, progress, streams
 from samer.search import answers, queries
+from samer.search.open_index import Found
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("scripts/*.py") if path.name != "__init__.py")
@@ -587,12 +589,11 @@ class Small:
     """An index that finds two oddly named pictures."""
 
     root = Path("/pictures")
+    columns = MappingProxyType({})
 
     def search(self, text, top):
         names = [("a\nb\x1b[2J.jpg", 0.5), ("caf\udce9.jpg", 0.25)]
-        return type(
-            "Found", (), {"hits": names[:top], "states": ["gone", None][:top], "encode_ms": 1.0, "search_ms": 1.0}
-        )()
+        return Found(names[:top], ["gone", None][:top], None, 1.0, 1.0)
 
 
 def test_odd_names_keep_a_line_each_and_json_is_exact(capsys):

@@ -7,17 +7,17 @@ k vectors of an image, D embedding, M query tokens.
 from __future__ import annotations
 
 import json
-import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from samer.config import InputError
+from samer.index.names import point_id
 
-SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "samer:image")  # of the ids of stores that take uuids only
 BATCH_BYTES = 8_000_000  # of vectors in a request; Qdrant refuses 32 MB by default, Milvus 64 MB
 
 
@@ -54,7 +54,8 @@ class Facts:
 class Point:
     """An image: its id, file (empty: not known), rows and columns (0: not known), vectors (k, D) in the facts' dtype.
 
-    `coarse` holds the few vectors of a first stage, where they were asked for.
+    `coarse` holds the few vectors of a first stage, where they were asked for; `metadata` what `samer.index.columns`
+    says.
     """
 
     id: str
@@ -62,22 +63,23 @@ class Point:
     grid: tuple[int, int]
     vectors: np.ndarray
     coarse: np.ndarray | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def uuid(self) -> str:
         """The same for the same id, always."""
-        return id_of(self.id)
+        return point_id(self.id)
 
     def payload(self, facts: Facts) -> dict:
-        """What a store keeps beside the vectors."""
+        """What a store keeps beside the vectors; `metadata` as an object."""
         words = facts.words()
         kept = {"id": self.id, "path": self.path, "rows": self.grid[0], "columns": self.grid[1]}
-        return {**kept, "projector": words["projector"], "prompts": words["prompts"]}
+        made = {"projector": words["projector"], "prompts": words["prompts"]}
+        return {**kept, **made, "metadata": dict(self.metadata)}
 
-
-def id_of(name: str) -> str:
-    """The uuid of an image by its id."""
-    return str(uuid.uuid5(SPACE, name))
+    def texts(self, facts: Facts) -> dict:
+        """As `payload`, for stores without objects: `metadata` is JSON, as are the prompts."""
+        return {**self.payload(facts), "metadata": json.dumps(dict(self.metadata), ensure_ascii=False)}
 
 
 class Store(ABC):

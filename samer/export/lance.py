@@ -23,10 +23,13 @@ class Lance(Database):
         schema = self._schema()
         with telling(self.place):
             self._base = lancedb.connect(self.place)
-            self._table = self._base.create_table(self.collection, schema=schema, exist_ok=True)
-        if self._table.schema.field("vectors").type != schema.field("vectors").type:
+            try:
+                self._table = self._base.open_table(self.collection)
+            except ValueError:  # not there
+                self._table = self._base.create_table(self.collection, schema=schema)
+        if self._table.schema != schema:
             raise InputError(
-                f"{self.place}: table {self.collection!r} holds vectors of another size or dtype; "
+                f"{self.place}: table {self.collection!r} holds other columns, or vectors of another size or dtype; "
                 "name another --collection"
             )
 
@@ -34,7 +37,7 @@ class Lance(Database):
         import pyarrow as pa
 
         number = pa.float16() if self.facts.dtype == "float16" else pa.float32()
-        texts = [(name, pa.string()) for name in ("id", "path", "projector", "prompts")]
+        texts = [(name, pa.string()) for name in ("id", "path", "projector", "prompts", "metadata")]
         numbers = [("rows", pa.int32()), ("columns", pa.int32())]
         return pa.schema([*texts, *numbers, ("vectors", pa.list_(pa.list_(number, self.facts.dim)))])
 
@@ -42,7 +45,7 @@ class Lance(Database):
         import pyarrow as pa
 
         schema = self._schema()
-        payloads = [point.payload(self.facts) for point in batch]
+        payloads = [point.texts(self.facts) for point in batch]
         arrays = [pa.array([each[name] for each in payloads], schema.field(name).type) for name in schema.names[:-1]]
         flat = np.concatenate([point.vectors for point in batch]).reshape(-1)
         rows = pa.FixedSizeListArray.from_arrays(pa.array(flat), self.facts.dim)

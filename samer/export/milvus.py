@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from samer.config import InputError
-from samer.export.base import Database, Point, id_of, needs, telling
+from samer.export.base import Database, Point, needs, telling
+from samer.index.names import point_id
 
 MOST_VECTORS = 4096  # of an image; Milvus wants a bound
 FIELD, PART = "parts", "vector"
@@ -47,6 +48,7 @@ class Milvus(Database):
             schema.add_field(name, types.VARCHAR, max_length=4096)
         for name in ("rows", "columns"):
             schema.add_field(name, types.INT64)
+        schema.add_field("metadata", types.JSON)
         struct = self._client.create_struct_field_schema()
         struct.add_field(PART, self._kind(library), dim=self.facts.dim)
         schema.add_field(FIELD, types.ARRAY, element_type=types.STRUCT, struct_schema=struct, max_capacity=MOST_VECTORS)
@@ -75,11 +77,12 @@ class Milvus(Database):
 
     def delete(self, ids: list[str]) -> None:
         with telling(self.place):
-            self._client.delete(self.collection, ids=[id_of(name) for name in ids])
+            self._client.delete(self.collection, ids=[point_id(name) for name in ids])
 
     def search(self, query: np.ndarray, top: int) -> list[tuple[str, float]]:
-        library = needs("pymilvus", "pymilvus")
-        tokens = library.EmbeddingList()
+        from pymilvus.client.embedding_list import EmbeddingList
+
+        tokens = EmbeddingList()
         for token in query.astype(self.facts.dtype):
             tokens.add(token)
         asked = {"data": [tokens], "anns_field": f"{FIELD}[{PART}]", "limit": top, "output_fields": ["id"]}
@@ -89,7 +92,8 @@ class Milvus(Database):
 
     def query_code(self) -> str:
         return (
-            f"from pymilvus import EmbeddingList, MilvusClient\nclient = MilvusClient({self.place!r})\n"
+            "from pymilvus import MilvusClient\nfrom pymilvus.client.embedding_list import EmbeddingList\n"
+            f"client = MilvusClient({self.place!r})\n"
             f"tokens = EmbeddingList()\nfor token in query.astype({self.facts.dtype!r}):\n    tokens.add(token)\n"
             f"(found,) = client.search({self.collection!r}, data=[tokens], anns_field='{FIELD}[{PART}]', limit=10, "
             "output_fields=['id'])\n"

@@ -1,7 +1,7 @@
 """A folder of parquet files, one a shard of the index, that DuckDB, pandas, Spark and the like read.
 
-Columns: id, path (strings), rows, columns (int32), embedding (a list of lists of float16 or float32). The schema's
-metadata says what made the vectors. Memory: one batch.
+Columns: id, path (strings), rows, columns (int32), projector, prompts, metadata (strings; the last two JSON), embedding
+(a list of lists of float16 or float32). The schema's metadata says what made the vectors. Memory: one batch.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class Parquet(Store):
         import pyarrow as pa
 
         number = pa.float16() if self.facts.dtype == "float16" else pa.float32()
-        whole = [("id", pa.string()), ("path", pa.string()), ("rows", pa.int32()), ("columns", pa.int32())]
-        return pa.schema([*whole, ("embedding", pa.list_(pa.list_(number)))], metadata=self.facts.words())
+        texts = [(name, pa.string()) for name in ("id", "path", "projector", "prompts", "metadata")]
+        numbers = [("rows", pa.int32()), ("columns", pa.int32())]
+        return pa.schema([*texts, *numbers, ("embedding", pa.list_(pa.list_(number)))], metadata=self.facts.words())
 
     def _table(self, batch: list[Point], schema):
         import pyarrow as pa
@@ -60,13 +61,8 @@ class Parquet(Store):
         rows = np.arange(len(flat) + 1, dtype=np.int32) * self.facts.dim
         images = np.cumsum([0, *(len(point.vectors) for point in batch)], dtype=np.int32)
         inner = pa.ListArray.from_arrays(rows, pa.array(flat.reshape(-1)))
-        columns = [
-            [point.id for point in batch],
-            [point.path for point in batch],
-            [point.grid[0] for point in batch],
-            [point.grid[1] for point in batch],
-        ]
-        arrays = [pa.array(column, schema.field(number).type) for number, column in enumerate(columns)]
+        rows_of = [point.texts(self.facts) for point in batch]
+        arrays = [pa.array([row[name] for row in rows_of], schema.field(name).type) for name in schema.names[:-1]]
         return pa.Table.from_arrays([*arrays, pa.ListArray.from_arrays(images, inner)], schema=schema)
 
     def has_others(self, parts: set[str], live: set[str]) -> bool:

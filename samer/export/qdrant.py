@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from samer.config import InputError
-from samer.export.base import Database, Point, id_of, needs, telling
+from samer.export.base import Database, Point, needs, telling
+from samer.index.names import point_id
 
 
 class Qdrant(Database):
@@ -78,7 +79,7 @@ class Qdrant(Database):
                 return
 
     def delete(self, ids: list[str]) -> None:
-        points = self._models.PointIdsList(points=[id_of(name) for name in ids])
+        points = self._models.PointIdsList(points=[point_id(name) for name in ids])
         with telling(self.place):
             self._client.delete(self.collection, points, wait=True)
 

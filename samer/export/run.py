@@ -18,6 +18,7 @@ import torch
 from samer.config import InputError, MergeConfig
 from samer.export import STORES
 from samer.export.base import BATCH_BYTES, Facts, Point, Store
+from samer.index.columns import Columns, read_columns
 from samer.index.exact import ExactBlock, exact_blocks
 from samer.index.manifest import Shard
 from samer.index.read import Index
@@ -100,7 +101,11 @@ def export(index: Index, split: str, store: Store, cursor: str | Path) -> Export
     own = {"store": store.name, "place": store.place, "collection": store.collection, "split": split}
     own |= {"facts": asdict(store.facts)}
     done = _read_cursor(cursor, own)
-    states = {shard.file: _state(shard, held.deleted.get(shard.file, ())) for shard in held.images}
+    metadata = read_columns(index.folder, split)
+    states = {}
+    for shard, stamp, _ in index._named(split):
+        columns = {name: metadata[name] for name in stamp["ids"] if name in metadata}
+        states[shard.file] = _state(shard, held.deleted.get(shard.file, ()), columns)
     todo = [shard for shard in held.images if done.get(shard.file) != states[shard.file]]
     live = set(index.numbers(split))
     parts = {_part(split, each) for each in held.images if len(held.deleted.get(each.file, ())) < each.count}
@@ -112,7 +117,7 @@ def export(index: Index, split: str, store: Store, cursor: str | Path) -> Export
     for shard in Progress(todo, f"export {split} to {store.name}", unit="shards", leave=False):
         stop_here()
         if _part(split, shard) in parts:
-            store.write(_part(split, shard), _batches(index, split, shard, store.facts))
+            store.write(_part(split, shard), _batches(index, split, shard, store.facts, metadata))
         done[shard.file] = states[shard.file]
         write_json(cursor, {**own, "done": done})
     images = store.settle(parts, live)
@@ -129,9 +134,9 @@ def _part(split: str, shard: Shard) -> str:
     return f"{split}-{shard.file.partition('.')[0]}"
 
 
-def _state(shard: Shard, deleted: tuple[int, ...]) -> str:
-    """Changes with what a shard holds and with what is deleted of it."""
-    rows = json.dumps(sorted(deleted)).encode()
+def _state(shard: Shard, deleted: tuple[int, ...], columns: Columns) -> str:
+    """Changes with what a shard holds, with what is deleted of it, and with its images' metadata."""
+    rows = json.dumps([sorted(deleted), columns], sort_keys=True).encode()
     return f"{shard.sha256[:32]}-{hashlib.sha256(rows).hexdigest()[:16]}"
 
 
@@ -146,21 +151,21 @@ def _read_cursor(cursor: str | Path, own: dict) -> dict[str, str]:
     return done
 
 
-def _batches(index: Index, split: str, shard: Shard, facts: Facts) -> Iterator[list[Point]]:
+def _batches(index: Index, split: str, shard: Shard, facts: Facts, metadata: Columns) -> Iterator[list[Point]]:
     """The images of a shard as points, some `BATCH_BYTES` of vectors at a time."""
     size = shard.regions * facts.dim * np.dtype(facts.dtype).itemsize
     for block in exact_blocks(index, split, shard, max(1, BATCH_BYTES // size)):
-        yield list(_points(block, facts))
+        yield list(_points(block, facts, metadata))
 
 
-def _points(block: ExactBlock, facts: Facts) -> Iterator[Point]:
+def _points(block: ExactBlock, facts: Facts, metadata: Columns) -> Iterator[Point]:
     tokens = block.tokens.to(getattr(torch, facts.dtype)).numpy()  # numpy takes far longer to halve
     mask, grids = block.mask.numpy(), block.grids.tolist()
     coarse = _coarse(block, facts.coarse) if facts.coarse else None
     for row, name in enumerate(block.ids):
         path = str(Path(facts.root) / name) if facts.root else ""
         few = None if coarse is None else coarse[0][row][coarse[1][row]].astype(facts.dtype)
-        yield Point(name, path, tuple(grids[row]), tokens[row][mask[row]], few)
+        yield Point(name, path, tuple(grids[row]), tokens[row][mask[row]], few, metadata.get(name, {}))
 
 
 def _coarse(block: ExactBlock, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 from samer.config import InputError
 from samer.export.base import Database, Point, needs, telling
 
-COLUMNS = ("id", "path", "rows", "columns", "projector", "prompts", "vectors")
+COLUMNS = ("id", "path", "rows", "columns", "projector", "prompts", "metadata", "vectors")
 
 
 class VectorChord(Database):
@@ -32,7 +32,7 @@ class VectorChord(Database):
             self._base = psycopg.connect(self.place, autocommit=True, connect_timeout=30)
             self._base.execute(
                 f'create table if not exists "{self.collection}" (id text primary key, path text, rows int, '
-                f"columns int, projector text, prompts text, vectors {column})"
+                f"columns int, projector text, prompts text, metadata jsonb, vectors {column})"
             )
             held = self._base.execute(
                 "select format_type(atttypid, atttypmod) from pg_attribute where attrelid = %s::regclass and "
@@ -44,12 +44,12 @@ class VectorChord(Database):
 
     def put(self, batch: list[Point]) -> None:
         names, kept = ", ".join(COLUMNS), ", ".join(f"{name} = excluded.{name}" for name in COLUMNS[1:])
-        places = ", ".join(["%s"] * 6)
+        places = ", ".join(["%s"] * (len(COLUMNS) - 1))
         words = (
             f'insert into "{self.collection}" ({names}) values ({places}, %s::text[]::{self._type}) '
             f"on conflict (id) do update set {kept}"
         )
-        rows = [(*point.payload(self.facts).values(), as_texts(point.vectors)) for point in batch]
+        rows = [(*point.texts(self.facts).values(), as_texts(point.vectors)) for point in batch]
         with telling(self.place), self._base.transaction(), self._base.cursor() as cursor:
             cursor.executemany(words, rows)
 

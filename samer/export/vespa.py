@@ -11,8 +11,9 @@ from urllib.parse import quote
 import numpy as np
 
 from samer.config import InputError
-from samer.export.base import Database, Point, id_of
+from samer.export.base import Database, Point
 from samer.export.http import ask, check_url
+from samer.index.names import point_id
 
 SCHEMA = """schema {name} {{
     document {name} {{
@@ -22,6 +23,7 @@ SCHEMA = """schema {name} {{
         field columns type int {{ indexing: summary | attribute }}
         field projector type string {{ indexing: summary | attribute }}
         field prompts type string {{ indexing: summary | attribute }}
+        field metadata type string {{ indexing: summary | attribute }}
         field vectors type tensor<{cell}>(dt{{}}, x[{dim}]) {{ indexing: attribute }}
 {coarse_field}    }}
     rank-profile samer {{
@@ -65,7 +67,7 @@ class Vespa(Database):
 
     def put(self, batch: list[Point]) -> None:
         for point in batch:
-            fields = {**point.payload(self.facts), "vectors": _blocks(point.vectors)}
+            fields = {**point.texts(self.facts), "vectors": _blocks(point.vectors)}
             if point.coarse is not None:
                 fields["coarse"] = _blocks(point.coarse)
             ask("POST", f"{self._documents()}/{point.uuid}", {"fields": fields})
@@ -81,7 +83,7 @@ class Vespa(Database):
 
     def delete(self, ids: list[str]) -> None:
         for name in ids:
-            ask("DELETE", f"{self._documents()}/{id_of(name)}")
+            ask("DELETE", f"{self._documents()}/{point_id(name)}")
 
     def search(self, query: np.ndarray, top: int) -> list[tuple[str, float]]:
         found = ask("POST", f"{self._url}/search/", self._question(top) | {"input.query(q)": _blocks(query)})

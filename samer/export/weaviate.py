@@ -12,12 +12,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from samer.config import InputError
-from samer.export.base import Database, Point, id_of
+from samer.export.base import Database, Point
 from samer.export.http import ask, check_url
+from samer.index.names import point_id
 
 VECTOR = "samer"  # the name of the vector
 # id is Weaviate's own word
-PROPERTIES = {"image": "text", "path": "text", "rows": "int", "columns": "int", "projector": "text", "prompts": "text"}
+PROPERTIES = {
+    **dict.fromkeys(("image", "path", "projector", "prompts", "metadata"), "text"),
+    **dict.fromkeys(("rows", "columns"), "int"),
+}
 
 
 class Weaviate(Database):
@@ -52,7 +56,7 @@ class Weaviate(Database):
     def put(self, batch: list[Point]) -> None:
         objects = []
         for point in batch:
-            kept = point.payload(self.facts)
+            kept = point.texts(self.facts)
             properties = {"image": kept.pop("id"), **kept}
             vectors = {VECTOR: point.vectors.astype("float32").tolist()}
             one = {"class": self.collection, "id": point.uuid, "properties": properties, "vectors": vectors}
@@ -73,7 +77,7 @@ class Weaviate(Database):
 
     def delete(self, ids: list[str]) -> None:
         for name in ids:
-            ask("DELETE", f"{self._url}/v1/objects/{self.collection}/{id_of(name)}")
+            ask("DELETE", f"{self._url}/v1/objects/{self.collection}/{point_id(name)}")
 
     def search(self, query: np.ndarray, top: int) -> list[tuple[str, float]]:
         near = json.dumps(query.tolist())

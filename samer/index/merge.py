@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from samer.config import InputError
 from samer.index.banks import keep_bank
+from samer.index.columns import read_columns, write_columns
 from samer.index.manifest import (
     IndexManifest,
     IndexSummary,
@@ -64,6 +66,8 @@ def merge_indexes(folder: str | Path, sources: Sequence[str | Path]) -> list[Ind
     kept = _checked(first, sources)
     with only_writer(folder), stoppable():
         splits = {name: _joined(folder, name, sources) for name in kept}
+        for name in kept:
+            _join_columns(folder, name, sources)
         write_projector(folder / "projector.safetensors", first.projector())
         keep_bank(folder, first.bank())
         write_index_manifest(folder / "manifest.json", replace(first.manifest, splits=splits))
@@ -155,6 +159,16 @@ def _joined(folder: Path, split: str, sources: Sequence[str | Path]) -> Split:
             if rows := held.deleted.get(shard.file):
                 deleted[name] = rows
     return Split(tuple(images), _queries(folder / split, split, sources), root, deleted)
+
+
+def _join_columns(folder: Path, split: str, sources: Sequence[str | Path]) -> None:
+    """Joins the metadata of a split's images; a line of an image that its index doesn't hold any more is left out."""
+    columns: dict[str, Mapping[str, Any]] = {}
+    for index in _with_split(split, sources):
+        found = read_columns(index.folder, split)
+        for _, names in _live_names(split, [index.folder]) if found else ():
+            columns.update((name, found[name]) for name in names if name in found)
+    write_columns(folder, split, columns)
 
 
 def _place(source: Path, target: Path, checksum: str) -> None:

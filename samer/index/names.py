@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import unicodedata
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 from samer.config import InputError
 from samer.index.read import Index
+
+SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "samer:image")  # of the ids of stores that take uuids only
+
+
+def point_id(name: str) -> str:
+    """The uuid of an image by its id, the same always, for stores that take no other ids."""
+    return str(uuid.uuid5(SPACE, name))
 
 
 def picture_ids(folder: str | Path, split: str, words: Sequence[str]) -> list[str]:

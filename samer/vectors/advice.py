@@ -30,7 +30,8 @@ from samer.scoring import StoredImages, maxsim, pack_signs, quantise_images, sco
 from samer.tokens import QueryTokens
 from samer.vectors.merge import Grid, checked_rows, compressor_for, merge_rows, stored_bytes
 from samer.vectors.queries import Queries, held_out, own_queries, pseudo_queries, read_queries
-from samer.vectors.rows import Row, Store, check_ids
+from samer.vectors.rows import Row, check_ids
+from samer.vectors.stores import Store
 
 BUDGETS = (4, 8, 16, 32, 64, 128, 256)
 KEPT = 99.0  # percent

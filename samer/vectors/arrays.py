@@ -25,7 +25,8 @@ from samer.runtime.files import atomic_path, check_writable, trouble
 from samer.runtime.processes import print0
 from samer.runtime.shards import mapped
 from samer.vectors.parts import Parts
-from samer.vectors.rows import COORDS, EMBEDDING, GRID, ID, SCALE, FileStore, Plan, Row
+from samer.vectors.rows import COORDS, EMBEDDING, GRID, ID, SCALE, Row
+from samer.vectors.stores import FileStore, Plan
 from samer.vectors.tables import make_row
 
 NAMES = (EMBEDDING, "embeddings")

@@ -13,7 +13,8 @@ from samer.config import InputError
 from samer.data.pictures import one_line
 from samer.runtime.files import check_writable, exists
 from samer.vectors.parts import Parts
-from samer.vectors.rows import ID, Plan, Row, Store, split_table
+from samer.vectors.rows import ID, Row
+from samer.vectors.stores import Plan, Store, split_table
 from samer.vectors.tables import arrow, batch_of, columns_wanted, ids_of, rows_of, schema_of
 
 ROWS = 64

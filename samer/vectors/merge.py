@@ -26,7 +26,8 @@ from samer.runtime.signals import stop_here, stoppable
 from samer.scoring import pack_signs, quantise_images
 from samer.tokens import MergedTokens, VisualTokens, regions_of_patches
 from samer.vectors.parts import Parts, part_is_there, part_stamp, part_tensors, write_part
-from samer.vectors.rows import Plan, Row, Store, check_ids, check_vectors
+from samer.vectors.rows import Row, check_ids, check_vectors
+from samer.vectors.stores import Plan, Store
 
 TOGETHER = 32  # images merged at once
 PART_BYTES = 2**26  # of vectors read for a part: what a kill can cost, and what is held in memory
@@ -242,7 +243,7 @@ def compress_vectors(
     Args:
         source, target: made by `samer.vectors.places.store_of`.
         merge: the compressor, K and the other settings.
-        dtype: of what is written, one of `samer.vectors.rows.DTYPES`.
+        dtype: of what is written, one of `samer.vectors.stores.DTYPES`.
         grid: where vectors stand; None: as the rows say, and if they say nothing the place term is off.
         normalise: divide vectors by their lengths instead of refusing those that are not of unit length.
         queries: (T, D), for a compressor that learns from queries.

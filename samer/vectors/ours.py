@@ -38,7 +38,8 @@ from samer.runtime.shards import load_shard, write_shard
 from samer.runtime.signals import stop_here
 from samer.vectors.merge import renumbered
 from samer.vectors.parts import Parts
-from samer.vectors.rows import Plan, Row, Store, split_table
+from samer.vectors.rows import Row
+from samer.vectors.stores import Plan, Store, split_table
 
 
 class IndexStore(Store):

@@ -13,7 +13,8 @@ from samer.config import InputError
 from samer.data.parquet import opened_table
 from samer.runtime.files import atomic_path, check_writable, exists, is_dir, listing
 from samer.vectors.parts import Parts
-from samer.vectors.rows import ID, Plan, Row, Store
+from samer.vectors.rows import ID, Row
+from samer.vectors.stores import Plan, Store
 from samer.vectors.tables import arrow, batch_of, columns_wanted, ids_of, rows_of, schema_of
 
 ROWS = 64  # read at once: 34 MB of ColPali's vectors

@@ -9,7 +9,7 @@ from samer.vectors.lance import LanceStore
 from samer.vectors.ours import IndexStore
 from samer.vectors.parquet import ParquetStore
 from samer.vectors.points import QdrantStore
-from samer.vectors.rows import Store
+from samer.vectors.stores import Store
 
 STORES: tuple[type[Store], ...] = (
     QdrantStore,

@@ -7,7 +7,6 @@ payload, the point's own id its UUID of version 5.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +17,13 @@ import torch
 
 from samer.config import InputError
 from samer.data.pictures import one_line
+from samer.index.names import point_id
 from samer.runtime.files import check_writable, exists, read_json, write_json
 from samer.runtime.progress import Progress
 from samer.runtime.signals import stop_here
 from samer.vectors.parts import Parts
-from samer.vectors.rows import ID, OWN, Plan, Row, Store, plain_columns, split_table
+from samer.vectors.rows import ID, OWN, Row, plain_columns
+from samer.vectors.stores import Plan, Store, split_table
 from samer.vectors.tables import make_row
 
 PREFIX = "qdrant:"
@@ -30,12 +31,6 @@ COLLECTION = "embeddings"
 ROWS = 64
 REQUEST_BYTES = 8 * 2**20  # of an upsert as JSON: a fourth of what a server takes at most
 NUMBER_BYTES = 12  # of a float in JSON, about
-NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "samer")
-
-
-def point_id(name: str) -> str:
-    """The id of a point by that of its image: always the same one."""
-    return str(uuid.uuid5(NAMESPACE, name))
 
 
 class QdrantStore(Store):

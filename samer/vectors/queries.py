@@ -17,7 +17,8 @@ from samer.tokens import QueryTokens
 from samer.vectors.merge import id_seeds
 from samer.vectors.ours import IndexStore
 from samer.vectors.places import store_of
-from samer.vectors.rows import Row, Store, check_vectors
+from samer.vectors.rows import Row, check_vectors
+from samer.vectors.stores import Store
 
 RELEVANT = "relevant"
 PSEUDO_VECTORS = 32  # of an image that stands for a query
