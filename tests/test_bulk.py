@@ -42,8 +42,10 @@ def album(world, tmp_path_factory):
 @pytest.fixture
 def indexed(script, base):
     def make(images, folder, *words):
-        common = [f"model.name={base}", "merge.num_regions=6", "--batch-size", "3", "--threads", "1"]
-        return script("index").main(["--images", str(images), "--cache-dir", str(folder), *common, *words])
+        settings = [word for word in words if word.startswith("merge.")]  # all together, as argparse wants them
+        options = [word for word in words if word not in settings] + ["--batch-size", "3", "--threads", "1"]
+        common = [*options, f"model.name={base}", "merge.num_regions=6", *settings]
+        return script("index").main(["--images", str(images), "--cache-dir", str(folder), *common])
 
     return make
 
