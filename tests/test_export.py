@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,29 @@ from samer.index.names import point_id
 from samer.index.pictures import delete_images
 from samer.index.read import Index
 
+ROOT = Path(__file__).resolve().parents[1]
+# the command, whose process is killed when the second image of the second shard is to be written
+DYING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from samer.export import run
+from scripts import export
+
+run.BATCH_BYTES = 1
+batches, shards = run._batches, []
+
+
+def dying(*words):
+    shards.append(words)
+    for number, batch in enumerate(batches(*words)):
+        if len(shards) == 2 and number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+
+
+run._batches = dying
+export.main(sys.argv[1:])
+"""
 LOCAL = {"qdrant": "qdrant_client", "lancedb": "lancedb", "parquet": "duckdb"}
 
 
@@ -83,31 +108,23 @@ def test_small_dtypes_are_written_out_as_numbers(kind, dtype, pictures, tmp_path
 
 
 @pytest.mark.parametrize("kind", LOCAL)
-def test_a_killed_export_goes_on_and_writes_nothing_twice(kind, index, tmp_path, monkeypatch):
-    store, cursor = store_at(kind, tmp_path, index), tmp_path / "cursor.json"
-    calls, write = [], type(store).write
-
-    def dying(self, part, batches):
-        calls.append(part)
-        if len(calls) == 2:  # in the middle of a shard: its first image is written
-            write(self, part, [next(iter(batches))[:1]]) if kind != "parquet" else None
-            raise KeyboardInterrupt
-        write(self, part, batches)
-
-    monkeypatch.setattr(type(store), "write", dying)
-    with pytest.raises(KeyboardInterrupt):
-        export(index, "images", store, cursor)
-    store.close()
-    again = store_at(kind, tmp_path, index)
-    done = export(index, "images", again, cursor)
+def test_a_killed_export_goes_on_and_writes_nothing_twice(kind, index, tmp_path, command):
+    pytest.importorskip(LOCAL[kind])
+    script, cursor, place = tmp_path / "dying.py", tmp_path / "cursor.json", tmp_path / kind
+    script.write_text(DYING.format(root=str(ROOT)))
+    words = ["--cache-dir", index.folder, "--to", kind, "--place", place, "--cursor", cursor, "--dtype", "float32"]
+    killed = command(sys.executable, script, *words)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(json.loads(cursor.read_text())["done"]) == 1  # and one image of the second shard is there
+    store = store_at(kind, tmp_path, index)
+    done = export(index, "images", store, cursor)
     assert (done.images, done.written, done.kept) == (12, 2, 1)
-    assert len(calls) == 4
-    assert sorted(name for name, _ in again.search(np.eye(DIM, dtype="float32")[:2], 50)) == sorted(NAMES)
-    third = export(index, "images", again, cursor)
+    assert sorted(name for name, _ in store.search(np.eye(DIM, dtype="float32")[:2], 50)) == sorted(NAMES)
+    third = export(index, "images", store, cursor)
     assert (third.images, third.written, third.kept) == (12, 0, 3)
     cursor.unlink()
-    assert export(index, "images", again, cursor).images == 12  # all of it written once more, nothing twice
-    again.close()
+    assert export(index, "images", store, cursor).images == 12  # all of it written once more, nothing twice
+    store.close()
 
 
 @pytest.mark.parametrize("kind", LOCAL)
