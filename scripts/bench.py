@@ -4,6 +4,7 @@ python scripts/bench.py merge     the operator against its own products, a loop 
 python scripts/bench.py querybank merging in the space of queries, beside farthest and raster SaMer
 python scripts/bench.py maxsim    exact scoring against the bare product and other engines (the extra `peers`)
 python scripts/bench.py scale     one million images of 64 x 128 int8 on disk: time and memory of a search (8.2 GB)
+python scripts/bench.py export    the same million exported to parquet in float16: pace and memory (25 GB)
 python scripts/bench.py eval      5,000 captions against 1,000 images: scores, metrics, memory
 python scripts/bench.py cache     how much of building an index is spent outside the backbone
 python scripts/bench.py quality   what each stored dtype keeps: recall, overlap with float32, bytes
@@ -247,37 +248,53 @@ def peers(queries, images):
     return found
 
 
+def million(folder):
+    """An index of a million images of 64 x 128 int8 at `folder`, 8.3 GB of random numbers."""
+    import torch
+
+    from samer import MergeConfig
+    from samer.index.manifest import IndexManifest, Making, Shard, Split, stamp_of, write_index_manifest
+    from samer.retrievers.identity import ModelIdentity
+    from samer.runtime.shards import write_shard
+
+    count, per = 1_000_000, 8192
+    tokens = torch.randint(-127, 128, (per, 64, 128), dtype=torch.int8)
+    made = {"model": ModelIdentity("", "", "", ""), "projector": "none", "merge": MergeConfig()}
+    made |= {"dtype": "int8", "embedding_dim": 128}
+    shards = []
+    for start in range(0, count, per):
+        rows = min(per, count - start)
+        tensors = {"tokens": tokens[:rows].roll(start // per, 0), "mask": torch.ones(rows, 64, dtype=torch.bool)}
+        tensors |= {"scales": torch.full((rows,), 0.003), "grids": torch.zeros(rows, 2, dtype=torch.int32)}
+        stamp = {**stamp_of(Making(**made)), "ids": [f"{start + k:07d}" for k in range(rows)]}
+        facts = {"count": rows, "regions": 64, "bytes": rows * (64 * 129 + 4)}
+        path = folder / "images" / f"images-{start // per:05d}.safetensors"
+        shards.append(Shard(**write_shard(path, tensors, stamp, facts)))
+    write_index_manifest(folder / "manifest.json", IndexManifest(**made, splits={"images": Split(tuple(shards), ())}))
+    print(
+        f"1,000,000 images, {sum(f.stat().st_size for f in folder.glob('images/*')) / 1e9:.1f} GB on disk", flush=True
+    )
+
+
+def resident():
+    """Gigabytes of this process's own, and of mapped files, that are in memory."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(status[key].split()[0]) / 1e6 for key in ("RssAnon", "RssFile"))
+
+
 def scale(runs):
     """A search over one million images of 64 x 128 int8, mapped from disk; what is resident beside the page cache."""
     import torch
     import torch.nn.functional as F
 
-    from samer import InputError, MergeConfig, QueryTokens
-    from samer.index.manifest import IndexManifest, Making, Shard, Split, stamp_of, write_index_manifest
+    from samer import InputError, QueryTokens
     from samer.index.read import Index
-    from samer.retrievers.identity import ModelIdentity
-    from samer.runtime.shards import write_shard
 
     with tempfile.TemporaryDirectory(dir=".") as place:
-        folder, count, per = Path(place), 1_000_000, 8192
+        folder = Path(place)
         if shutil.disk_usage(folder).free < 9e9:
             raise InputError("the scale run needs 9 GB of disk here")
-        tokens = torch.randint(-127, 128, (per, 64, 128), dtype=torch.int8)
-        made = {"model": ModelIdentity("", "", "", ""), "projector": "none", "merge": MergeConfig()}
-        made |= {"dtype": "int8", "embedding_dim": 128}
-        shards = []
-        for start in range(0, count, per):
-            rows = min(per, count - start)
-            tensors = {"tokens": tokens[:rows].roll(start // per, 0), "mask": torch.ones(rows, 64, dtype=torch.bool)}
-            tensors |= {"scales": torch.full((rows,), 0.003), "grids": torch.zeros(rows, 2, dtype=torch.int32)}
-            stamp = {**stamp_of(Making(**made)), "ids": [f"{start + k:07d}" for k in range(rows)]}
-            facts = {"count": rows, "regions": 64, "bytes": rows * (64 * 129 + 4)}
-            path = folder / "images" / f"images-{start // per:05d}.safetensors"
-            shards.append(Shard(**write_shard(path, tensors, stamp, facts)))
-        write_index_manifest(
-            folder / "manifest.json", IndexManifest(**made, splits={"images": Split(tuple(shards), ())})
-        )
-        print(f"1,000,000 images, {sum(f.stat().st_size for f in folder.glob('images/*')) / 1e9:.1f} GB on disk")
+        million(folder)
         for queries in (1, 32):
             batch = F.normalize(torch.randn(queries, 32, 128), dim=-1)
             query = QueryTokens(batch, torch.ones(queries, 32, dtype=torch.bool))
@@ -286,10 +303,43 @@ def scale(runs):
                 started = time.perf_counter()
                 cache.search(query, "images", 10)
                 seconds.append(time.perf_counter() - started)
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            own, mapped = (int(status[key].split()[0]) / 1e6 for key in ("RssAnon", "RssFile"))
+            own, mapped = resident()
             words = f"first {seconds[0]:.2f} s, then {statistics.median(seconds[1:]):.2f} s"
             print(f"queries at once: {queries}; {words}; resident {own:.2f} GB, and {mapped:.1f} GB of mapped files")
+
+
+def exporting(runs):
+    """Exporting one million images of 64 x 128 to parquet in float16: pace, and the most memory of its own."""
+    import threading
+
+    from samer import InputError
+    from samer.export.run import export, facts_of, open_store
+    from samer.index.read import Index
+
+    with tempfile.TemporaryDirectory(dir=".") as place:
+        folder = Path(place)
+        if shutil.disk_usage(folder).free < 26e9:
+            raise InputError("the export run needs 26 GB of disk here")
+        million(folder)
+        index, most, ended = Index(folder), [], threading.Event()
+
+        def watch():
+            while not ended.wait(0.2):
+                most.append(resident()[0])
+
+        before = resident()[0]
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        started = time.perf_counter()
+        store = open_store("parquet", str(folder / "out"), "samer", facts_of(index, "images", "float16"))
+        done = export(index, "images", store, folder / "cursor.json")
+        seconds = time.perf_counter() - started
+        ended.set()
+        watcher.join()
+        written = sum(file.stat().st_size for file in (folder / "out").iterdir())
+        told = f"{written / 1e9:.1f} GB in {seconds:.0f} s: {written / 1e6 / seconds:.0f} MB/s"
+        memory = f"at most {max(most):.2f} GB of its own in memory ({before:.2f} GB before)"
+        print(f"{done.images:,} images to parquet, {told}; {memory}")
 
 
 def building(runs):
@@ -804,6 +854,7 @@ def main(argv=None):
         "querybank": queries,
         "maxsim": score,
         "scale": scale,
+        "export": exporting,
         "eval": evaluation,
         "cache": building,
         "quality": quality,
