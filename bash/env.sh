@@ -34,6 +34,8 @@ with open(repo + "pyproject.toml", "rb") as project:
     extras = tomllib.load(project)["project"]["optional-dependencies"]
 for line in [*lines, *(line for extra in sys.argv[2:] for line in extras[extra])]:
     need = Requirement(line)
+    if need.marker and not need.marker.evaluate():
+        continue
     try:
         have = version(need.name).split("+")[0]
     except PackageNotFoundError:
