@@ -541,4 +541,3 @@ def test_the_canary_is_heard():
         pickle.loads(pickle.dumps(Call(len, "abc")))
         os.system("true")
     assert {event for event, *_ in heard} == {"pickle.find_class", "os.system"}
-    save_file({}, "/dev/null")
