@@ -76,6 +76,8 @@ def scores_of(index, query):
         ("good=1", True, False),
         ("good=False", False, True),
         ("name=a=b", "a=b", True),
+        ("page==3", 3, True),
+        ("page==3|4", 5, False),
     ],
 )
 def test_conditions(condition, value, met):
@@ -179,6 +181,27 @@ def test_metadata_from_the_files_that_people_have(tmp_path):
     assert columns_in_file(tmp_path / "m.parquet") == {"7": {"doc_id": "a"}, "8": {"doc_id": None}}
 
 
+def test_names_that_look_like_numbers_stay_names_and_no_number_is_none(tmp_path):
+    """What Python's int and float take and a spreadsheet means as a name."""
+    (tmp_path / "m.csv").write_text("id,report,size\na,2020_01,1e3\nb,007,-0.5\nc,1_0.5,+2\n", encoding="utf-8")
+    assert columns_in_file(tmp_path / "m.csv") == {
+        "a": {"report": "2020_01", "size": 1000.0},
+        "b": {"report": "007", "size": -0.5},
+        "c": {"report": "1_0.5", "size": 2},
+    }
+    (tmp_path / "m.jsonl").write_text('{"id": "a", "size": NaN}\n', encoding="utf-8")
+    assert columns_in_file(tmp_path / "m.jsonl") == {"a": {"size": None}}
+
+
+def test_days_of_a_table_are_texts(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
+    import pyarrow.parquet as pq
+
+    when = pa.array([1_714_521_600_000_000_007, None], pa.timestamp("ns"))
+    pq.write_table(pa.table({"id": ["a", "b"], "when": when}), tmp_path / "m.parquet")
+    assert columns_in_file(tmp_path / "m.parquet") == {"a": {"when": "2024-05-01T00:00:00"}, "b": {"when": None}}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -190,6 +213,7 @@ def test_metadata_from_the_files_that_people_have(tmp_path):
         ("m.jsonl", '{"id": "a"}\n{', "line 2 is no JSON"),
         ("m.jsonl", "[1]", "line 1: no id"),
         ("m.jsonl", '{"id": "a", "tags": [1]}', "'tags' is no text"),
+        ("m.jsonl", '{"id": "a", "size": Infinity}', "'size' is no text"),
     ],
 )
 def test_files_that_hold_something_else(tmp_path, name, content, words):

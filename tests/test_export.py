@@ -12,6 +12,7 @@ import torch
 from test_index import DIM, NAMES, add, compressed, paint
 
 from samer.config import InputError
+from samer.export import run as export_run
 from samer.export.run import export, facts_of, open_store, query_side, verify
 from samer.index import pictures as index_pictures
 from samer.index.columns import write_columns
@@ -229,6 +230,34 @@ def test_the_query_side_runs(kind, index, tmp_path, capsys):
     exec(store.query_code(), {"query": query})
     assert best in capsys.readouterr().out
     compile(query_side(store, tmp_path), "query", "exec")
+
+
+def test_collections_of_one_folder_know_their_own_files(index, pictures, tmp_path):
+    add(tmp_path / "few", pictures, names=NAMES[:3], dtype="float32")
+    few = Index(tmp_path / "few")
+    export(few, "images", store_at("parquet", tmp_path, few, collection="samer_few"), tmp_path / "few.json")
+    for _ in range(2):  # the second time with a cursor, which lets it remove what is its own
+        export(index, "images", store_at("parquet", tmp_path, index), tmp_path / "cursor.json")
+    query = np.eye(DIM, dtype="float32")[:2]
+    assert len(store_at("parquet", tmp_path, index).search(query, 50)) == 12
+    assert len(store_at("parquet", tmp_path, few, collection="samer_few").search(query, 50)) == 3
+    for name in ("samer-few", "a/b", "*", ""):
+        with pytest.raises(InputError, match="use letters, digits and _"):
+            store_at("parquet", tmp_path, index, collection=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_request_to_qdrant_is_as_large_as_batches_are_said_to_be(dtype, index, tmp_path, monkeypatch):
+    limit = 2 * (index.manifest.merge.num_regions + 2) * DIM * 21  # two images'
+    monkeypatch.setattr(export_run, "BATCH_BYTES", limit)
+    store, sent = store_at("qdrant", tmp_path, index, dtype, coarse=2), []
+    monkeypatch.setattr(type(store), "put", lambda self, batch: sent.append(batch))
+    shard = index.manifest.splits["images"].images[0]
+    store.write("part", export_run._batches(index, "images", shard, store, {}))
+    assert list(map(len, sent)) == [2, 2]
+    numbers = [[point.vectors.tolist() + point.coarse.tolist() for point in batch] for batch in sent]
+    assert all(limit / 3 < len(json.dumps(each)) < limit * 1.1 for each in numbers)
+    store.close()
 
 
 def test_a_server_that_is_down_is_one_line(index):

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from samer.vectors.places import store_of
 
 pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 ROWS, COLUMNS, DIM = 4, 5, 16
@@ -195,7 +197,7 @@ def test_dtypes_as_they_are_stored(tmp_path, dtype, suffix):
     assert float((read - exact).abs().max()) < (1 / 127 if dtype == "int8" else 1e-3)
 
 
-def test_other_columns_are_carried_along(tmp_path):
+def test_other_columns_are_carried_along(tmp_path, capsys):
     page, part = list(range(9)), [None, *[k / 4 for k in range(8)]]
     columns = {"page": page, "lang": ["de"] * 8 + [None], "part": part, "shown": [True] * 9, "raw": [b"x"] * 9}
     write_table(tmp_path / "in.parquet", **columns)
@@ -205,6 +207,18 @@ def test_other_columns_are_carried_along(tmp_path):
     assert found.select(["page", "lang", "part", "shown"]).to_pydict() == {
         key: columns[key] for key in ("page", "lang", "part", "shown")
     }
+    assert "not carried along: raw;" in capsys.readouterr().out
+
+
+def test_dates_and_categories_are_carried_as_texts(tmp_path):
+    days = pa.array([datetime(2024, 5, 1 + k) for k in range(9)], pa.timestamp("ns")).cast(pa.int64())
+    when = pa.compute.add(days, 7).cast(pa.timestamp("ns"))  # nanoseconds, which Python's times don't have
+    lang = pa.array(["de", "en", None] * 3).dictionary_encode()
+    write_table(tmp_path / "in.parquet", when=when, day=when.cast(pa.date32(), safe=False), lang=lang)
+    compress(tmp_path / "in.parquet", tmp_path / "out.parquet")
+    found = pq.read_table(tmp_path / "out.parquet").select(["when", "day", "lang"]).to_pylist()
+    assert found[1] == {"when": "2024-05-02T00:00:00", "day": "2024-05-02", "lang": "en"}
+    assert found[2]["lang"] is None
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
@@ -273,6 +287,27 @@ def test_a_folder_of_parquet_files_is_one_place(tmp_path):
     write_table(tmp_path / "in" / "a.parquet", TOKENS[:5], IDS[:5])
     compress(tmp_path / "in", tmp_path / "out.parquet")
     assert pq.read_table(tmp_path / "out.parquet")["id"].to_pylist() == IDS
+
+
+def test_a_multivector_may_have_a_name(tmp_path):
+    qdrant = pytest.importorskip("qdrant_client", reason="needs qdrant-client")
+    models = qdrant.models
+    multi = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
+    config = {name: models.VectorParams(size=DIM, distance="Dot", multivector_config=multi) for name in ("all", "few")}
+    client = qdrant.QdrantClient(path=str(tmp_path / "q"))
+    for collection, names in (("one", ["all"]), ("two", ["all", "few"])):
+        client.create_collection(
+            collection, {**{name: config[name] for name in names}, "dense": models.VectorParams(size=2, distance="Dot")}
+        )
+        vectors = {name: TOKENS[0][: 6 if name == "few" else 9].tolist() for name in names}
+        client.upsert(collection, [models.PointStruct(id=1, vector={**vectors, "dense": [1.0, 0.0]})])
+    client.close()
+    for place, count in (("one", 9), ("two/few", 6), ("two/all", 9)):
+        (row,) = store_of(f"qdrant:{tmp_path}/q#{place}").rows()
+        torch.testing.assert_close(row.vectors, TOKENS[0][:count])
+    for place in ("two", "two/dense"):
+        told = refusal(lambda where: list(store_of(where).rows()), f"qdrant:{tmp_path}/q#{place}")
+        assert "it has all, few" in told
 
 
 def test_a_collection_of_another_size_is_refused_and_points_are_not_doubled(tmp_path):
@@ -451,6 +486,23 @@ def test_memory_is_a_part_not_the_file(tmp_path, monkeypatch):
     assert ahead == [2, 2, 2, 2, 1]
 
 
+def test_a_file_of_one_row_group_is_not_held_whole(tmp_path):
+    """pyarrow's own tables have row groups of a million rows."""
+    count, width = 2000, 64
+    rows = pa.array(np.eye(width, dtype="float32")[np.arange(count * 8) % width].tolist(), pa.list_(pa.float32()))
+    lists = pa.ListArray.from_arrays(np.arange(0, count * 8 + 1, 8, dtype="int32"), rows)
+    table = pa.table({"id": [str(k) for k in range(count)], "embedding": lists})
+    how = {"compression": "NONE", "use_dictionary": False, "data_page_size": 2**14}
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=count, **how)
+    size = (tmp_path / "in.parquet").stat().st_size
+    assert size > 4e6
+    del rows, lists, table
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in store_of(str(tmp_path / "in.parquet")).rows():
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < size / 2
+
+
 # --- indexes of ours --------------------------------------------------------------------------------------------------
 
 
@@ -483,6 +535,17 @@ def test_an_index_of_all_tokens_becomes_what_the_retriever_would_have_made(all_t
         assert torch.equal(mine.regions, theirs.regions)
         assert mine.grid == theirs.grid == (GRID, GRID)
     add(folder / "out", root, [*names], dtype=dtype, merge=merge, assignments=True)  # and it goes on
+
+
+def test_metadata_that_a_table_can_not_hold(all_tokens, capsys):
+    """A number of more than 64 bits is written as a text; columns named as a table's own are left out, and told."""
+    folder, _, _ = all_tokens
+    write_columns(folder / "all", "images", {"p1.png": {"page": 2**70, "grid": "x"}, "p2.png": {"page": 3}})
+    compress(folder / "all", folder / "out.parquet", grid=None)
+    assert "not carried along: grid;" in capsys.readouterr().out
+    found = pq.read_table(folder / "out.parquet")
+    assert found.column_names == ["id", "embedding", "page"]
+    assert found["page"].to_pylist() == [None, str(2**70), "3", *[None] * 4]
 
 
 def test_regions_name_the_vectors_that_are_there(all_tokens, monkeypatch):

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from samer.runtime.processes import print0
 REMEDY = "install it to read parquet: pip install pyarrow, or pip install 'samer[parquet]'"
 _NAME = re.compile(r"(?P<split>.+?)(-(?P<number>\d{5})-of-(?P<count>\d{5}))?\.parquet")
 _ROWS = 64  # read at once; pages of documents take about a megabyte each
+_BUFFER = 2**20
 _MAGIC = {
     b"\xff\xd8\xff": ".jpg",
     b"\x89PNG": ".png",
@@ -64,7 +66,8 @@ def opened_table(path: Path) -> Iterator[Any]:
         raise InputError(f"{path}: can't be read without pyarrow; {REMEDY}") from None
     try:
         with open(path, "rb") as handle:
-            yield pyarrow.parquet.ParquetFile(handle)
+            # else a row group's columns are taken up whole, and most files are one row group
+            yield pyarrow.parquet.ParquetFile(handle, buffer_size=_BUFFER, pre_buffer=False)
     except OSError as error:
         if error.errno is None:  # pyarrow's own, of what the file holds
             raise _damaged(path, error) from None
@@ -88,12 +91,36 @@ def columns_of(path: Path) -> list[str]:
 
 
 def plain_columns_of(path: Path) -> list[str]:
-    """The names of a file's columns of texts, numbers and truth values; raises as `columns_of`."""
+    """The names of a file's columns of texts, numbers, truth values and dates; raises as `columns_of`."""
     with opened_table(path) as file:
-        from pyarrow import types
+        return [each.name for each in file.schema_arrow if is_plain(each.type)]
 
-        kinds = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
-        return [each.name for each in file.schema_arrow if any(kind(each.type) for kind in kinds)]
+
+def is_plain(kind: Any) -> bool:
+    """Whether values of one of Arrow's types are texts, numbers, truth values or dates."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):  # pandas' categories
+        kind = kind.value_type
+    kinds = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return any(each(kind) for each in (*kinds, types.is_date, types.is_timestamp))
+
+
+def values_of(column: Any) -> list:
+    """The values of an Arrow column; of times what is finer than a microsecond goes, as Python's have none."""
+    import pyarrow
+
+    kind = column.type
+    if pyarrow.types.is_timestamp(kind) and kind.unit == "ns":
+        column = column.cast(pyarrow.timestamp("us", kind.tz), safe=False)
+    return column.to_pylist()
+
+
+def plain(value: Any) -> Any:
+    """A value of such a column; dates as ISO 8601 writes them, None for NaN."""
+    if isinstance(value, date):  # a time of a day, too
+        return value.isoformat()
+    return None if isinstance(value, float) and value != value else value
 
 
 def column_named(path: Path, names: Sequence[str]) -> str:
@@ -114,7 +141,7 @@ def table_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, tuple]
     number = 0
     with opened_table(path) as file:
         for batch in file.iter_batches(batch_size=4096, columns=list(dict.fromkeys(columns))):
-            values = {name: batch.column(name).to_pylist() for name in columns}
+            values = {name: values_of(batch.column(name)) for name in columns}
             for row in zip(*(values[name] for name in columns)):
                 yield number, row
                 number += 1

@@ -19,6 +19,7 @@ from samer.config import InputError
 from samer.index.names import point_id
 
 BATCH_BYTES = 8_000_000  # of vectors in a request; Qdrant refuses 32 MB by default, Milvus 64 MB
+JSON_BYTES = 21  # of a number in JSON, at most about
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,17 @@ class Store(ABC):
 
     name = ""
     has_coarse = False  # whether it has a first stage that coarse vectors serve
+    in_json = False  # whether vectors go to it as JSON, which makes numbers many times longer
 
     def __init__(self, place: str, collection: str, facts: Facts) -> None:
         if facts.coarse and not self.has_coarse:
             raise InputError(f"{self.name} has no first stage for coarse vectors; leave --coarse out")
         self.place, self.collection, self.facts = place, collection, facts
+
+    @property
+    def number_bytes(self) -> int:
+        """What a number takes on the way to it."""
+        return JSON_BYTES if self.in_json else np.dtype(self.facts.dtype).itemsize
 
     @abstractmethod
     def open(self) -> None:

@@ -6,6 +6,7 @@ Columns: id, path (strings), rows, columns (int32), projector, prompts, metadata
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,6 +24,8 @@ class Parquet(Store):
 
     def open(self) -> None:
         needs("pyarrow", "pyarrow")
+        if not re.fullmatch(r"\w+", self.collection):  # with - it could begin as another's files do
+            raise InputError(f"--collection {self.collection!r} begins no files' names; use letters, digits and _")
         for part in self._files():
             held = _schema_words(part)
             if held.get("projector") != self.facts.projector or held.get("dtype") != self.facts.dtype:

@@ -20,6 +20,7 @@ class Qdrant(Database):
 
     name = "qdrant"
     has_coarse = True
+    in_json = True
 
     def open(self) -> None:
         client = needs("qdrant_client", "qdrant-client")

@@ -117,7 +117,7 @@ def export(index: Index, split: str, store: Store, cursor: str | Path) -> Export
     for shard in Progress(todo, f"export {split} to {store.name}", unit="shards", leave=False):
         stop_here()
         if _part(split, shard) in parts:
-            store.write(_part(split, shard), _batches(index, split, shard, store.facts, metadata))
+            store.write(_part(split, shard), _batches(index, split, shard, store, metadata))
         done[shard.file] = states[shard.file]
         write_json(cursor, {**own, "done": done})
     images = store.settle(parts, live)
@@ -151,11 +151,11 @@ def _read_cursor(cursor: str | Path, own: dict) -> dict[str, str]:
     return done
 
 
-def _batches(index: Index, split: str, shard: Shard, facts: Facts, metadata: Columns) -> Iterator[list[Point]]:
-    """The images of a shard as points, some `BATCH_BYTES` of vectors at a time."""
-    size = shard.regions * facts.dim * np.dtype(facts.dtype).itemsize
+def _batches(index: Index, split: str, shard: Shard, store: Store, metadata: Columns) -> Iterator[list[Point]]:
+    """The images of a shard as points, some `BATCH_BYTES` of vectors, as the store is sent them, at a time."""
+    size = (shard.regions + store.facts.coarse) * store.facts.dim * store.number_bytes
     for block in exact_blocks(index, split, shard, max(1, BATCH_BYTES // size)):
-        yield list(_points(block, facts, metadata))
+        yield list(_points(block, store.facts, metadata))
 
 
 def _points(block: ExactBlock, facts: Facts, metadata: Columns) -> Iterator[Point]:

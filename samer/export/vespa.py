@@ -40,6 +40,7 @@ class Vespa(Database):
 
     name = "vespa"
     has_coarse = True
+    in_json = True
 
     def open(self) -> None:
         self._url = check_url(self.place)

@@ -28,6 +28,7 @@ class Weaviate(Database):
     """`place` is the server's URL; the collection is the class, with a capital."""
 
     name = "weaviate"
+    in_json = True
 
     def open(self) -> None:
         self._url = check_url(self.place)

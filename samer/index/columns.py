@@ -14,11 +14,13 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from samer.config import InputError
+from samer.data import parquet
 from samer.index.manifest import read_index_manifest
 from samer.runtime.files import DiskError, atomic_path, is_file, opened, trouble
 from samer.runtime.shards import load_header
@@ -27,6 +29,7 @@ FILE = "metadata.jsonl"
 FORMAT, FORMAT_VERSION = "samer_metadata", 1
 IDS = ("id", "_id", "corpus-id", "corpus_id")  # what the column is called; the last three in sets of documents
 PLAIN = (str, int, float, bool, type(None))
+_NUMBER = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 Columns = Mapping[str, Mapping[str, Any]]  # columns by name, by id
 
 
@@ -101,11 +104,15 @@ def columns_in_file(file: str | Path) -> dict[str, dict[str, Any]]:
             raise InputError(f"{where}: no id; each row names its image so, as the index does")
         if str(name) in found:
             raise InputError(f"{where}: the id {str(name)[:80]!r} came before; join the rows")
-        bad = next((key for key, value in row.items() if not isinstance(value, PLAIN)), None)
+        found[str(name)] = {key: parquet.plain(value) for key, value in row.items()}
+        bad = next((key for key, value in found[str(name)].items() if not _keeps(value)), None)
         if bad is not None:
             raise InputError(f"{where}: {bad[:40]!r} is no text, number or truth value; take it out")
-        found[str(name)] = row
     return found
+
+
+def _keeps(value: Any) -> bool:
+    return isinstance(value, PLAIN) and value not in (float("inf"), float("-inf"))
 
 
 def _text(path: Path) -> str:
@@ -135,21 +142,16 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def as_number(text: str) -> int | float | str | None:
-    """A number where a text is one, None where it is empty, else the text."""
-    if not text:
-        return None
-    for kind in (int, float):
-        try:
-            found = kind(text)
-        except ValueError:
-            continue
-        return found if found == found and abs(found) != float("inf") else text
-    return text
+    """A number where a text is one, None where it is empty, else the text; 007 and 2020_01 are names, no numbers."""
+    if not _NUMBER.fullmatch(text):
+        return text or None
+    found = float(text)
+    if abs(found) == float("inf"):
+        return text
+    return int(text) if text.lstrip("+-").isdecimal() else found
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    from samer.data import parquet
-
     names = parquet.plain_columns_of(path)
     for number, row in parquet.table_rows(path, names):
         yield f"{path}: row {number}", dict(zip(names, row))

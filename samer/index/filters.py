@@ -21,7 +21,7 @@ from samer.config import InputError
 from samer.index.columns import as_number
 from samer.scoring import StoredImages
 
-_FORM = re.compile(r"\s*([^=!<>]+?)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+_FORM = re.compile(r"\s*([^=!<>]+?)\s*(<=|>=|!=|==?|<|>)\s*(.*?)\s*", re.DOTALL)
 _ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _TRUTH = {"true": True, "false": False}
 
@@ -71,7 +71,7 @@ def parse_condition(text: str) -> Condition:
     match = _FORM.fullmatch(text)
     if not match:
         raise InputError(f"{text[:80]!r} is no condition; write a column, =, !=, <, <=, > or >=, and a value: page>=2")
-    return Condition(match[1], match[2], tuple(each.strip() for each in match[3].split("|")))
+    return Condition(match[1], match[2].replace("==", "="), tuple(each.strip() for each in match[3].split("|")))
 
 
 def rows_that_meet(

@@ -15,7 +15,7 @@ from samer.runtime.files import check_writable, exists
 from samer.vectors.parts import Parts
 from samer.vectors.rows import ID, Row
 from samer.vectors.stores import Plan, Store, split_table
-from samer.vectors.tables import arrow, batch_of, columns_wanted, ids_of, rows_of, schema_of
+from samer.vectors.tables import arrow, batch_of, columns_left_out, columns_wanted, ids_of, rows_of, schema_of
 
 ROWS = 64
 TABLE = "embeddings"
@@ -65,9 +65,8 @@ class DuckStore(Store):
     def _batches(self, ids_only: bool) -> Iterator[tuple[Any, int]]:
         with self._opened() as connection:
             held = connection.sql(f"SELECT * FROM {self._name} LIMIT 0").to_arrow_table().schema
-            names = [ID] if ids_only else columns_wanted(self.place, held)
-            if ids_only:
-                columns_wanted(self.place, held)
+            wanted, self.left_out = columns_wanted(self.place, held), columns_left_out(held)
+            names = [ID] if ids_only else wanted
             query = f"SELECT {', '.join(map(quoted, names))} FROM {self._name}"
             first = 0
             for batch in connection.sql(query).to_arrow_reader(4096 if ids_only else ROWS):

@@ -15,7 +15,7 @@ from samer.runtime.files import check_writable, exists
 from samer.vectors.parts import Parts
 from samer.vectors.rows import EMBEDDING, ID, Row
 from samer.vectors.stores import Plan, Store
-from samer.vectors.tables import arrow, batch_of, columns_wanted, ids_of, rows_of, schema_of
+from samer.vectors.tables import arrow, batch_of, columns_left_out, columns_wanted, ids_of, rows_of, schema_of
 
 ROWS = 64
 
@@ -53,7 +53,7 @@ class LanceStore(Store):
 
     def _batches(self, ids_only: bool) -> Iterator[tuple[Any, int]]:
         table = self._table()
-        names = columns_wanted(self.place, table.schema)
+        names, self.left_out = columns_wanted(self.place, table.schema), columns_left_out(table.schema)
         query = table.search().select([ID] if ids_only else names)
         first = 0
         for batch in query.to_batches(4096 if ids_only else ROWS):

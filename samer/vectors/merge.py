@@ -26,7 +26,7 @@ from samer.runtime.signals import stop_here, stoppable
 from samer.scoring import pack_signs, quantise_images
 from samer.tokens import MergedTokens, VisualTokens, regions_of_patches
 from samer.vectors.parts import Parts, part_is_there, part_stamp, part_tensors, write_part
-from samer.vectors.rows import Row, check_ids, check_vectors
+from samer.vectors.rows import OWN, Row, check_ids, check_vectors
 from samer.vectors.stores import Plan, Store
 
 TOGETHER = 32  # images merged at once
@@ -258,6 +258,11 @@ def compress_vectors(
     target.check_target(plan)
     ids = list(source.ids())
     check_ids(source.place, ids)
+    if source.left_out:
+        print0(
+            f"note: not carried along: {', '.join(source.left_out)}; only columns of texts, numbers, truth values and "
+            f"dates are, by names other than {', '.join(OWN)}"
+        )
     folder = parts_folder(target.place)
     with only_writer(folder), stoppable():
         settings = {**settings_used(merge), "dtype": dtype, "source": source.place}

@@ -38,7 +38,7 @@ from samer.runtime.shards import load_shard, write_shard
 from samer.runtime.signals import stop_here
 from samer.vectors.merge import renumbered
 from samer.vectors.parts import Parts
-from samer.vectors.rows import Row
+from samer.vectors.rows import OWN, Row
 from samer.vectors.stores import Plan, Store, split_table
 
 
@@ -80,6 +80,8 @@ class IndexStore(Store):
         return held[0]
 
     def ids(self) -> Iterator[str]:
+        named = {name for own in read_columns(self.folder, self.split).values() for name in own}
+        self.left_out = tuple(sorted(named & set(OWN)))
         yield from self.index.numbers(self.split)
 
     def rows(self) -> Iterator[Row]:
@@ -92,7 +94,8 @@ class IndexStore(Store):
                 if stored.regions is not None and stored.grid is not None:
                     source = renumbered(stored.regions, stored.mask)
                 grid = None if source is None else stored.grid
-                yield Row(name, stored.tokens[stored.mask], grid, None, source, columns.get(name, {}))
+                own = {key: value for key, value in columns.get(name, {}).items() if key not in OWN}
+                yield Row(name, stored.tokens[stored.mask], grid, None, source, own)
 
     def check_target(self, plan: Plan) -> None:
         super().check_target(plan)

@@ -1,6 +1,6 @@
 """Embeddings in parquet files: `X.parquet`, or a folder of such files, which are read in the order of their names.
 
-Memory to read: a row group, as pyarrow takes it up whole; what is written here has one a part, some 64 MB of input.
+Memory to read: 64 rows, however long the file's row groups are; what is written has a group a part.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from samer.runtime.files import atomic_path, check_writable, exists, is_dir, lis
 from samer.vectors.parts import Parts
 from samer.vectors.rows import ID, Row
 from samer.vectors.stores import Plan, Store
-from samer.vectors.tables import arrow, batch_of, columns_wanted, ids_of, rows_of, schema_of
+from samer.vectors.tables import arrow, batch_of, columns_left_out, columns_wanted, ids_of, rows_of, schema_of
 
 ROWS = 64  # read at once: 34 MB of ColPali's vectors
 
@@ -37,6 +37,7 @@ class ParquetStore(Store):
         for path in _files(self.place):
             with opened_table(path) as file:
                 names = columns_wanted(str(path), file.schema_arrow)
+                self.left_out = columns_left_out(file.schema_arrow)
                 first = 0
                 for batch in file.iter_batches(4096 if ids_only else ROWS, columns=[ID] if ids_only else names):
                     yield str(path), batch, first

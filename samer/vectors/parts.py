@@ -81,6 +81,12 @@ class Parts:
         return rows
 
 
+def _kind(value: Any) -> str:
+    if type(value) is int and not -(2**63) <= value < 2**63:  # databases have no such numbers
+        return "text"
+    return "" if value is None else KINDS[type(value)]
+
+
 def _common(first: str, second: str) -> str:
     """The kind that holds values of both; "" is that of a column without any."""
     if first == second or not second:
@@ -126,8 +132,7 @@ def write_part(path: Path, stamp: dict, rows: Sequence[Row], tensors: dict[str, 
     kinds: dict[str, str] = {}
     for row in rows:
         for name, value in row.columns.items():
-            kind = "" if value is None else KINDS[type(value)]
-            kinds[name] = _common(kinds.get(name, kind), kind)
+            kinds[name] = _common(kinds.get(name, ""), _kind(value))
     facts = {"count": len(rows), "vectors": int(tensors["lengths"].sum())}
     write_shard(path, tensors, stamp, {**facts, "columns": kinds, "rows": [dict(row.columns) for row in rows]})
 

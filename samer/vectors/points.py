@@ -1,8 +1,8 @@
 """Embeddings in a Qdrant collection: `qdrant:http://HOST:6333#COLLECTION`, or `qdrant:FOLDER#COLLECTION` for its local
 mode. Needs qdrant-client.
 
-Vectors are the collection's unnamed multivector, compared by MaxSim of cosines; the id of an image is `id` in a point's
-payload, the point's own id its UUID of version 5.
+Read is the collection's only multivector, or the one that `#COLLECTION/NAME` names; written is an unnamed one, compared
+by MaxSim of cosines. The id of an image is `id` in a point's payload, the point's own id its UUID of version 5.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ NUMBER_BYTES = 12  # of a float in JSON, about
 class QdrantStore(Store):
     """A collection."""
 
-    form = "qdrant:http://HOST:6333#COLLECTION or qdrant:FOLDER#COLLECTION"
+    form = "qdrant:http://HOST:6333#COLLECTION[/VECTOR] or qdrant:FOLDER#COLLECTION[/VECTOR]"
     dtypes = ("float32", "float16")  # its uint8 is not our int8, and its quantisation is its own affair
 
     def __init__(self, place: str) -> None:
         super().__init__(place)
-        self.server, self.collection = split_table(place.removeprefix(PREFIX), COLLECTION)
+        self.server, named = split_table(place.removeprefix(PREFIX), COLLECTION)
+        self.collection, _, self.vector = named.partition("/")  # Qdrant has no such sign in names
 
     @classmethod
     def takes(cls, place: str) -> bool:
@@ -96,19 +97,29 @@ class QdrantStore(Store):
         """In the order of the points' ids."""
         for number, point in enumerate(self._scroll(ids_only=False)):
             where = f"{self.place}: point {point.id} ({number})"
-            if not isinstance(point.vector, list):
-                names = ", ".join(point.vector or {}) or "none"
-                raise InputError(
-                    f"{where}: no unnamed multivector (it has {names}); write one collection without names"
-                )
-            values = np.asarray(point.vector, dtype=np.float32)
+            values = np.asarray(self._multivector(where, point.vector), dtype=np.float32)
             payload = dict(point.payload or {})
             own = {name: payload[name] for name in OWN if name in payload and name != "scale"}
             rest = {ID: str(point.id), **plain_columns(payload), **own}
             yield make_row(where, torch.from_numpy(values), rest)
 
+    def _multivector(self, where: str, held: Any) -> list[list[float]]:
+        """A point's vectors, one of several by name."""
+        found = {"": held} if isinstance(held, list) else dict(held or {})
+        multi = {name: value for name, value in found.items() if isinstance(value, list) and isinstance(value[0], list)}
+        if self.vector or len(multi) != 1:
+            if self.vector not in multi:
+                names = ", ".join(multi) or "none"
+                raise InputError(
+                    f"{where}: which multivector is meant (it has {names})? name one as #{self.collection}/NAME"
+                )
+            return multi[self.vector]
+        return next(iter(multi.values()))
+
     def check_target(self, plan: Plan) -> None:
         super().check_target(plan)
+        if self.vector:
+            raise InputError(f"{self.place}: an unnamed multivector is written; leave /{self.vector} out")
         if self._local:
             check_writable(Path(self.server) / "trial")
             if not exists(self.server):  # a client would make it

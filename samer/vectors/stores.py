@@ -30,11 +30,13 @@ class Store:
         form: how such a place is written, for people.
         dtypes: what can be written there.
         stores_itself: whether it is given float32, whatever it is to hold, and makes its dtype of that.
+        left_out: columns that are not carried along, known when its ids have been read.
     """
 
     form = ""
     dtypes: tuple[str, ...] = DTYPES
     stores_itself = False
+    left_out: tuple[str, ...] = ()
 
     def __init__(self, place: str) -> None:
         self.place = place

@@ -1,7 +1,8 @@
 """Rows in Arrow's tables, which parquet files, DuckDB and LanceDB all speak. Needs pyarrow.
 
 Columns: `id` (text or whole numbers), `embedding` (a list of lists of numbers, all of one length), and where they are
-there `scale` (of int8), `grid` ([rows, columns]), `coords` (a list of [x, y], one a vector). All others are metadata.
+there `scale` (of int8), `grid` ([rows, columns]), `coords` (a list of [x, y], one a vector). Others of texts, numbers,
+truth values and dates (as texts) are metadata.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from samer.config import InputError
+from samer.data.parquet import is_plain, plain, values_of
 from samer.vectors.parts import Parts
 from samer.vectors.rows import COORDS, EMBEDDING, GRID, ID, OWN, SCALE, Merged, Row, pair, places_of
 
@@ -59,18 +61,20 @@ def columns_wanted(place: str, schema: Any) -> list[str]:
         raise InputError(f"{place}: column embedding is of {outer}; expected a list of lists of floating numbers")
     if number == arrow(place).int8() and SCALE not in schema.names:
         raise InputError(f"{place}: int8 vectors without a column {SCALE!r}, by which they are multiplied; add it")
-    plain = [f.name for f in schema if f.name not in OWN and _is_plain(types, f.type)]
-    return [*(name for name in OWN if name in schema.names), *plain]
+    return [*(name for name in OWN if name in schema.names), *(f.name for f in schema if _carried(f))]
+
+
+def _carried(field: Any) -> bool:
+    return field.name not in OWN and is_plain(field.type)
+
+
+def columns_left_out(schema: Any) -> tuple[str, ...]:
+    """The columns that are not read, of an Arrow schema: lists, bytes and the like."""
+    return tuple(field.name for field in schema if field.name not in OWN and not _carried(field))
 
 
 def _is_list(types: Any, kind: Any) -> bool:
     return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-
-
-def _is_plain(types: Any, kind: Any) -> bool:
-    """Whether a column's values are texts, numbers or truth values."""
-    text = types.is_string(kind) or types.is_large_string(kind)
-    return text or types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
 
 
 def rows_of(place: str, batch: Any, first: int) -> Iterator[Row]:
@@ -94,7 +98,7 @@ def rows_of(place: str, batch: Any, first: int) -> Iterator[Row]:
         raise InputError(f"{place}: row {first + row} has a number that is null; take it out")
     flat = numbers.to_numpy(zero_copy_only=False)
     skipped = (EMBEDDING,) if flat.dtype == np.int8 else (EMBEDDING, SCALE)  # a scale is of int8 only
-    others = {name: batch.column(name).to_pylist() for name in batch.schema.names if name not in skipped}
+    others = {name: values_of(batch.column(name)) for name in batch.schema.names if name not in skipped}
     ends = np.cumsum(lengths)
     for number, (start, end) in enumerate(zip(ends - lengths, ends)):
         where = f"{place}: row {first + number}"
@@ -119,7 +123,7 @@ def make_row(where: str, values: torch.Tensor, rest: dict[str, Any]) -> Row:
     scale = rest.get(SCALE)
     if scale is not None:
         values = values * float(scale)
-    columns = {key: value for key, value in rest.items() if key not in OWN}
+    columns = {key: plain(value) for key, value in rest.items() if key not in OWN}
     places = places_of(where, rest.get(COORDS), len(values))
     return Row(str(name), values, pair(where, GRID, rest.get(GRID)), places, None, columns)
 
