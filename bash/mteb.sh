@@ -7,7 +7,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
 [ -n "${DATA_ROOT:-}${TASKS:-}" ] || { echo "error: neither DATA_ROOT nor TASKS is set; give a data set's folder: DATA_ROOT=DIR bash bash/mteb.sh" >&2; exit 2; }
-prepare
+prepare mteb
 words "${TASKS:-}"
 tasks=(${WORDS[@]+"${WORDS[@]}"})
 words "${SPLITS:-test}"

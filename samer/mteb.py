@@ -36,7 +36,7 @@ from samer.retrievers.banks import Bank
 from samer.retrievers.base import image_seeds
 from samer.retrievers.family import RefusedPicture
 from samer.retrievers.hf import Retriever
-from samer.runtime.files import write_json
+from samer.runtime.files import about, is_file, read_json, write_json
 from samer.runtime.hub import is_hub_id
 from samer.runtime.progress import batched
 from samer.tokens import QueryTokens
@@ -50,6 +50,7 @@ try:
 except ImportError as error:
     raise ImportError(f"samer.mteb needs mteb 2.26 or newer: pip install samer[mteb] ({error})") from None
 
+_SCORES = ("ndcg", "map", "recall", "precision", "mrr", "hit_rate")
 QUERIES_AT_ONCE = 256  # searched in one pass over the index
 
 
@@ -170,10 +171,11 @@ class SamerSearch:
         budget = str(self.merge.num_regions).replace("/", "_of_")
         own = "" if self.merge.compressor == "none" else f"-k{budget}"
         base = Path(self.retriever.name).name
+        bank = {"bank": self.bank.hash[:12]} if self.bank else {}
         return ModelMeta.create_empty(
             overwrites={
                 "name": f"samer/{base}-{self.merge.compressor}{own}-{self.dtype}",
-                "revision": self.retriever.current_projector().hash[:12],
+                "revision": _weights(self.retriever),
                 "adapted_from": self.retriever.name if is_hub_id(self.retriever.name) else None,
                 "embed_dim": self.retriever.embedding_dim,
                 "n_parameters": sum(weight.numel() for weight in self.retriever.model.parameters()),
@@ -182,7 +184,7 @@ class SamerSearch:
                 "model_type": ["late-interaction"],
                 "framework": ["PyTorch", "Transformers"],
                 "use_instructions": False,
-                "experiment_kwargs": {**settings_written(self.merge), "dtype": self.dtype},
+                "experiment_kwargs": {**settings_written(self.merge), "dtype": self.dtype, **bank},
             }
         )
 
@@ -261,6 +263,11 @@ def _joined(parts: Sequence[QueryTokens]) -> QueryTokens:
     return QueryTokens(tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])
 
 
+def _weights(retriever: Retriever) -> str:
+    """What tells a model with its projector from others of its name."""
+    return hashlib.sha256((retriever.identity.weights + retriever.current_projector().hash).encode()).hexdigest()[:12]
+
+
 def _plain(name: str) -> str:
     """A name that is one folder's everywhere."""
     return re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_"
@@ -303,14 +310,22 @@ class LocalTask(AbsTaskRetrieval):
             limit_images: the first so many.
 
         Raises:
-            InputError: bad data, or a split without captions.
+            InputError: bad data, a split without captions, or a score that is none of MTEB's.
         """
+        kind, _, depth = main_score.rpartition("_at_")
+        depths = [str(k) for k in AbsTaskRetrieval.k_values]
+        if kind not in _SCORES or depth not in depths:
+            raise InputError(
+                f"main score {main_score!r}: give {', '.join(_SCORES)} with _at_ and {', '.join(depths)}, as ndcg_at_10"
+            )
         rows = make_reader(reader, root).load_split(root, split, boxes=False, limit_images=limit_images)
         texts, relevant = _queries(rows)
         if not texts:
             raise InputError(f"{root}: none of {len(rows):,} images of {split} has a caption, so nothing can be asked")
         pictures = {row.image_id: str(row.image_path) for row in rows}
-        said = repr((list(pictures), texts, relevant)).encode()
+        found = map(about, pictures.values())
+        sizes = [each and each.st_size for each in found]  # a picture that was replaced seldom has its size
+        said = repr((list(pictures), sizes, texts, relevant)).encode()
         self.metadata = TaskMetadata(
             name=_plain(name or f"{Path(root).resolve().name}-{split}"),
             description=f"Text to image retrieval, {split} of a local data set.",
@@ -362,30 +377,50 @@ class _Beside:
 
 
 def evaluate(search: SamerSearch, tasks: Sequence[AbsTaskRetrieval], folder: str | Path) -> list[dict[str, Any]]:
-    """Runs tasks as `mteb.evaluate` does, with what was measured among each task's scores; results there are kept.
+    """Runs tasks as `mteb.evaluate` does, with what was measured among each task's scores.
+
+    Results that are there of the same model, settings and data are kept.
 
     Args:
         search: the model.
         tasks: MTEB's own, or `LocalTask`s.
-        folder: for MTEB's result files, and `results.json` with the rows.
+        folder: for MTEB's result files, and `results.json`, which gathers the rows of all runs.
 
     Returns:
-        A row per task, split and subset: `task`, `split`, `subset`, `main_score` (its name), `score`, `ndcg_at_5`,
-        `ndcg_at_10`, `recall_at_1`, and what `SamerSearch.measured` holds.
+        A row per task, split and subset: `model`, `task`, `split`, `subset`, `main_score` (its name), `score`,
+        `ndcg_at_5`, `ndcg_at_10`, `recall_at_1`, and what `SamerSearch.measured` holds.
+
+    Raises:
+        InputError: a task that is none of retrieval; as `SamerSearch.index` and `SamerSearch.search`.
     """
     folder, rows = Path(folder), []
-    cache = mteb.ResultCache(folder)
+    cache, meta = mteb.ResultCache(folder), search.mteb_model_meta
     for task in tasks:
         if not isinstance(task, AbsTaskRetrieval):
             raise InputError(f"{task.metadata.name} is no retrieval task; SaMer searches pictures by texts")
-        task.task_specific_scores = _Beside(task, search)
+        held = cache.load_task_result(task.metadata.name, meta)
+        fresh = held is None or held.dataset_revision == task.metadata.revision  # MTEB does not compare
         more = {"encode_kwargs": {"batch_size": search.batch_size}, "co2_tracker": False, "show_progress_bar": False}
-        result = mteb.evaluate(search, task, cache=cache, **more)
+        more["overwrite_strategy"] = "only-missing" if fresh else "always"
+        task.task_specific_scores = _Beside(task, search)
+        try:
+            result = mteb.evaluate(search, task, cache=cache, **more)
+        finally:
+            del task.task_specific_scores
         for done in result.task_results:
             for split, subsets in done.scores.items():
-                rows += [_row(done.task_name, split, task.metadata.main_score, scores) for scores in subsets]
-    write_json(folder / "results.json", {"model": search.mteb_model_meta.name, "rows": rows})
+                own = [_row(done.task_name, split, task.metadata.main_score, scores) for scores in subsets]
+                rows += [{"model": meta.name, **row} for row in own]
+        _gather(folder / "results.json", rows)  # what is finished stands there whatever becomes of the next
     return rows
+
+
+def _gather(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Puts rows among those that are in a file, in place of those of the same model, task, split and subset."""
+    name = lambda row: tuple(row.get(key) for key in ("model", "task", "split", "subset"))
+    new = set(map(name, rows))
+    old = read_json(path).get("rows", []) if is_file(path) else []
+    write_json(path, {"rows": [*(row for row in old if name(row) not in new), *rows]})
 
 
 def named_tasks(names: Sequence[str]) -> list[AbsTaskRetrieval]:

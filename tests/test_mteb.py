@@ -12,6 +12,8 @@ from samer import InputError, MergeConfig
 from samer.compressors import make_compressor
 from samer.data import make_reader
 from samer.data.pictures import load_image
+from samer.retrievers.banks import query_states
+from samer.retrievers.base import Projector
 from samer.scoring import maxsim
 
 datasets = pytest.importorskip("datasets", reason="needs mteb")
@@ -176,7 +178,37 @@ def test_a_folder_of_vidore_keeps_its_grades(tmp_path):
     assert held["corpus"][3]["image"].size == page(3).size
     assert task.metadata.main_score == "ndcg_at_5"
     other = beir_form(tmp_path / "other", "v3", range(5), queries, [*qrels[:-1], (1, 4, 1, [])])
-    assert ours.LocalTask(other, "test").metadata.revision != task.metadata.revision  # results are kept apart
+    assert ours.LocalTask(other, "test").metadata.revision != task.metadata.revision
+    assert ours.LocalTask(root, "test", main_score="ndcg_at_5").metadata.revision == task.metadata.revision
+
+
+def test_results_of_other_data_are_not_taken_for_those_of_this(tmp_path, retriever):
+    queries, grades = [(0, "two dogs", "english"), (1, "red", "english")], [(0, 1, 1, []), (1, 2, 1, [])]
+    root = beir_form(tmp_path / "one/docs", "v2", range(6), queries, grades)
+    other = beir_form(tmp_path / "two/docs", "v2", range(9), queries, [(0, 7, 1, []), (1, 5, 1, [])])
+    rows = {}
+    for name, place, most in (("whole", root, None), ("some", root, 4), ("other", other, None), ("again", root, None)):
+        task = ours.LocalTask(place, "test", limit_images=most)
+        assert task.metadata.name == "docs-test"
+        (rows[name],) = ours.evaluate(search_in(tmp_path / "i", retriever), [task], tmp_path / "r")
+    assert [row["pages"] for row in rows.values()] == [6, 4, 9, 6]
+    assert rows["again"]["score"] == rows["whole"]["score"]
+    picture = sorted((root / "pages").rglob("*.jpg"))[0]
+    page(200).save(picture)  # of another size
+    before = task.metadata.revision
+    assert ours.LocalTask(root, "test").metadata.revision != before
+
+
+def test_one_task_at_several_budgets_and_the_rows_of_all_runs(tmp_path, world, retriever):
+    task = ours.LocalTask(world, "val")
+    for k in (3, 5, 3):  # the last finds its results, and has measured nothing
+        search = ours.SamerSearch(retriever, MergeConfig(num_regions=k), tmp_path / str(k), dtype="float32")
+        (row,) = ours.evaluate(search, [task], tmp_path / "r")
+        assert row["vectors_per_page"] == k
+    (row,) = ours.evaluate(ours.SamerSearch(retriever, MERGE, tmp_path / "b", dtype="int8"), [task], tmp_path / "r")
+    held = json.loads((tmp_path / "r/results.json").read_text())["rows"]
+    assert [each["model"].partition("samer-")[2] for each in held] == ["k5-float32", "k3-float32", "k5-int8"]
+    assert held[-1] == row
 
 
 def test_metadata_tells_budgets_apart(tmp_path, retriever):
@@ -187,6 +219,14 @@ def test_metadata_tells_budgets_apart(tmp_path, retriever):
     assert (one.embed_dim, one.similarity_fn_name.value, one.modalities) == (16, "MaxSim", ["image", "text"])
     whole = ours.SamerSearch(retriever, MergeConfig(compressor="none"), tmp_path).mteb_model_meta
     assert whole.name == "samer/retriever-none-bfloat16"
+    bank = MergeConfig(compressor="querybank", num_regions=5)
+    projector = retriever.current_projector()
+    own = [query_states(retriever, [text], 40, "a test").bank(projector) for text in ("two dogs", "a red car")]
+    names = [ours.SamerSearch(retriever, bank, tmp_path, bank=each).mteb_model_meta.experiment_name for each in own]
+    assert names[0] != names[1]
+    revision = one.revision
+    retriever.use_projector(Projector(-projector.weight, projector.bias))
+    assert ours.SamerSearch(retriever, MERGE, tmp_path).mteb_model_meta.revision != revision
 
 
 def test_bad_corpora_are_refused_by_name(tmp_path, retriever):
@@ -219,6 +259,9 @@ def test_bad_tasks_are_refused_by_name(tmp_path, world, retriever):
     with pytest.raises(InputError, match="STS12 is no retrieval task"):
         ours.evaluate(search_in(tmp_path, retriever), [other], tmp_path / "r")
     root = beir_form(tmp_path / "vidore", "v2", range(3), [(0, "two", "english")], [(0, 1, 1, [])])
+    for score in ("ndcg5", "ndcg_at_7", "recall", "_at_5"):
+        with pytest.raises(InputError, match=f"main score '{score}': give ndcg, .* as ndcg_at_10"):
+            ours.LocalTask(root, "test", main_score=score)
     with pytest.raises(InputError, match="nothing can be asked"):
         ours.LocalTask(root, "test", limit_images=1)
 

@@ -35,7 +35,7 @@ from samer.retrievers.base import Encoder, Projector
 from samer.retrievers.projectors import read_projector
 from samer.runtime.files import DiskError, is_file, lookup
 from samer.runtime.progress import batched
-from samer.runtime.shards import joined, load_shard, unreadable, verify_shard
+from samer.runtime.shards import joined, load_shard, rows_of, unreadable, verify_shard
 from samer.scoring import StoredImages, maxsim, score_stored, search
 from samer.tokens import QueryTokens
 
@@ -461,7 +461,9 @@ class Index:
         if self.manifest.dtype != "binary":
             return search(queries, shards, top)
         found = search(queries, shards, max(100, CANDIDATES * top))
-        numbers = self.numbers(split)
+        numbers, held = self.numbers(split), self._split(split).images
+        tokens = [self._map(split, shard, exact=True)[0]["tokens"] for shard in held]
+        masks = [self._map(split, shard)[0]["mask"] for shard in held]
         result = []
         for number, candidates in enumerate(found):
             query = queries.tokens[number][queries.mask[number]][None]
@@ -469,11 +471,9 @@ class Index:
             if not names:  # every image was deleted
                 result.append([])
                 continue
-            stored = [self.vectors(split, numbers[name]) for name in names]
-            pad = torch.nn.utils.rnn.pad_sequence
-            mask = pad([each.mask for each in stored], batch_first=True).to(device)
-            tokens = pad([each.tokens for each in stored], batch_first=True).to(device)
-            exact = maxsim(query, tokens, None, mask)[0].tolist()
+            rows = torch.tensor([numbers[name] for name in names])
+            vectors, mask = (rows_of(parts, rows).to(device) for parts in (tokens, masks))
+            exact = maxsim(query, vectors.float(), None, mask)[0].tolist()
             result.append(sorted(zip(names, exact), key=lambda pair: (-pair[1], pair[0]))[:top])
         return result
 

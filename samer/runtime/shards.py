@@ -205,3 +205,13 @@ def joined(parts: Sequence[Tensor], fill: int = 0) -> Tensor:
     width = max(part.shape[1] for part in parts)
     room = [(0, 0) * (part.dim() - 2) + (0, width - part.shape[1]) for part in parts]
     return torch.cat([torch.nn.functional.pad(part, sides, value=fill) for part, sides in zip(parts, room)])
+
+
+def rows_of(parts: Sequence[Tensor], numbers: Tensor) -> Tensor:
+    """Rows (n, K, ...) by their numbers, (n,) long, counted over all batches and in any order; others are not read."""
+    ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+    which = torch.bucketize(numbers, ends, right=True)
+    order = which.argsort(stable=True)
+    places = numbers - ends[which] + torch.tensor([len(part) for part in parts])[which]
+    found = [parts[k][places[order][which[order] == k]] for k in which.unique().tolist()]
+    return joined(found)[order.argsort()]
