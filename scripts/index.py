@@ -72,7 +72,7 @@ def main(argv=None):
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
     jobs = bool(options.images or options.sync), bool(options.delete), options.compact, bool(options.merge_indexes)
-    if sum(jobs) > 1 or not (any(jobs) or options.metadata):
+    if sum(jobs) > 1 or not (any(jobs) or options.metadata) or not options.cache_dir:
         told = "--images FOLDER, --sync, --delete PICTURE ..., --compact, --merge-indexes INDEX ..., or --metadata FILE"
         parser.error(f"give --cache-dir INDEX and either {told}")
     if stray := [word for word in options.overrides if "=" not in word]:

@@ -173,16 +173,15 @@ class Database(Store):
         """Removes images by id."""
 
 
-def needs(module: str, package: str) -> object:
-    """An optional library.
+@contextmanager
+def needing(package: str):
+    """Around the import of an optional library.
 
     Raises:
         InputError: it is not installed; says what to install.
     """
-    import importlib
-
     try:
-        return importlib.import_module(module)
+        yield
     except ImportError:
         raise InputError(f"{package} is not installed; pip install {package}, or the extra samer[export]") from None
 

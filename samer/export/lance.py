@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from samer.config import InputError
-from samer.export.base import Database, Point, needs, telling
+from samer.export.base import Database, Point, needing, telling
 
 
 class Lance(Database):
@@ -19,7 +19,8 @@ class Lance(Database):
     name = "lancedb"
 
     def open(self) -> None:
-        lancedb = needs("lancedb", "lancedb")
+        with needing("lancedb"):
+            import lancedb
         schema = self._schema()
         with telling(self.place):
             self._base = lancedb.connect(self.place)

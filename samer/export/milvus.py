@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from samer.config import InputError
-from samer.export.base import Database, Point, needs, telling
+from samer.export.base import Database, Point, needing, telling
 from samer.index.names import point_id
 
 MOST_VECTORS = 4096  # of an image; Milvus wants a bound
@@ -23,7 +23,8 @@ class Milvus(Database):
     name = "milvus"
 
     def open(self) -> None:
-        library = needs("pymilvus", "pymilvus")
+        with needing("pymilvus"):
+            import pymilvus as library
         with telling(self.place):
             self._client = library.MilvusClient(self.place)
             if not self._client.has_collection(self.collection):

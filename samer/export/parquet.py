@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from samer.config import InputError
-from samer.export.base import Point, Store, needs
+from samer.export.base import Point, Store, needing
 from samer.runtime.files import atomic_path, listing
 
 
@@ -23,7 +23,8 @@ class Parquet(Store):
     name = "parquet"
 
     def open(self) -> None:
-        needs("pyarrow", "pyarrow")
+        with needing("pyarrow"):
+            import pyarrow  # noqa: F401
         if not re.fullmatch(r"\w+", self.collection):  # with - it could begin as another's files do
             raise InputError(f"--collection {self.collection!r} begins no files' names; use letters, digits and _")
         for part in self._files():
@@ -84,7 +85,9 @@ class Parquet(Store):
 
     def search(self, query: np.ndarray, top: int) -> list[tuple[str, float]]:
         sql = self._sql(top)
-        rows = needs("duckdb", "duckdb").execute(sql, [query.tolist(), str(self._file("*"))]).fetchall()
+        with needing("duckdb"):
+            import duckdb
+        rows = duckdb.execute(sql, [query.tolist(), str(self._file("*"))]).fetchall()
         return [(name, score) for name, score in rows]
 
     def _sql(self, top: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from samer.config import InputError
-from samer.export.base import Database, Point, needs, telling
+from samer.export.base import Database, Point, needing, telling
 from samer.index.names import point_id
 
 
@@ -23,8 +23,9 @@ class Qdrant(Database):
     in_json = True
 
     def open(self) -> None:
-        client = needs("qdrant_client", "qdrant-client")
-        from qdrant_client import models
+        with needing("qdrant-client"):
+            import qdrant_client as client
+            from qdrant_client import models
 
         remote = self.place.startswith(("http://", "https://"))
         self._models = models

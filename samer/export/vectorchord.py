@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from samer.config import InputError
-from samer.export.base import Database, Point, needs, telling
+from samer.export.base import Database, Point, needing, telling
 
 COLUMNS = ("id", "path", "rows", "columns", "projector", "prompts", "metadata", "vectors")
 
@@ -23,7 +23,8 @@ class VectorChord(Database):
     name = "vectorchord"
 
     def open(self) -> None:
-        psycopg = needs("psycopg", "psycopg[binary]")
+        with needing("psycopg[binary]"):
+            import psycopg
         if not re.fullmatch(r"[A-Za-z_]\w{0,62}", self.collection, re.ASCII):
             raise InputError(f"--collection {self.collection!r} is no table's name; use letters, digits and _")
         kind = "halfvec" if self.facts.dtype == "float16" else "vector"

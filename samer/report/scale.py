@@ -15,6 +15,7 @@ from samer.index.manifest import Making, stamp_of
 from samer.index.tensors import Part, image_tensors
 from samer.index.write import IMAGES_PER_SHARD, write_image_shard
 from samer.retrievers.identity import ModelIdentity
+from samer.runtime.files import listing
 
 TOKENS, WIDTH, PATCHES = 1030, 128, 1024  # of ColPali
 STORED = ("float16", "int8", "binary")
@@ -78,7 +79,7 @@ def shard_bytes(dtype: str, regions: int, assignments: bool = True, count: int =
     stamp = {**stamp_of(making), "ids": [f"{k:09d}" for k in range(count)], "texts": [], "contents": ["0" * 32] * count}
     with tempfile.TemporaryDirectory() as folder:
         write_image_shard(Path(folder, "images-00000.safetensors"), tensors, half, stamp)
-        return sum(path.stat().st_size for path in Path(folder).iterdir()) / count
+        return sum(path.stat().st_size for path in listing(folder)) / count
 
 
 def scan_bytes(dtype: str, regions: int) -> int:

@@ -23,7 +23,7 @@ from samer.retrievers.colpali import ColPali
 from samer.retrievers.colqwen2 import ColQwen2
 from samer.retrievers.hf import Retriever
 from samer.retrievers.modernvbert import ColModernVBert
-from samer.runtime.files import exists, listing, trouble, write_json
+from samer.runtime.files import exists, is_file, listing, trouble, write_json
 from samer.st.families import INNER, family_of, transformer_of
 from samer.st.pooling import SamerPooling
 
@@ -118,7 +118,7 @@ def save(folder: str | Path, retriever: Retriever, merge: MergeConfig | None = N
             f"{type(family).__name__} has no pipeline of stock modules; there is one of "
             f"{', '.join(kind.__name__ for kind in INNER.values())}"
         )
-    if exists(folder) and (folder.is_file() or listing(folder)):
+    if exists(folder) and (is_file(folder) or listing(folder)):
         raise InputError(f"{folder} is there already; name a folder to make")
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:

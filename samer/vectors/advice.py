@@ -24,7 +24,6 @@ from samer.metrics import bootstrap_intervals, graded_metrics, query_metrics
 from samer.report.cells import budget_words, markdown_table
 from samer.report.plots import COLOURS, MARKERS, plot
 from samer.runtime.files import atomic_path, write_json
-from samer.runtime.processes import print0
 from samer.runtime.progress import Progress
 from samer.scoring import StoredImages, maxsim, pack_signs, quantise_images, score_stored
 from samer.tokens import QueryTokens
@@ -168,19 +167,20 @@ def _sample(
         out = held_out(spread)
         return [name for name in spread if name not in out], None, out
     if asked.relevant is None:
-        step = -(-len(asked.tokens) // MOST_QUERIES)
-        return spread, replace(asked, tokens=asked.tokens[::step]), frozenset()
+        some = asked.tokens[:: -(-len(asked.tokens) // MOST_QUERIES)]
+        words = asked.words if len(some) == len(asked.tokens) else f"{len(some):,} of {asked.words}"
+        return spread, replace(asked, tokens=some, words=words), frozenset()
     known = frozenset(ids)
     right = [number for number, names in enumerate(asked.relevant) if names & known]
     if not right:
         raise InputError(f"{place}: no query names a relevant image that is here; correct the column relevant")
     most = MOST_QUERIES if size == len(ids) else min(MOST_QUERIES, size)  # what answers them is looked at, too
     right = right[:: -(-len(right) // most)]
-    if len(right) < len(asked.tokens):
-        print0(f"note: {len(right):,} of {len(asked.tokens):,} queries are asked")
+    words = asked.words if len(right) == len(asked.tokens) else f"{len(right):,} of {asked.words}"
     tokens, relevant = [asked.tokens[k] for k in right], [asked.relevant[k] & known for k in right]
     chosen = set().union(spread, *relevant)
-    return [name for name in ids if name in chosen], replace(asked, tokens=tokens, relevant=relevant), frozenset()
+    asked = replace(asked, tokens=tokens, relevant=relevant, words=words)
+    return [name for name in ids if name in chosen], asked, frozenset()
 
 
 def _in_batches(rows: Iterator[Row]) -> Iterator[list[Row]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from samer.compressors import Compressor, make_compressor, settings_used
 from samer.config import InputError, MergeConfig
 from samer.coords import visual_coords
-from samer.runtime.files import only_writer
+from samer.runtime.files import listing, only_writer
 from samer.runtime.processes import print0
 from samer.runtime.progress import Progress
 from samer.runtime.shards import tensors_checksum
@@ -278,8 +278,9 @@ def compress_vectors(
             raise InputError(f"{source.place}: changed while it was read; run the same command again")
         parts = Parts(run.files, run.dtype, run.width)
         target.write(parts)
-        for stray in folder.glob("part-*"):
-            stray.unlink()
+        for stray in listing(folder):
+            if stray.name.startswith("part-"):
+                stray.unlink()
         (folder / "sent.json").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     size = stored_bytes(parts.vectors, parts.count, run.width, dtype) / parts.count

@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Spoiled
-from safetensors.torch import save_file
 from stores import MERGE, Drawn, make_cache, make_projectors, questions, small_data
 from transformers.utils import logging as transformers_logging
 
