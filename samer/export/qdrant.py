@@ -99,7 +99,8 @@ class Qdrant(Database):
             f"client = QdrantClient({where})\n"
             f"found = client.query_points({self.collection!r}, {coarse}query=query.tolist(), using='vectors', "
             "limit=10)\n"
-            "print([(point.payload['id'], point.score / len(query)) for point in found.points])"
+            "print([(point.payload['id'], point.score / len(query)) for point in found.points])\n"
+            "client.close()"
         )
 
     def close(self) -> None:
