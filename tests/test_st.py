@@ -208,6 +208,10 @@ def test_a_document_of_words_merges_by_direction(folders):
         found = model.encode_document([TEXTS[1], TEXTS[0]])
     assert [len(row) for row in found] == [4, 4]
     assert [len(row) for row in model.encode_query(TEXTS[:2])] != [4, 4]  # queries stay whole
+    pictures_only = sentence_transformers.MultiVectorEncoder(folders("colqwen2"), device="cpu")
+    st.attach(pictures_only, st.SamerPooling(4))
+    with pytest.raises(InputError, match=r"document 0 of the batch has no vector: .* pictures alone"):
+        pictures_only.encode_document(TEXTS)
 
 
 def test_our_h_pool_and_theirs_are_different_things():

@@ -340,7 +340,11 @@ def index_source(
     source = find_source(place, PICTURES_PER_SHARD)
     jobs = share_of(source.jobs, part)
     if not jobs:
-        raise InputError(f"{place}: part {part[0]}/{part[1]} is empty; {len(source.jobs):,} jobs allow as many parts")
+        size = f"{PICTURES_PER_SHARD} pictures" if source.kind == "pictures" else f"a {source.kind} file"
+        raise InputError(
+            f"{place}: part {part[0]}/{part[1]} is empty; parts are cut at {size}, which gives at most "
+            f"{len(source.jobs):,} here"
+        )
     if source.kind == "parquet":
         check_unique(lambda: ((job.place, table_names(job)) for job in jobs))
     task = replace(task, kind=source.kind)

@@ -93,12 +93,18 @@ class SamerPooling(BaseTokenPooling):
         """Pools a batch; adds `samer_assignments` (B, N), `samer_source` (B, P) and `samer_grid` (B, 2), all long.
 
         Raises:
-            InputError: where tokens stand is not known: no model, and no `grid`.
+            InputError: where tokens stand is not known: no model, and no `grid`; a document without a vector.
         """
         tokens = features["token_embeddings"]
         if not self.applies_to(task) or not len(tokens):
             return features
         mask = features["attention_mask"].bool()
+        if not mask.any(1).all():
+            number = int(mask.any(1).logical_not().nonzero()[0])
+            raise InputError(
+                f"document {number} of the batch has no vector: this model keeps those of pictures alone, and there is "
+                "none in it; encode pictures by themselves"
+            )
         if self._family is None or "pixel_values" not in features:  # a text has no places
             if self._family is None and self.grid is None:
                 raise InputError(
