@@ -213,7 +213,8 @@ GPU), and pictures that come over a network want that as well.
 - **A SLURM job array**:
   `IMAGES=PLACE CACHE_DIR=INDEX sbatch --array=0-99 --gpus=1 --wrap='bash bash/index.sh'`: each task makes the index of
   its part, and `python scripts/index.py --cache-dir ALL --merge-indexes INDEX/part-*` joins them, by links where the
-  disk has them. Nobody waits for anybody, and a task that failed is run again alone.
+  disk has them. Nobody waits for anybody, and a task that failed is run again alone. Parts are cut at 256 pictures of a
+  folder, or at a file.
 - **Machines that wait for each other** (data sets with captions, feature stores, training):
   `srun --ntasks-per-node=1 bash bash/cache.sh`, or `NNODES`, `NODE_RANK`, `MASTER_ADDR` by hand.
 
