@@ -10,7 +10,8 @@ ones removed. A file in the index's folder (--cursor) notes what is done, so tha
 --verify N, N queries are asked of the store and of our exact search: the overlap of the best 10, and the largest
 difference of a score. Vectors are float16 unless --dtype says float32; int8 ones are multiplied out, of 1-bit ones the
 exact file is taken. Vespa keeps bfloat16 for float16, Weaviate float32 always. --schema prints what Vespa must be
-deployed with before the first export. Prints the lines of Python that search the store by words.
+deployed with before the first export. A hosted store's key is taken from the environment, SAMER_STORE_KEY. Prints the
+lines of Python that search the store by words.
 """
 
 import sys

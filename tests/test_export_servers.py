@@ -104,6 +104,7 @@ class Recorder(BaseHTTPRequestHandler):
         size = int(self.headers.get("Content-Length") or 0)
         value = json.loads(self.rfile.read(size)) if size else None
         self.server.requests.append((self.command, self.path, value))
+        self.server.keys.add(self.headers.get("Authorization"))
         status, answer = self.server.answer(self.command, self.path, value)
         body = json.dumps(answer).encode()
         self.send_response(status)
@@ -120,7 +121,7 @@ class Recorder(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     served = ThreadingHTTPServer(("127.0.0.1", 0), Recorder)
-    served.requests, served.held, served.classes = [], {}, []
+    served.requests, served.held, served.classes, served.keys = [], {}, [], set()
     served.url = f"http://127.0.0.1:{served.server_address[1]}"
     thread = threading.Thread(target=served.serve_forever, daemon=True)
     thread.start()
@@ -204,6 +205,13 @@ def test_what_vespa_is_sent(server, capsys):
     assert points[4].id in capsys.readouterr().out
 
 
+def test_a_hosted_store_is_given_its_key(server, monkeypatch):
+    server.answer = vespa(server)
+    monkeypatch.setenv("SAMER_STORE_KEY", "abc")
+    open_store("vespa", server.url, "samer", facts()).put(drawn(1))
+    assert server.keys == {"Bearer abc"}
+
+
 def test_what_weaviate_is_sent(server, capsys):
     server.answer = weaviate(server)
     store, points = open_store("weaviate", server.url, "samer", facts()), drawn(9)
@@ -233,8 +241,8 @@ class FakeMilvus:
 
     made, held = {}, {}
 
-    def __init__(self, place):
-        self.place = place
+    def __init__(self, place, token):
+        self.place, self.token = place, token
 
     def has_collection(self, name):
         return name in self.made

@@ -10,6 +10,7 @@ from typing import Any
 
 from samer.config import InputError
 from samer.export.base import down
+from samer.index.names import store_key
 
 SECONDS = 120
 
@@ -21,7 +22,9 @@ def ask(method: str, url: str, value: Any = None) -> dict:
         InputError: the server is down, or refuses.
     """
     body = None if value is None else json.dumps(value).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method=method)
+    key = store_key()
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    request = urllib.request.Request(url, body, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             return json.loads(answer.read() or b"{}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from samer.config import InputError
 from samer.export.base import Database, Point, needing, telling
-from samer.index.names import point_id
+from samer.index.names import point_id, store_key
 
 MOST_VECTORS = 4096  # of an image; Milvus wants a bound
 FIELD, PART = "parts", "vector"
@@ -26,7 +26,7 @@ class Milvus(Database):
         with needing("pymilvus"):
             import pymilvus as library
         with telling(self.place):
-            self._client = library.MilvusClient(self.place)
+            self._client = library.MilvusClient(self.place, token=store_key() or "")
             if not self._client.has_collection(self.collection):
                 self._create(library)
             held = self._client.describe_collection(self.collection)

@@ -12,7 +12,7 @@ import numpy as np
 
 from samer.config import InputError
 from samer.export.base import Database, Point, needing, telling
-from samer.index.names import point_id
+from samer.index.names import point_id, store_key
 
 
 class Qdrant(Database):
@@ -30,7 +30,7 @@ class Qdrant(Database):
         remote = self.place.startswith(("http://", "https://"))
         self._models = models
         with telling(self.place):
-            where = {"url": self.place, "timeout": 60} if remote else {"path": self.place}
+            where = {"url": self.place, "timeout": 60, "api_key": store_key()} if remote else {"path": self.place}
             self._client = client.QdrantClient(**where)
             if not self._client.collection_exists(self.collection):
                 self._client.create_collection(self.collection, vectors_config=self._config())

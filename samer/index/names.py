@@ -19,6 +19,11 @@ def point_id(name: str) -> str:
     return str(uuid.uuid5(SPACE, name))
 
 
+def store_key() -> str | None:
+    """The key of a hosted store that wants one (Qdrant, Weaviate, Milvus), from the environment: SAMER_STORE_KEY."""
+    return os.environ.get("SAMER_STORE_KEY") or None
+
+
 def picture_ids(folder: str | Path, split: str, words: Sequence[str]) -> list[str]:
     """Ids of the pictures that words name.
 

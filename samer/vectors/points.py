@@ -17,7 +17,7 @@ import torch
 
 from samer.config import InputError
 from samer.data.pictures import one_line
-from samer.index.names import point_id
+from samer.index.names import point_id, store_key
 from samer.runtime.files import check_writable, exists, read_json, write_json
 from samer.runtime.progress import Progress
 from samer.runtime.signals import stop_here
@@ -63,7 +63,9 @@ class QdrantStore(Store):
 
         client = None
         try:
-            where = {"path": self.server} if self._local else {"url": self.server, "timeout": 60}
+            where = (
+                {"path": self.server} if self._local else {"url": self.server, "timeout": 60, "api_key": store_key()}
+            )
             client = qdrant_client.QdrantClient(**where, check_compatibility=False)
             yield client
         except InputError:
