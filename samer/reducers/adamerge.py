@@ -1,9 +1,9 @@
 """AdaMerge (arXiv 2605.27465): salience-weighted merging, as many tokens per image and layer as the image allows.
 
-Before a block, on its input: salience is what a token receives from the row-softmaxed affinity X X^T; tokens of the first
-half look for their most similar one in the second half, and those of the highest weighted similarity s_i cos(x_i, x_j)
-merge, by a mean weighted with salience. How many is told by how that similarity stands against what is usual in this
-layer (`rate`), which scripts/calibrate.py finds out.
+Before a block, on its input: salience is what a token receives from the row-softmaxed affinity X X^T; tokens of the
+first half look for their most similar one in the second half, and those of the highest weighted similarity
+s_i cos(x_i, x_j) merge, by a mean weighted with salience. How many is told by how that similarity stands against what
+is usual in this layer (`rate`), which scripts/calibrate.py finds out.
 
 What the paper does not say, OURS: the first half of odd N is floor(N / 2); a token of salience 0 takes the destination
 of the largest cosine; several tokens that choose one merge in one weighted mean; without any weight it is the plain
@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samer.config import InputError
+from samer.config import InputError, ReduceConfig
+from samer.reducers.base import Reducer, Tokens
 from samer.reducers.pairs import check_r, merge_pairs
 
 ORDERS = ("salient", "inverse")
@@ -119,3 +120,47 @@ def _salience(affinity: Tensor, mask: Tensor) -> Tensor:
     span = high - low
     found = (received - low) / torch.where(span > 0, span, 1)
     return torch.where(mask, found, 0)
+
+
+class AdaMerge(Reducer):
+    """As many tokens as each image allows in each block, at most r, before the block."""
+
+    used = (
+        *("r", "layers", "unmerge", "order", "batch", "temperature", "alpha", "proportional"),
+        *("mean", "deviation"),
+    )
+
+    def __init__(self, settings: ReduceConfig, blocks: int) -> None:
+        """As `Reducer`.
+
+        Raises:
+            InputError: no statistics, or not as many as the tower has blocks.
+        """
+        super().__init__(settings, blocks)
+        self.proportional = settings.proportional
+        held = len(settings.mean), len(settings.deviation)
+        if self.layers and held != (blocks, blocks):
+            what = "needs statistics" if held == (0, 0) else f"has statistics of {held[0]} blocks, the tower {blocks}"
+            raise InputError(
+                f"reduce.method=adamerge {what}; make them with scripts/calibrate.py, and give the file as "
+                "reduce.statistics"
+            )
+
+    def step(self, layer: int, x: Tensor, tokens: Tokens, keys: Tensor | None) -> Tensor:
+        """As `Reducer.step`; a share is one of the picture's patches."""
+        settings = self.settings
+        found = Layer(x, tokens.mask, settings.order)
+        tokens.similarity[layer] = found.similarity
+        r = self.amount(tokens.source.shape[1])
+        many = rate(
+            found.similarity, settings.mean[layer], settings.deviation[layer], r, settings.temperature, settings.alpha
+        )
+        if settings.batch == "shared":
+            many = many.float().mean().round().long().expand(len(x))
+        many = many.minimum(found.most)
+        if not bool(many.any()):
+            return x
+        y, mask, source, _ = found.merge(many)
+        count = int(mask.sum(1).max())
+        tokens.merge(source, count)
+        return y[:, :count]

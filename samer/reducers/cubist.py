@@ -1,8 +1,8 @@
 """CubistMerge (arXiv 2509.21764): merging that leaves a grid a grid, for windows, relative positions and RoPE.
 
-A row of N tokens loses exactly r: tokens at odd places (from 0) may merge into a neighbour, the more similar of the two,
-and the r of them that are most similar to theirs do. A merged token has in every dimension the value of the largest
-magnitude. Columns are taken out of every row first, then rows out of every column of what is left.
+A row of N tokens loses exactly r: tokens at odd places (from 0) may merge into a neighbour, the more similar of the
+two, and the r of them that are most similar to theirs do. A merged token has in every dimension the value of the
+largest magnitude. Columns are taken out of every row first, then rows out of every column of what is left.
 
 The largest magnitude is over all that merge into one token, two at most, and itself, as intended; the public code loses
 one of two. OURS: of equally similar neighbours the left one, of equally similar tokens the one more to the left; of
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samer.config import InputError
+from samer.config import InputError, ReduceConfig
+from samer.reducers.base import Reducer, Tokens
 
 
 def reduce_rows(x: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -146,6 +147,26 @@ def unmerge(y: Tensor, source: Tensor) -> Tensor:
         (B, P, D).
     """
     return y.gather(1, source[..., None].expand(-1, -1, y.shape[2]))
+
+
+class Cubist(Reducer):
+    """r rows and r columns out of the grid, before one block or several."""
+
+    grid = True
+
+    def __init__(self, settings: ReduceConfig, blocks: int) -> None:
+        """As `Reducer`; it merges once, before block 1, if `layers` says nothing, as the published DeiT does."""
+        super().__init__(settings, blocks)
+        if settings.r and not settings.layers:
+            self.layers = frozenset({min(1, blocks - 1)})
+
+    def step(self, layer: int, x: Tensor, tokens: Tokens, keys: Tensor | None) -> Tensor:
+        """As `Reducer.step`; a share is one of the rows and of the columns that are left."""
+        rows, columns = (self.amount(length) for length in tokens.grid)
+        y, source = reduce_grid(x.unflatten(1, tokens.grid), rows, columns)
+        grid = y.shape[1], y.shape[2]
+        tokens.merge(source, grid[0] * grid[1], grid)
+        return y.flatten(1, 2)
 
 
 def _parts(length: int, window: int) -> list[slice]:

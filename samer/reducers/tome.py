@@ -1,8 +1,9 @@
 """ToMe's bipartite soft matching (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023), the baseline.
 
 Tokens at even places are set A, those at odd places set B; every token of A finds its most similar one in B, by the
-cosine of the attention's keys (mean over heads); the r most similar pairs merge, weighted by how many patches each token
-holds. Attention then counts a token as often as it holds patches: log(size) is added to its logits.
+cosine of the attention's keys (mean over heads, before any rotation); the r most similar pairs merge, weighted by how
+many patches each token holds. Attention then counts a token as often as it holds patches: log(size) is added to its
+logits.
 
 OURS: special tokens are set aside before, so that the first patch is even; the published code counts them along and
 protects them. Survivors stay in their order, where that code puts A before B; attention does not see the difference.
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from samer.config import InputError
+from samer.reducers.base import Reducer, Tokens
 from samer.reducers.pairs import check_r, merge_pairs
 
 
@@ -47,3 +50,27 @@ def merge_step(
         score[:, ::2], best[:, ::2] = similar, 2 * nearest + 1
     y, sizes, mask, source = merge_pairs(x, sizes, best, score, r, torch.ones_like(best, dtype=torch.bool))
     return y, mask, source, sizes
+
+
+class ToMe(Reducer):
+    """The same r in every block, between attention and MLP."""
+
+    between = True
+    proportional = True
+
+    def step(self, layer: int, x: Tensor, tokens: Tokens, keys: Tensor | None) -> Tensor:
+        """As `Reducer.step`; a share is one of the picture's patches.
+
+        Raises:
+            InputError: r beyond the number of tokens that are left at this block.
+        """
+        r = self.amount(tokens.source.shape[1])
+        if r > x.shape[1] // 2:
+            raise InputError(
+                f"reduce.r={self.settings.r:g} merges {r} tokens a block; block {layer} has {x.shape[1]}, of which "
+                f"{x.shape[1] // 2} can merge: take less"
+            )
+        many = torch.full((len(x),), r, device=x.device)
+        y, _, source, _ = merge_step(x, many, tokens.sizes, metric=keys)
+        tokens.merge(source, x.shape[1] - r)
+        return y[:, : x.shape[1] - r]
