@@ -52,15 +52,16 @@ def tower(kind, seed=0):
     else:
         model = VISION[kind]()[0]
         model = getattr(model, "vision_model", model)
-    for weight in model.parameters():  # as they start, attention is nearly uniform and layers do nearly nothing
-        weight.data += 0.2 * torch.randn_like(weight)
-    return model.eval()
+    for weight in model.parameters():  # larger ones make salience all but 0 in most places, and means by it arbitrary
+        weight.data += 0.07 * torch.randn_like(weight)
+    return model.double().eval()  # so that no choice hangs on rounding
 
 
 def pixels(images=3, height=32, width=32, seed=1):
     torch.manual_seed(seed)
     smooth = torch.nn.functional.interpolate(torch.randn(images, 3, 4, 4), size=(height, width), mode="bilinear")
-    return smooth * torch.linspace(0.5, 2, images)[:, None, None, None] + 0.1 * torch.randn(images, 3, height, width)
+    spread = torch.linspace(0.5, 2, images)[:, None, None, None]
+    return (smooth * spread + 0.1 * torch.randn(images, 3, height, width)).double()
 
 
 def run(model, images):
@@ -72,7 +73,7 @@ def rope_of(model, coords):
     """DINOv3's rotary positions of places (N, 2) in [-1, 1]."""
     inv_freq = model.rope_embeddings.inv_freq
     angles = torch.stack([torch.cat([2 * math.pi * y * inv_freq, 2 * math.pi * x * inv_freq] * 2) for y, x in coords])
-    return angles.cos(), angles.sin()
+    return angles.cos().double(), angles.sin().double()
 
 
 def places(height, width):
@@ -108,7 +109,7 @@ def naive_run(model, kind, image, settings):
             own = torch.tensor(places(height, width))
             more = {"position_embeddings": rope_of(model, [own[group].mean(0).tolist() for group in groups])}
         sizes = torch.tensor([1.0] * specials + [len(group) for group in groups])
-        bias = sizes.log()[None, None, None] if method == "tome" or settings.proportional else None
+        bias = sizes.log().double()[None, None, None] if method == "tome" or settings.proportional else None
         normed = getattr(block, norm1)(x[None])
         y = part(normed, attention_mask=bias, **more)[0][0]
         x = x + (block.layer_scale1(y) if hasattr(block, "layer_scale1") else y)
@@ -133,12 +134,12 @@ def test_a_batch_equals_its_images_one_by_one(kind, settings):
     tokens = found.tokens
     for row, image in enumerate(images):
         wanted, groups, counts = naive_run(model, kind, image, settings)
-        assert torch.allclose(states[row, : len(wanted)], wanted, atol=1e-4)
+        assert torch.allclose(states[row, : len(wanted)], wanted, atol=1e-5)
         assert [int(each[row]) for each in tokens.counts] == counts
         assert tokens.source[row].tolist() == [next(n for n, g in enumerate(groups) if p in g) for p in range(64)]
         assert tokens.sizes[row, : len(groups)].tolist() == [len(group) for group in groups]
     assert states.shape[1] == specials + int(tokens.number.max())
-    assert int(tokens.counts[-1].max()) < 64
+    assert int(tokens.counts[-1].min()) < 64
 
 
 @pytest.mark.parametrize("kind", PARTS)
@@ -180,7 +181,7 @@ def test_dinov3_on_a_smaller_grid_is_dinov3_given_that_grid():
         states = run(model, images)
     hook.remove()
     with torch.no_grad():
-        rope = model.rope_embeddings(torch.zeros(1, 3, (8 - 2) * 4, (12 - 2) * 4))
+        rope = model.rope_embeddings(images.new_zeros(1, 3, (8 - 2) * 4, (12 - 2) * 4))
         x = seen["x"]
         assert x.shape[1] == 4 + 6 * 10
         for block in model.model.layer[1:]:
@@ -193,9 +194,9 @@ def test_a_backbone_gives_whole_feature_maps_when_unmerged(kind):
     stages = {"out_features": ["stage2", "stage5"], "reshape_hidden_states": True}
     if kind == "dinov2":
         plain = {name: value for name, value in PLAIN.items() if name != "intermediate_size"}
-        model = Dinov2Backbone(Dinov2Config(**plain, **PICTURE, **stages)).eval()
+        model = Dinov2Backbone(Dinov2Config(**plain, **PICTURE, **stages)).double().eval()
     else:
-        model = DINOv3ViTBackbone(DINOv3ViTConfig(**PLAIN, **PICTURE, **stages)).eval()
+        model = DINOv3ViTBackbone(DINOv3ViTConfig(**PLAIN, **PICTURE, **stages)).double().eval()
     images = pixels()
     with torch.no_grad():
         before = model(images).feature_maps
@@ -212,7 +213,7 @@ def test_a_backbone_gives_whole_feature_maps_when_unmerged(kind):
 
 def test_for_good_and_undone_and_inside_a_larger_model():
     torch.manual_seed(0)
-    model = ViTForImageClassification(ViTConfig(**PLAIN, **PICTURE)).eval()
+    model = ViTForImageClassification(ViTConfig(**PLAIN, **PICTURE)).double().eval()
     images = pixels()
     with torch.no_grad():
         plain = model(images).logits
@@ -259,7 +260,7 @@ def sam(**more):
     model = SamModel(config)
     for weight in model.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
-    return model.eval()
+    return model.double().eval()
 
 
 @torch.no_grad()
@@ -303,7 +304,7 @@ def naive_sam(encoder, image, layer, r):
 @pytest.mark.parametrize(("layer", "window"), [(0, 5), (1, 4), (2, 4), (3, 5)])
 def test_sam_merges_in_its_windows_and_masks_keep_their_size(layer, window):
     model, images = sam(window_size=window), pixels(2, 64, 64)
-    points = torch.tensor([[[[20.0, 30.0]]], [[[50.0, 10.0]]]])
+    points = torch.tensor([[[[20.0, 30.0]]], [[[50.0, 10.0]]]]).double()
     small = 16 % window or window
     if small < 2:  # a window of a single row can lose none
         with (
@@ -324,7 +325,7 @@ def test_sam_merges_in_its_windows_and_masks_keep_their_size(layer, window):
     assert not torch.allclose(fewer.pred_masks, plain.pred_masks, atol=1e-5)
     for row in range(2):
         wanted = naive_sam(model.vision_encoder, images[row : row + 1], layer, 1)
-        assert torch.allclose(states[row], wanted[0], atol=1e-4)
+        assert torch.allclose(states[row], wanted[0], atol=1e-5)
     left = (16 - -(-16 // window)) ** 2
     assert [int(each[0]) for each in found.tokens.counts] == [256] * layer + [left] * (4 - layer)
     assert [block.window_size for block in model.vision_encoder.layers] == [window, 0, window, 0]  # as it was
@@ -383,9 +384,9 @@ def test_settings_out_of_range_are_refused_by_name(values):
 
 
 def test_siglip_alone_and_in_a_model_of_both_are_the_same_tower():
-    both = VISION["siglip"]()[0].eval()
+    both = VISION["siglip"]()[0].double().eval()
     images = pixels()
-    alone = SiglipVisionModel(both.config.vision_config).eval()
+    alone = SiglipVisionModel(both.config.vision_config).double().eval()
     alone.load_state_dict(both.vision_model.state_dict())
     with reduced(both, SETTINGS["tome"]), reduced(alone, SETTINGS["tome"]):
         assert torch.equal(run(both.vision_model, images), run(alone, images))

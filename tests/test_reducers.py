@@ -49,6 +49,15 @@ def test_adamerge_equals_the_oracle(count, r, order):
     assert found.amax(1).tolist() == [1.0] * len(x)
 
 
+def test_salience_is_right_where_nearly_all_attention_is_a_tokens_own():
+    """As on real features: column sums are 1 + 1e-6 and less, which float32 rounds away if it adds them up."""
+    x = tokens(2, 20, width=64) + 1
+    wanted = torch.tensor([naive.salience(each) for each in x.double()])
+    assert torch.allclose(adamerge.salience(x), wanted, atol=1e-4)
+    column = (x @ x.transpose(1, 2)).softmax(-1).sum(1)
+    assert bool((column.sub(1).abs() < 1e-3).any())
+
+
 def test_adamerge_ragged_images_are_merged_as_each_is_alone():
     x = tokens(3, 16)
     counts = [16, 9, 4]

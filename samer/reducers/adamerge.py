@@ -105,6 +105,10 @@ class Layer:
         return y, mask, source, weights
 
 
+def _diagonal(affinity: Tensor) -> Tensor:
+    return torch.eye(affinity.shape[1], dtype=torch.bool, device=affinity.device)
+
+
 def _affinity(x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x @ x.transpose(1, 2)
@@ -114,7 +118,10 @@ def _salience(affinity: Tensor, mask: Tensor) -> Tensor:
     """Column sums of the row-softmaxed affinity (B, N, N), as shares of their range; 0 at padding."""
     if not bool(mask.all()):
         affinity = affinity.masked_fill(~mask[:, None], -torch.inf)
-    received = (affinity.softmax(-1) * mask[..., None]).sum(1)  # (B, N)
+    # A row sums to 1, so what a token receives is 1 + what comes from others - what it gives them. On real features
+    # most of the 1 is its own, and the differences, which alone count below, would drown in its rounding.
+    given = (affinity.softmax(-1) * mask[..., None]).masked_fill(_diagonal(affinity), 0)
+    received = given.sum(1) - given.sum(2)  # (B, N)
     low = received.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
     high = received.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
     span = high - low

@@ -39,7 +39,8 @@ def reduce_rows(x: Tensor, r: int) -> tuple[Tensor, Tensor]:
     places = torch.arange(count, device=x.device).expand(x.shape[:2])
     if not r:
         return x, places
-    similar = F.cosine_similarity(x[:, :-1].float(), x[:, 1:].float(), dim=-1)  # (M, N - 1)
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    similar = F.cosine_similarity(exact[:, :-1], exact[:, 1:], dim=-1)  # (M, N - 1)
     if count % 2 == 0:
         similar = F.pad(similar, (0, 1), value=-torch.inf)  # the last token has no right neighbour
     best, side = similar.unflatten(1, (half, 2)).max(-1)  # of the token at 2k + 1: 0 left, 1 right

@@ -42,8 +42,9 @@ def merge_step(
     half = x.shape[1] // 2
     check_r(r, torch.full((len(x),), half, device=r.device), f"{x.shape[1]} tokens")
     sizes = torch.ones(x.shape[:2], device=x.device) if sizes is None else sizes
-    unit = F.normalize((x if metric is None else metric).float(), dim=-1)
-    score = torch.full(x.shape[:2], -torch.inf, device=x.device)
+    unit = x if metric is None else metric
+    unit = F.normalize(unit.to(torch.promote_types(unit.dtype, torch.float32)), dim=-1)
+    score = torch.full(x.shape[:2], -torch.inf, dtype=unit.dtype, device=x.device)
     best = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
     if half:
         similar, nearest = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)  # (B, ceil(N / 2))
