@@ -246,6 +246,7 @@ def writing(
             hidden_states=retriever.origin,
             assignments=assignments,
             bank=bank.hash if bank else "",
+            reduce=retriever.reduction,
         )
         yield _Writer(folder, retriever, making, batch_size, bank)
 

@@ -62,7 +62,7 @@ class Tokens:
         self.mask, self.grid, self.merged = (None if bool(real.all()) else real), grid, True
 
     def mean_places(self, places: Tensor) -> Tensor:
-        """The mean place of each token's patches, (B, N, 2), of those of the patches (P, 2); 0 at padding."""
+        """The mean place (B, N, 2) of each token's patches, which stand at (P, 2) or (B, P, 2); 0 at padding."""
         index = self.source[..., None].expand(-1, -1, 2)
         sums = torch.zeros(*self.sizes.shape, 2, device=places.device)
         sums = sums.scatter_add(1, index, places.expand(len(index), -1, -1).to(sums.dtype))
