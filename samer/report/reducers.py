@@ -7,10 +7,10 @@ from typing import Any
 
 from samer.report.cells import difference, markdown_table
 
-NOTE = """AdaMerge's formula merges the most salient tokens first, against the principle that its paper states; `inverse`
-(ours) merges the least salient first. `shared` merges as many in every image of a batch; `proportional` adds token sizes
-to the attention, as ToMe does. CubistMerge merges once, before the block named. What the papers do not say is in
-`samer/reducers/`, marked OURS."""
+NOTE = """AdaMerge's formula merges the most salient tokens first, against the principle that its paper states;
+`inverse` (ours) merges the least salient first. `shared` merges as many in every image of a batch; `proportional` adds
+token sizes to the attention, as ToMe does. CubistMerge merges once, before the block named. What the papers do not say
+is in `samer/reducers/`, marked OURS."""
 
 
 def page(results: Mapping[str, Any], speed: Sequence[Mapping[str, Any]], run: str) -> str:
