@@ -293,8 +293,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
     objects: ObjectsConfig = field(default_factory=ObjectsConfig)
-    reduce: ReduceConfig = field(default_factory=ReduceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    reduce: ReduceConfig = field(default_factory=ReduceConfig)
 
     def __post_init__(self) -> None:
         _settle(self, "")

@@ -14,6 +14,7 @@ from samer.config import (
     MergeConfig,
     ModelConfig,
     ObjectsConfig,
+    ReduceConfig,
     TrainConfig,
     dump_config,
     load_config,
@@ -118,7 +119,11 @@ def test_a_wrong_type_is_refused_by_name(write, section, key, written, rule):
 
 FLOATS = [
     (f.name, g.name)
-    for f, cls in zip(dataclasses.fields(Config), (ModelConfig, DataConfig, MergeConfig, ObjectsConfig, TrainConfig))
+    for f, cls in zip(
+        dataclasses.fields(Config),
+        (ModelConfig, DataConfig, MergeConfig, ObjectsConfig, TrainConfig, ReduceConfig),
+        strict=True,
+    )
     for g in dataclasses.fields(cls)
     if g.type == "float"
 ]
