@@ -829,7 +829,7 @@ def reducing(runs, folder="", size=448, batch=4, file=""):
     for name, base in REDUCED.items():
         chosen += [(name, tier) for tier in tiers(meter, reduce_settings(base), calibrated, (0.25, 0.5))]
     plain, *times = pace(tower, see, [tier.settings for _, tier in chosen], runs)
-    words = f"{size} pixels, {meter.patches:,} patches, batches of {batch}, {meter.plain / 2e9:.1f} GFLOPs a picture"
+    words = f"{size} pixels, {meter.patches:,} patches, batches of {batch}, {meter.plain[0] / 1e9:.1f} GFLOPs a picture"
     print(f"{type(tower).__name__}, {words}: plain {batch / plain:.2f} pictures/s")
     rows = [{"method": "plain", "saved": 0.0, "r": 0.0, "seconds": plain, "speedup": 1.0}]
     for (name, tier), seconds in zip(chosen, times):

@@ -47,12 +47,13 @@ class Meter:
 
     Args:
         model: that holds the tower.
-        images: what each of these, called, has it see: a picture, so that no padding is counted.
+        images: what each of these, called, has it see: a picture, so that no padding is counted. Only AdaMerge treats
+            them differently; others are counted on the first.
     """
 
     def __init__(self, model: nn.Module, images: Sequence[Callable[[], object]]) -> None:
         self.model, self.images = model, images
-        self.plain = sum(map(flops, images))
+        self.plain = [flops(image) for image in images]
         self.patches = 0
         with reduced(model, ReduceConfig()) as run:
             images[0]()
@@ -62,9 +63,10 @@ class Meter:
 
     def saved(self, settings: ReduceConfig) -> float:
         """The share of FLOPs that settings save; that of settings which ask for too much is 1."""
+        count = len(self.images) if settings.method == "adamerge" else 1
         try:
             with reduced(self.model, settings):
-                return 1 - sum(map(flops, self.images)) / self.plain
+                return 1 - sum(map(flops, self.images[:count])) / sum(self.plain[:count])
         except InputError:
             return 1.0
 
