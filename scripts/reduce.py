@@ -3,8 +3,9 @@
     python scripts/reduce.py --data-root /data/flickr30k_entities --out outputs/reduce model.name=checkpoints/towers_224
     python scripts/reduce.py --out outputs/reduce --page assets/results/reducers.md --speed outputs/speed_448.json
 
-model.name is a tower retriever (scripts/align.py). ToMe, AdaMerge (as published, its order inverted, one r for a batch,
-with token sizes) and CubistMerge, at the shares of FLOPs of AdaMerge's table and at 25 and 50 %: r is found by
+model.name is a tower retriever (scripts/align.py), or a ColPali, of which "tome, unmerged" and its like give the
+language model all placeholders where "tome" gives it fewer. ToMe, AdaMerge (as published, its order inverted, one r for
+a batch, with token sizes) and CubistMerge, at the shares of FLOPs of AdaMerge's table and at 25 and 50 %: r is found by
 counting, AdaMerge calibrated at each on pictures of the train split. Measured are the cosine to the plain tower's
 features, k-NN, and retrieval with all tokens and with SaMer's K. --tune trains the projection for one epoch on the
 reduced tower's tokens of the second half of train, the half that the retriever was not aligned on, at --tune-tier.
@@ -34,7 +35,7 @@ def main(argv=None):
     parser.add_argument("--data-root", help="a data set's folder, boxes for k-NN; left out with --page")
     parser.add_argument("--split", default="test", help="what is measured on (test)")
     parser.add_argument("--limit-images", type=int, help="the first so many images of it")
-    parser.add_argument("--methods", nargs="+", default=[], help="some of them, by name (all)")
+    parser.add_argument("--methods", nargs="+", default=[], help="by name (all but those unmerged)")
     parser.add_argument("--tiers", nargs="+", type=float, default=[], help="shares of FLOPs to save, e.g. 0.25 (all)")
     parser.add_argument("--regions", nargs="+", type=int, default=[64, 16, 4], help="K of the index (64 16 4)")
     parser.add_argument(

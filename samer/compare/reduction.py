@@ -25,8 +25,8 @@ from samer.evaluation import encode_texts, join_queries
 from samer.metrics import query_metrics
 from samer.reducers.calibration import calibrate
 from samer.reducers.cost import TIERS, Meter, tiers
+from samer.reducers.running import Reduced
 from samer.retrievers.hf import Retriever
-from samer.retrievers.towers import TowerRetriever
 from samer.runtime.files import atomic_path, is_file, read_json, write_json
 from samer.runtime.processes import print0
 from samer.runtime.progress import Progress, batched, prefetched
@@ -42,6 +42,9 @@ METHODS = {
     "adamerge, proportional": ReduceConfig("adamerge", proportional=True),
     "cubist": ReduceConfig("cubist"),
 }
+# what is behind the tower sees every patch; of ColPali, whose language model else gets fewer placeholders
+METHODS |= {f"{name}, unmerged": replace(METHODS[name], unmerge=True) for name in ("tome", "adamerge", "cubist")}
+USUAL = tuple(name for name in METHODS if not METHODS[name].unmerge)
 PLAIN = "none"
 NEIGHBOURS = 10
 LEAST_OF_A_KIND = 20  # images, for a kind to be one
@@ -182,13 +185,12 @@ def _measure(
     queries: QueryTokens,
 ) -> dict[str, np.ndarray]:
     """One cell's values, as `measure_cells` returns them."""
-    if not isinstance(retriever.model, TowerRetriever):
-        raise InputError(f"{retriever.name}: not a tower retriever (scripts/align.py), of whose tower this asks")
     retriever.use_reduction(cell.settings)
     seen: list[Tensor] = []  # what the tower gives, special tokens too
     hook = retriever.tower.register_forward_hook(lambda _, __, output: seen.append(output.last_hidden_state))
     compressors = {"all": make_compressor(MergeConfig(compressor="none"))}
     compressors |= {str(k): make_compressor(MergeConfig(num_regions=k, center_init="farthest")) for k in regions}
+    first = Reduced(retriever.tower, ReduceConfig()).specials
     rows: dict[str, list[Tensor]] = {}
     scores: dict[str, list[Tensor]] = {name: [] for name in compressors}
     reference = _Reference(folder / "plain", len(records))
@@ -201,8 +203,8 @@ def _measure(
             seen.clear()
             visual = retriever.encode_images(inputs)
             states, source = seen[-1], visual.source
-            first = states.shape[1] - visual.tokens.shape[1]
-            patches = states[:, first:].gather(1, source[..., None].expand(-1, -1, states.shape[2]))
+            number = (visual.patches.cumsum(1) - 1).gather(1, source)  # of each patch's token, prompts not counted
+            patches = states[:, first:].gather(1, number[..., None].expand(-1, -1, states.shape[2]))
             cls = states[:, 0] if first else patches.mean(1)
             own = slice(number * batch_size, number * batch_size + len(batch))
             plain_cls, plain = reference.of(own, cls, patches, keep=cell.method == PLAIN)

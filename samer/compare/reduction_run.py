@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from samer.compare.reduction import METHODS, Cell, choose_cells, measure_cells
+from samer.compare.reduction import USUAL, Cell, choose_cells, measure_cells
 from samer.compare.reduction_table import kinds_said, table
 from samer.compressors import make_compressor
 from samer.config import Config, InputError, MergeConfig
@@ -50,7 +50,7 @@ def measure_reduction(config: Config, asked: argparse.Namespace, device: torch.d
     retriever = open_encoder(model.name, device, **where)
     if not isinstance(retriever, Retriever):
         raise InputError(f"{model.name}: reads no pictures")
-    methods, shares = asked.methods or list(METHODS), asked.tiers or list(TIERS)
+    methods, shares = asked.methods or list(USUAL), asked.tiers or list(TIERS)
     passes = 1 + len(methods) * len(shares)
     print0(f"{passes} passes over {len(records):,} images, after the settings are found, for AdaMerge by calibrating")
     with stoppable():
