@@ -17,7 +17,7 @@ from samer.features.write import write_features
 from samer.grounding import PhraseIndex, ground
 from samer.index.manifest import read_index_manifest
 from samer.index.read import Index
-from samer.index.settings import Asked, settings_for
+from samer.index.settings import Asked, encoder_of, settings_for
 from samer.index.write import build_index
 from samer.reducers.calibration import calibrate, read_statistics, with_statistics, write_statistics
 from samer.reducers.running import Reduced, reduced
@@ -336,3 +336,17 @@ def test_training_from_pictures_needs_the_layout_before_the_tower(towers, world,
     words += [f"train.output_dir={tmp_path / 'out'}", "reduce.method=tome", "reduce.r=6"]
     with pytest.raises(InputError, match=r"train from features .* or with reduce\.unmerge=true"):
         script("train").main(words)
+
+
+def test_a_report_shows_what_one_reduced_tower_gave(pair, towers, world, script, tmp_path):
+    for name, settings in (("plain", ReduceConfig()), ("few", TOME)):
+        encoder = open_encoder(towers, "cpu", reduce=settings)
+        build_index(tmp_path / name, world, ["test"], encoder, MERGE, dtype="float32", assignments=True)
+    assert encoder_of(Index(tmp_path / "few"), "cpu").reduction == TOME
+    assert encoder_of(Index(tmp_path / "few"), "cpu", pictures=False).reduction == ReduceConfig()  # for queries alone
+    words = ["--data-root", str(world), "--split", "test", "--out", str(tmp_path / "report.html")]
+    both = ["--method", f"few={tmp_path / 'few'}", "--method", f"plain={tmp_path / 'plain'}"]
+    with pytest.raises(InputError, match="its vision tower was reduced otherwise"):
+        script("report").main([*words, *both])
+    script("report").main([*words, *both[:2]])
+    assert (tmp_path / "report.html").is_file()

@@ -193,7 +193,8 @@ def encoder_of(
     """
     name, revision = index.model_place(model)
     hint = "" if model else f"{index.folder} was made with it: say where it is with --model FOLDER"
-    encoder = _opened(name, device, hint, features=features, revision=revision, pictures=pictures)
+    where = {"features": features, "revision": revision, "pictures": pictures}
+    encoder = _opened(name, device, hint, **where, reduce=index.manifest.reduce if pictures else None)
     index.check_model(encoder)
     return encoder
 
