@@ -345,7 +345,7 @@ def test_a_report_shows_what_one_reduced_tower_gave(pair, towers, world, script,
     assert encoder_of(Index(tmp_path / "few"), "cpu").reduction == TOME
     assert encoder_of(Index(tmp_path / "few"), "cpu", pictures=False).reduction == ReduceConfig()  # for queries alone
     words = ["--data-root", str(world), "--split", "test", "--out", str(tmp_path / "report.html")]
-    both = ["--method", f"few={tmp_path / 'few'}", "--method", f"plain={tmp_path / 'plain'}"]
+    both = ["--method", f"few={tmp_path / 'few'}", f"plain={tmp_path / 'plain'}"]
     with pytest.raises(InputError, match="its vision tower was reduced otherwise"):
         script("report").main([*words, *both])
     script("report").main([*words, *both[:2]])
