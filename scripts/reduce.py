@@ -8,7 +8,8 @@ language model all placeholders where "tome" gives it fewer. ToMe, AdaMerge (as 
 a batch, with token sizes) and CubistMerge, at the shares of FLOPs of AdaMerge's table and at 25 and 50 %: r is found by
 counting, AdaMerge calibrated at each on pictures of the train split. Measured are the cosine to the plain tower's
 features, k-NN, and retrieval with all tokens and with SaMer's K. --tune trains the projection for one epoch on the
-reduced tower's tokens of the second half of train, the half that the retriever was not aligned on, at --tune-tier.
+reduced tower's tokens of the second half of train, the half that the retriever was not aligned on, at --tune-tier;
+--tune-tower trains the tower to give what it gave without (four times as long as encoding these images, a method).
 Everything measured is kept in --out: run again, it goes on. Prints beforehand how many passes there are; one is as long
 as encoding the images.
 """
@@ -43,6 +44,7 @@ def main(argv=None):
     )
     parser.add_argument("--batch-size", type=int, default=8, help="images per forward pass (8)")
     parser.add_argument("--tune", action="store_true", help="also train the projection for an epoch, with each method")
+    parser.add_argument("--tune-tower", action="store_true", help="also train the tower itself for an epoch, likewise")
     parser.add_argument("--tune-tier", type=float, default=0.25, help="at this share of FLOPs saved (0.25)")
     parser.add_argument("--page", help="write the page from what is in --out, and measure nothing")
     parser.add_argument("--speed", nargs="+", default=[], help="files of scripts/bench.py reduce --json, for the page")

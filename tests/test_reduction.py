@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from test_towers import make, pictures
 from transformers import ViTConfig, ViTModel
 
 from samer.compare.reduction import Cell, choose_cells, kinds_of, measure_cells, neighbours_right
+from samer.compare.tower_tuning import tune_tower
 from samer.config import InputError, ReduceConfig
 from samer.data import make_reader
 from samer.data.records import Caption, ImageRecord, Phrase
@@ -172,16 +174,17 @@ def test_cells_of_another_model_or_method_are_refused(towers, tmp_path):
 def test_reduce_from_the_command_line(towers, world, script, tmp_path, capsys):
     words = ["--data-root", str(world), "--out", str(tmp_path / "out"), "--methods", "tome", "cubist", "adamerge"]
     words += ["--tiers", "0.25", "--regions", "4", "--calibrate", "6", f"model.name={towers}"]
-    results = script("reduce").main([*words, "--tune"])
+    results = script("reduce").main([*words, "--tune", "--tune-tower"])
     assert [row["method"] for row in results["rows"]] == ["none", "tome", "cubist", "adamerge"]
     assert all(abs(row["saved"] - 0.25) < 0.1 for row in results["rows"][1:])
     assert results["rows"][0]["cls_cosine"]["value"] == pytest.approx(1, abs=1e-3)
     assert set(results["rows"][1]["retrieval"]) == {"all", "4"}
     assert [row["name"] for row in results["tuned"]["rows"]] == ["none", "tome", "cubist", "adamerge"]
-    assert results["tuned"]["images"] == 6
+    assert results["tuned"]["images"] == results["tower_tuned"]["images"] == 6
+    assert [row["name"] for row in results["tower_tuned"]["rows"]] == ["tome", "cubist", "adamerge"]
     assert not list((tmp_path / "out").glob("tuned/*/features"))
     capsys.readouterr()
-    again = script("reduce").main([*words, "--tune"])
+    again = script("reduce").main([*words, "--tune", "--tune-tower"])
     assert again == results
     assert "[1/" not in capsys.readouterr().out  # nothing was measured again
     speed = {"tower": "T", "picture_size": 32, "batch": 4, "runs": 3, "threads": 1, "device": "cpu", "command": "bench"}
@@ -196,6 +199,29 @@ def test_reduce_from_the_command_line(towers, world, script, tmp_path, capsys):
     assert "| tome | " in text
     assert "before block" in text  # cubist's
     assert "## The projection after one epoch" in text
+    assert "| tome, trained | " in text
+
+
+def test_a_tower_learns_to_give_what_it_gave_without(towers, world):
+    retriever = Retriever.load(towers)
+    records = make_reader("", world).load_split(world, "train", boxes=False)
+    settings = ReduceConfig("tome", r=8)
+    before = {name: weight.clone() for name, weight in retriever.tower.state_dict().items()}
+    losses = tune_tower(retriever, settings, records, batch_size=4)
+    assert len(losses) == 3
+    inputs = retriever.record_inputs(records[:4])
+    plain = type(retriever.tower)(retriever.tower.config).eval()
+    plain.load_state_dict(before)
+
+    def distance(tower):
+        with torch.no_grad():
+            wanted = plain(pixel_values=inputs["pixel_values"]).last_hidden_state
+            with reduced(tower, replace(settings, unmerge=True)):
+                found = tower(pixel_values=inputs["pixel_values"]).last_hidden_state
+        return float((1 - torch.cosine_similarity(found, wanted, dim=-1)).mean())
+
+    assert 0 < distance(retriever.tower) < distance(plain)
+    assert not any(weight.requires_grad for weight in retriever.tower.parameters())
 
 
 def test_reduce_needs_data_or_a_page(script, capsys):

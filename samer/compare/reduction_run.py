@@ -13,6 +13,7 @@ import torch
 
 from samer.compare.reduction import USUAL, Cell, choose_cells, measure_cells
 from samer.compare.reduction_table import kinds_said, table
+from samer.compare.tower_tuning import tune_tower
 from samer.compressors import make_compressor
 from samer.config import Config, InputError, MergeConfig
 from samer.data import make_reader
@@ -75,6 +76,10 @@ def measure_reduction(config: Config, asked: argparse.Namespace, device: torch.d
             few = [cell for cell in cells if cell.asked in (0, asked.tune_tier)]
             results["tuned"] = _tuned(config, asked, retriever, records, few)
             write_json(out / "results.json", results)
+        if asked.tune_tower:
+            few = [cell for cell in cells if cell.asked == asked.tune_tier]
+            results["tower_tuned"] = _towers_tuned(config, asked, records, few, results["rows"], device)
+            write_json(out / "results.json", results)
     print0(f"{time.monotonic() - started:.0f} s; wrote {out / 'results.json'}")
     return results
 
@@ -116,6 +121,41 @@ def _tuned(
         write_json(done, rows[-1])
         shutil.rmtree(place / "features")
     return {"rows": rows, "images": images}
+
+
+def _towers_tuned(
+    config: Config,
+    asked: argparse.Namespace,
+    records: Sequence[ImageRecord],
+    cells: list[Cell],
+    untouched: list[dict],
+    device: torch.device,
+) -> dict:
+    """Each cell's tower trained for an epoch, measured as the cells are; `before` is the cell's own row."""
+    rows = []
+    model, data = config.model, config.data
+    split = f"{data.train_split}[50%:]"
+    images = make_reader(data.name, asked.data_root).load_split(asked.data_root, split, boxes=False)
+    for cell in cells:
+        place = Path(asked.out) / "tower_tuned" / cell.key
+        done = place / "row.json"
+        if not done.is_file():
+            where = {"local_files_only": model.local_files_only, "revision": model.revision}
+            retriever = open_encoder(model.name, device, **where)
+            losses = tune_tower(retriever, cell.settings, images, asked.batch_size)
+            shutil.copytree(Path(asked.out) / "cells" / "plain", place / "plain", dirs_exist_ok=True)
+            found = measure_cells(retriever, records, [cell], asked.regions, place, asked.batch_size)
+            (row,) = table([cell], found, records, asked.regions)
+            (before,) = [each for each in untouched if (each["method"], each["asked"]) == (cell.method, cell.asked)]
+            names = ("cls_cosine", "patch_cosine")
+            parts = {"before": before, "after": row}
+            said = {key: {name: part[name] for name in names} for key, part in parts.items()}
+            for key, part in parts.items():
+                said[key]["r@1"] = part["retrieval"]["all"]["r@1"]
+            write_json(done, {"name": cell.method, "saved": cell.saved, "first_losses": losses[:8], **said})
+            shutil.rmtree(place / "plain")
+        rows.append(read_json(done))
+    return {"rows": rows, "images": len(images)}
 
 
 def _found(store: FeatureStore, records: Sequence[ImageRecord]) -> dict:

@@ -50,6 +50,7 @@ def page(results: Mapping[str, Any], speed: Sequence[Mapping[str, Any]], run: st
         *crossed_table(rows),
         "",
         *tuned_tables(results.get("tuned", {})),
+        *tower_tables(results.get("tower_tuned", {})),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -146,6 +147,28 @@ def tuned_tables(tuned: Mapping[str, Any]) -> list[str]:
         f"Trained on what the same reduced tower gives of {tuned['images']:,} other images; R@1 with all tokens.",
         "",
         *markdown_table(["tower", "FLOPs saved", "untouched", "trained"], rows),
+    ]
+
+
+def tower_tables(tuned: Mapping[str, Any]) -> list[str]:
+    """The tower after an epoch of being told what it gave without a reducer."""
+    if not tuned:
+        return []
+    head = ["", "FLOPs saved", "cosine, CLS", "cosine, patches", "R@1"]
+    rows = []
+    for row in tuned["rows"]:
+        for key, words in (("before", row["name"]), ("after", f"{row['name']}, trained")):
+            part = row[key]
+            cosines = [f"{part[name]['value']:.4f}" for name in ("cls_cosine", "patch_cosine")]
+            rows.append([words, f"{row['saved']:.1%}", *cosines, _interval(part["r@1"])])
+    return [
+        "",
+        "## The tower after one epoch",
+        "",
+        f"Trained on {tuned['images']:,} other images to give each patch what it gave without (ours); the projection "
+        "untouched.",
+        "",
+        *markdown_table(head, rows),
     ]
 
 
