@@ -172,7 +172,7 @@ def test_null_only_where_it_means_all(write):
         ("mrege: {num_regions: 3}", "unknown key mrege; did you mean merge?"),
         ("merge: {num_region: 3}", "unknown key merge.num_region; did you mean merge.num_regions?"),
         ("train: {lerning_rate: 1}", "unknown key train.lerning_rate; did you mean train.learning_rate?"),
-        ("zzz: 1", "unknown key zzz; known keys: data, merge, model, objects, train"),
+        ("zzz: 1", "unknown key zzz; known keys: data, merge, model, objects, reduce, train"),
         ("objects: {zzz: 1}", "unknown key objects.zzz; known keys: max_area, max_phrases, min_area"),
         ("7: 1", "unknown key 7; known keys"),
         ("num_regions: 3", "unknown key num_regions; known keys"),  # a key without its section
