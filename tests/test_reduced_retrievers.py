@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from samer.config import InputError, MergeConfig, ReduceConfig
 from samer.data import make_reader
 from samer.data.records import ImageRecord
 from samer.features.read import FeatureStore, open_encoder
+from samer.features.towers import StoredTowers
 from samer.features.write import write_features
 from samer.grounding import PhraseIndex, ground
 from samer.index.manifest import read_index_manifest
@@ -21,8 +23,11 @@ from samer.index.settings import Asked, encoder_of, settings_for
 from samer.index.write import build_index
 from samer.reducers.calibration import calibrate, read_statistics, with_statistics, write_statistics
 from samer.reducers.running import Reduced, reduced
+from samer.report.evaluate import evaluate_index
 from samer.retrievers.attention import NoSignals
 from samer.retrievers.hf import Retriever
+from samer.retrievers.pretrained import read_tower_config
+from samer.retrievers.towers import without_adapters
 from samer.tokens import regions_of_patches, shared_by_patches
 
 ADAMERGE = ReduceConfig("adamerge", r=14, mean=[0.05] * 5, deviation=[0.03] * 5)
@@ -328,6 +333,7 @@ def test_calibrate_cache_and_compare_from_the_command_line(towers, world, script
     where = ["--data-root", str(world), "--out", str(tmp_path / "compared")]
     results = script("compare").main([*where, *asked, *words])
     assert results["about"]["tokens_per_image"] == 34
+    assert results["about"]["reduce"]["method"] == "tome"
     assert FeatureStore(tmp_path / "compared" / "features", towers).reduction == TOME
 
 
@@ -350,3 +356,26 @@ def test_a_report_shows_what_one_reduced_tower_gave(pair, towers, world, script,
         script("report").main([*words, *both])
     script("report").main([*words, *both[:2]])
     assert (tmp_path / "report.html").is_file()
+
+
+def test_adapters_take_the_outputs_of_whole_towers(towers, world, tmp_path):
+    bare = tmp_path / "bare"
+    without_adapters(read_tower_config(Path(towers) / "config.json"), bare)
+    for name, settings in (("whole", ReduceConfig()), ("few", TOME)):
+        write_features(
+            tmp_path / name, world, ["val"], open_encoder(str(bare), "cpu", reduce=settings), dtype="float32"
+        )
+    assert StoredTowers.open(Retriever.load(towers), tmp_path / "whole")
+    with pytest.raises(InputError, match="outputs of a tower reduced by tome; adapters take those of the whole"):
+        StoredTowers.open(Retriever.load(towers), tmp_path / "few")
+    with pytest.raises(InputError, match="its towers have run already"):
+        StoredTowers.open(open_encoder(towers, "cpu", reduce=TOME), tmp_path / "whole")
+
+
+def test_eval_says_how_the_tower_was_reduced(towers, world, tmp_path):
+    for settings in (ReduceConfig(), TOME):
+        encoder = open_encoder(towers, "cpu", reduce=settings)
+        place = tmp_path / settings.method
+        build_index(place, world, ["val"], encoder, MERGE, dtype="float32", assignments=True)
+        result, _ = evaluate_index(Index(place), "val", torch.device("cpu"))
+        assert result["cache"].get("reduce", {}).get("r", 0) == settings.r
