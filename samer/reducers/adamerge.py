@@ -20,7 +20,7 @@ from torch import Tensor
 
 from samer.config import InputError, ReduceConfig
 from samer.reducers.base import Reducer, Tokens
-from samer.reducers.pairs import check_r, merge_pairs
+from samer.reducers.pairs import check_r, merge_pairs, padded
 
 ORDERS = ("salient", "inverse")
 
@@ -48,8 +48,8 @@ def merge_step(
     Raises:
         InputError: r beyond the first half.
     """
-    y, mask, source, _ = Layer(x, mask, order).merge(r)
-    return y, mask, source
+    y, mask, source = Layer(x, mask, order).merge(r)
+    return *padded(y, mask, x.shape[1]), source
 
 
 def rate(similarity: Tensor, mean: float, deviation: float, r_max: int, temperature: float, alpha: float) -> Tensor:
@@ -98,11 +98,10 @@ class Layer:
         self.score = torch.nn.functional.pad(score, (0, behind), value=-torch.inf)
         self.best = torch.nn.functional.pad(nearest.long() + lowest, (0, behind))
 
-    def merge(self, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As `merge_step`, and the salience of the survivors' groups, summed."""
+    def merge(self, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `merge_step`, without padding behind the image with the most tokens."""
         check_r(r, self.most, "first half's tokens")
-        y, weights, mask, source = merge_pairs(self.x, self.salience, self.best, self.score, r, self.mask)
-        return y, mask, source, weights
+        return merge_pairs(self.x, self.salience, self.best, self.score, r, self.mask)
 
 
 def _diagonal(affinity: Tensor) -> Tensor:
@@ -167,7 +166,6 @@ class AdaMerge(Reducer):
         many = many.minimum(found.most)
         if not bool(many.any()):
             return x
-        y, mask, source, _ = found.merge(many)
-        count = int(mask.sum(1).max())
-        tokens.merge(source, count)
-        return y[:, :count]
+        y, _, source = found.merge(many)
+        tokens.merge(source, y.shape[1])
+        return y

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from samer.config import InputError
 from samer.reducers.base import Reducer, Tokens
-from samer.reducers.pairs import check_r, merge_pairs
+from samer.reducers.pairs import check_r, merge_pairs, padded
 
 
 def merge_step(
@@ -39,18 +39,22 @@ def merge_step(
     Raises:
         InputError: r beyond the number of tokens that can be merged.
     """
-    half = x.shape[1] // 2
-    check_r(r, torch.full((len(x),), half, device=r.device), f"{x.shape[1]} tokens")
+    check_r(r, torch.full((len(x),), x.shape[1] // 2, device=r.device), f"{x.shape[1]} tokens")
     sizes = torch.ones(x.shape[:2], device=x.device) if sizes is None else sizes
-    unit = x if metric is None else metric
+    y, mask, source = _merged(x, r, sizes, x if metric is None else metric)
+    after = torch.zeros_like(sizes).scatter_add(1, source, sizes)
+    return *padded(y, mask, x.shape[1]), source, after
+
+
+def _merged(x: Tensor, r: Tensor, sizes: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `merge_pairs`."""
     unit = F.normalize(unit.to(torch.promote_types(unit.dtype, torch.float32)), dim=-1)
     score = torch.full(x.shape[:2], -torch.inf, dtype=unit.dtype, device=x.device)
     best = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-    if half:
+    if x.shape[1] > 1:
         similar, nearest = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)  # (B, ceil(N / 2))
         score[:, ::2], best[:, ::2] = similar, 2 * nearest + 1
-    y, sizes, mask, source = merge_pairs(x, sizes, best, score, r, torch.ones_like(best, dtype=torch.bool))
-    return y, mask, source, sizes
+    return merge_pairs(x, sizes, best, score, r, torch.ones_like(best, dtype=torch.bool))
 
 
 class ToMe(Reducer):
@@ -72,6 +76,6 @@ class ToMe(Reducer):
                 f"{x.shape[1] // 2} can merge: take less"
             )
         many = torch.full((len(x),), r, device=x.device)
-        y, _, source, _ = merge_step(x, many, tokens.sizes, metric=keys)
-        tokens.merge(source, x.shape[1] - r)
-        return y[:, : x.shape[1] - r]
+        y, _, source = _merged(x, many, tokens.sizes, keys)
+        tokens.merge(source, y.shape[1])
+        return y
