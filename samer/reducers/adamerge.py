@@ -82,7 +82,8 @@ class Layer:
         lowest = int(self.most.min()) if len(x) else 0  # no token before it is in any second half
         cosine = affinity[:, :half, lowest:] * norm[:, lowest:][:, None]  # times |x_i|, which no argmax sees
         second = (self.mask & ~first)[:, lowest:]
-        cosine = cosine.masked_fill(~second[:, None], -torch.inf)
+        if not bool(second.all()):
+            cosine = cosine.masked_fill(~second[:, None], -torch.inf)
         if half:
             largest, nearest = cosine.max(-1)
             largest = largest * norm[:, :half]
@@ -104,10 +105,6 @@ class Layer:
         return merge_pairs(self.x, self.salience, self.best, self.score, r, self.mask)
 
 
-def _diagonal(affinity: Tensor) -> Tensor:
-    return torch.eye(affinity.shape[1], dtype=torch.bool, device=affinity.device)
-
-
 def _affinity(x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x @ x.transpose(1, 2)
@@ -115,11 +112,15 @@ def _affinity(x: Tensor) -> Tensor:
 
 def _salience(affinity: Tensor, mask: Tensor) -> Tensor:
     """Column sums of the row-softmaxed affinity (B, N, N), as shares of their range; 0 at padding."""
-    if not bool(mask.all()):
+    ragged = not bool(mask.all())
+    if ragged:
         affinity = affinity.masked_fill(~mask[:, None], -torch.inf)
     # A row sums to 1, so what a token receives is 1 + what comes from others - what it gives them. On real features
     # most of the 1 is its own, and the differences, which alone count below, would drown in its rounding.
-    given = (affinity.softmax(-1) * mask[..., None]).masked_fill(_diagonal(affinity), 0)
+    given = affinity.softmax(-1)
+    if ragged or given.requires_grad:  # a copy: the gradient of softmax needs what it gave
+        given = given * mask[..., None]
+    given.diagonal(dim1=1, dim2=2).zero_()
     received = given.sum(1) - given.sum(2)  # (B, N)
     low = received.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
     high = received.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
