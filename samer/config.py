@@ -131,6 +131,47 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
+class ReduceConfig:
+    """How a vision tower runs on fewer tokens (`samer.reducers`).
+
+    Attributes:
+        method: a name in `samer.reducers.REDUCERS`; "none" leaves the tower as it is.
+        r: how many tokens a block merges away ("tome"), at most ("adamerge"), rows and columns ("cubist"); below 1 a
+            share of a picture's patches, or of its rows and columns.
+        layers: blocks, from 0 on, at which it merges; empty: all ("cubist": before block 1, once).
+        unmerge: the tower gives every patch the token that it went to, so that nothing behind it sees a difference.
+        statistics: a file of scripts/calibrate.py ("adamerge"); what it holds is kept as `mean` and `deviation`.
+        order: which tokens merge first, "salient" (published) or "inverse" ("adamerge").
+        batch: "masked", as many as each image asks for, or "shared", the mean of a batch ("adamerge").
+        temperature, alpha: of the rate ("adamerge").
+        proportional: attention counts a token as often as it holds patches ("adamerge"; "tome" always does).
+    """
+
+    method: str = "none"
+    r: float = 0.0
+    layers: tuple[int, ...] = ()
+    unmerge: bool = False
+    statistics: str = ""
+    order: str = "salient"
+    batch: str = "masked"
+    temperature: float = 1.0
+    alpha: float = 1.0
+    proportional: bool = False
+    mean: tuple[float, ...] = ()
+    deviation: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _settle(self, "reduce.")
+        _require(0 <= self.r < 1 or self.r in range(10**6), "reduce.r", "a whole number, or a share below 1", self.r)
+        _require(self.r == 0 or self.method != "none", "reduce.method", "given where reduce.r is", self.method)
+        _require(all(n >= 0 for n in self.layers), "reduce.layers", "numbers from 0 on", list(self.layers))
+        for name, words in (("order", ("salient", "inverse")), ("batch", ("masked", "shared"))):
+            _require(getattr(self, name) in words, f"reduce.{name}", " or ".join(map(repr, words)), getattr(self, name))
+        for name in ("temperature", "alpha"):
+            _require(0 < getattr(self, name) < math.inf, f"reduce.{name}", "a finite number > 0", getattr(self, name))
+
+
+@dataclass(frozen=True)
 class ObjectsConfig:
     """Which boxes become instance labels (METHOD section 3): areas are shares of the image."""
 
@@ -253,6 +294,7 @@ class Config:
     merge: MergeConfig = field(default_factory=MergeConfig)
     objects: ObjectsConfig = field(default_factory=ObjectsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    reduce: ReduceConfig = field(default_factory=ReduceConfig)
 
     def __post_init__(self) -> None:
         _settle(self, "")

@@ -72,6 +72,8 @@ class VisualTokens:
         grid: (B, 2) long, rows and columns, as in `ImageLayout`; None where nobody asks for pictures.
         source: (B, P) long, the token of each patch, as in `ImageLayout`; None likewise.
         views: (B, N) bool, as `ImageLayout.views`; None if there are none.
+        layer_tokens: (B, L) long, how many patch tokens leave each block of the vision tower; None where no reducer
+            works in it.
     """
 
     tokens: Tensor
@@ -83,6 +85,7 @@ class VisualTokens:
     grid: Tensor | None = None
     source: Tensor | None = None
     views: Tensor | None = None
+    layer_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)

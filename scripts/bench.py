@@ -11,6 +11,7 @@ python scripts/bench.py quality   what each stored dtype keeps: recall, overlap 
 python scripts/bench.py train     training from pixels and from stored features
 python scripts/bench.py pictures  photographs of 12, 50 and 108 megapixels: memory, pace, what reducing costs
 python scripts/bench.py latency   one query at a time, alone and beside a busy process, by how torch's threads wait
+python scripts/bench.py reduce    a vision tower on fewer tokens: pictures a second and FLOPs, by reducer and tier
 python scripts/bench.py gpu       a random ColPali of the published size on a GPU: encoding, merging, training, scoring
 python scripts/bench.py help      how long --help of every script takes, beside an interpreter that does nothing
 """
@@ -847,6 +848,87 @@ def scoring_on_gpu(runs):
             print(f"{count} x 32 query vectors, 200,000 images, {name}: {1000 * seconds:.0f} ms, peak {peak:.1f} GB")
 
 
+def reducing(runs, folder="", size=448, batch=4, file=""):
+    """Pictures a second of a vision tower, plain and reduced to 75 and 50 % of its FLOPs, in turn in one process.
+
+    A tower of DINOv2-S's shape with random weights unless a folder names one. AdaMerge is calibrated on as many other
+    pictures; how much it merges depends on them.
+    """
+    import json
+
+    import torch
+
+    from samer.reducers.calibration import calibrate
+    from samer.reducers.cost import Meter, pace, tiers
+    from samer.runtime.commands import pick_device
+
+    device = pick_device()
+    tower, pixels = dino(folder).to(device), smooth(4 * batch, size).to(device)
+    see = lambda: tower(pixel_values=pixels[:batch]).last_hidden_state.sum().item()  # waits for a GPU
+    one = [lambda n=n: tower(pixel_values=pixels[n : n + 1]) for n in range(2)]
+    some = [pixels[start : start + batch] for start in range(batch, 4 * batch, batch)]
+
+    def calibrated(settings):
+        if settings.method != "adamerge":
+            return settings
+        found = calibrate(tower, "", settings, some, lambda batch: tower(pixel_values=batch))
+        return replace(settings, mean=found.mean, deviation=found.deviation)
+
+    meter = Meter(tower, one)
+    chosen = []
+    for name, base in REDUCED.items():
+        chosen += [(name, tier) for tier in tiers(meter, reduce_settings(base), calibrated, (0.25, 0.5))]
+    plain, *times = pace(tower, see, [tier.settings for _, tier in chosen], runs)
+    words = f"{size} pixels, {meter.patches:,} patches, batches of {batch}, {meter.plain[0] / 1e9:.1f} GFLOPs a picture"
+    print(f"{type(tower).__name__}, {words}: plain {batch / plain:.2f} pictures/s")
+    rows = [{"method": "plain", "saved": 0.0, "r": 0.0, "seconds": plain, "speedup": 1.0}]
+    for (name, tier), seconds in zip(chosen, times):
+        print(
+            f"  {name:18} r {tier.settings.r:4g} {tier.saved:6.1%} of FLOPs saved {batch / seconds:8.2f} pictures/s "
+            f"{plain / seconds:5.2f} times as fast"
+        )
+        row = {"method": name, "saved": tier.saved, "r": tier.settings.r, "layers": tier.settings.layers}
+        rows.append({**row, "seconds": seconds, "speedup": plain / seconds})
+    if file:
+        name = f"{type(tower).__name__}, {tower.config.hidden_size} wide" + (", random weights" if not folder else "")
+        about = {"tower": name, "picture_size": size, "batch": batch, "runs": runs, "rows": rows}
+        about |= {"threads": torch.get_num_threads(), "device": str(device)}
+        about["command"] = f"python scripts/bench.py reduce --size {size}" + (" --tower TOWER" if folder else "")
+        Path(file).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+REDUCED = {
+    "tome": {"method": "tome"},
+    "adamerge": {"method": "adamerge"},
+    "adamerge, shared": {"method": "adamerge", "batch": "shared"},
+    "cubist": {"method": "cubist"},
+}
+
+
+def reduce_settings(values):
+    from samer.config import ReduceConfig
+
+    return ReduceConfig(**values)
+
+
+def dino(folder):
+    """The vision tower in a folder, or one of DINOv2-S's shape."""
+    from transformers import AutoModel, Dinov2Config, Dinov2Model
+
+    if folder:
+        return AutoModel.from_pretrained(folder).eval()
+    shape = {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 12, "patch_size": 14}
+    return Dinov2Model(Dinov2Config(**shape, image_size=518)).eval()
+
+
+def smooth(count, size):
+    """Pictures (count, 3, size, size) with large and small shapes."""
+    import torch
+
+    coarse = [torch.randn(count, 3, side, side) for side in (4, 16, 64)]
+    return sum(torch.nn.functional.interpolate(each, size=(size, size), mode="bilinear") for each in coarse) / 2
+
+
 def main(argv=None):
     """Runs one of them."""
     what = {
@@ -867,9 +949,13 @@ def main(argv=None):
         "gpu": on_gpu,
     }  # they measure processes of their own, or train
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*what, *apart])
+    parser.add_argument("what", choices=[*what, *apart, "reduce"])
     parser.add_argument("--runs", type=int, default=200, help="timed calls (200; the longer ones a part of it)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--tower", default="", help="reduce: folder of a vision tower (DINOv2-S's shape, random)")
+    parser.add_argument("--size", type=int, default=448, help="reduce: pixels of a picture's side (448)")
+    parser.add_argument("--batch", type=int, default=4, help="reduce: pictures a pass (4)")
+    parser.add_argument("--json", default="", help="reduce: file for the figures, which scripts/reduce.py --page takes")
     options = parser.parse_args(argv)
     if options.what == "help":
         return helps(options.runs)
@@ -882,6 +968,8 @@ def main(argv=None):
     if options.what in apart:
         return apart[options.what](options.runs)
     with torch.no_grad():
+        if options.what == "reduce":
+            return reducing(max(5, options.runs // 40), options.tower, options.size, options.batch, options.json)
         what[options.what](options.runs)
 
 

@@ -62,6 +62,7 @@ def main(argv=None):
             local_files_only=config.model.local_files_only,
             revision=config.model.revision,
             dtype=torch.float32 if options.towers else None,  # the adapters' own
+            reduce=config.reduce,
         )
         if options.towers:
             from samer.features.towers import StoredTowers

@@ -14,6 +14,7 @@ from samer.config import (
     MergeConfig,
     ModelConfig,
     ObjectsConfig,
+    ReduceConfig,
     TrainConfig,
     dump_config,
     load_config,
@@ -118,7 +119,11 @@ def test_a_wrong_type_is_refused_by_name(write, section, key, written, rule):
 
 FLOATS = [
     (f.name, g.name)
-    for f, cls in zip(dataclasses.fields(Config), (ModelConfig, DataConfig, MergeConfig, ObjectsConfig, TrainConfig))
+    for f, cls in zip(
+        dataclasses.fields(Config),
+        (ModelConfig, DataConfig, MergeConfig, ObjectsConfig, TrainConfig, ReduceConfig),
+        strict=True,
+    )
     for g in dataclasses.fields(cls)
     if g.type == "float"
 ]
@@ -167,7 +172,7 @@ def test_null_only_where_it_means_all(write):
         ("mrege: {num_regions: 3}", "unknown key mrege; did you mean merge?"),
         ("merge: {num_region: 3}", "unknown key merge.num_region; did you mean merge.num_regions?"),
         ("train: {lerning_rate: 1}", "unknown key train.lerning_rate; did you mean train.learning_rate?"),
-        ("zzz: 1", "unknown key zzz; known keys: data, merge, model, objects, train"),
+        ("zzz: 1", "unknown key zzz; known keys: data, merge, model, objects, reduce, train"),
         ("objects: {zzz: 1}", "unknown key objects.zzz; known keys: max_area, max_phrases, min_area"),
         ("7: 1", "unknown key 7; known keys"),
         ("num_regions: 3", "unknown key num_regions; known keys"),  # a key without its section

@@ -29,6 +29,8 @@ NAMES = (
     "cache",
     "bank",
     "layers",
+    "calibrate",
+    "reduce",
     "eval",
     "index",
     "search",

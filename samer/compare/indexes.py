@@ -16,6 +16,7 @@ from samer.data import make_reader
 from samer.evaluation import both_directions
 from samer.index.read import Index
 from samer.index.settings import encoder_of
+from samer.reducers import settings_used
 from samer.report.evaluate import check_place, means_and_totals
 from samer.report.gallery import Shown, check_images, make_gallery, noting_replaced
 from samer.report.page import headline, metrics_table, write_report
@@ -79,8 +80,13 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
         check_images(index, split, records, root)
     first = indexes[request.methods[0][1]]
     encoder = encoder_of(first, device, model=request.model, features=request.features)
-    for index in indexes.values():
+    for place, index in indexes.items():
         index.check_model(encoder)
+        if settings_used(index.manifest.reduce) != settings_used(first.manifest.reduce):
+            raise InputError(
+                f"{place}: its vision tower was reduced otherwise than that of {first.folder}; a report shows what one "
+                "tower gave, so make one of each"
+            )
     methods, measured = [], []
     for name, place in request.methods:
         scores, image_of = indexes[place].scores(split, device)

@@ -33,8 +33,11 @@ METRICS = ("r@1", "r@5", "r@10", "ndcg@10")
 
 def tokens_of(encoder: Encoder, records: Sequence[ImageRecord], batch_size: int) -> tuple[int, int, int]:
     """Tokens per image of a split: fewest, mean, most; one image is looked at where all have the same grid."""
-    some = records if encoder.grid is None else records[:1]
-    counts = [encoder.record_inputs(batch)["attention_mask"].sum(1) for batch in batched(some, batch_size)]
+    alike = encoder.grid is not None and encoder.reduction.method == "none"
+    some = records[:1] if alike else records
+    counts = [
+        encoder.reduced(encoder.record_inputs(batch))["attention_mask"].sum(1) for batch in batched(some, batch_size)
+    ]
     found = torch.cat(counts)
     return int(found.min()), round(float(found.double().mean())), int(found.max())
 

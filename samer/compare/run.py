@@ -36,6 +36,7 @@ from samer.data.records import ImageRecord, names_boxes
 from samer.data.stamps import Stamps
 from samer.evaluation import check_described
 from samer.features.read import FeatureStore
+from samer.reducers import settings_used
 from samer.report.cells import budget_words
 from samer.report.gallery import Shown
 from samer.retrievers.attention import NoSignals
@@ -173,6 +174,7 @@ def compare(
             "tokens_range": [fewest, most],
             "embedding_dim": store.embedding_dim,
             "merge": asdict(config.merge),
+            **({} if store.reduction.method == "none" else {"reduce": settings_used(store.reduction)}),
             "train": {name: getattr(config.train, name) for name in RECIPE},
             "seeds": list(seeds),
             **_about_queries(asked, rows),

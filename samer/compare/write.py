@@ -13,7 +13,7 @@ from samer.compare.plan import SECTIONS, shown_methods
 from samer.compare.run import compare, load_records
 from samer.config import Config
 from samer.data.records import phrase_texts
-from samer.features.read import FeatureStore, open_encoder
+from samer.features.read import FeatureStore, check_reduction, open_encoder
 from samer.features.write import write_features
 from samer.report.cells import budget_words
 from samer.report.gallery import Gallery, make_gallery
@@ -65,6 +65,7 @@ def write_comparison(
         config = replace(config, data=replace(config.data, features=str(out / "features")))
         _compute_features(config, split, device, phrases="phrases" in sections)
     store = FeatureStore(config.data.features, config.model.name, device, revision=config.model.revision)
+    check_reduction(store, config.reduce)
     if every and given and store.lacking(phrases):
         sections = [name for name in SECTIONS if name != "phrases"]
         print0(f"note: {store.folder} holds no phrases of {split}, so none are asked; run features with --phrases")
@@ -89,7 +90,8 @@ def write_comparison(
 def _compute_features(config: Config, split: str, device: torch.device, *, phrases: bool) -> None:
     """The frozen hidden states of the splits trained and measured on; phrases of the latter."""
     data, model = config.data, config.model
-    encoder = open_encoder(model.name, device, local_files_only=model.local_files_only, revision=model.revision)
+    where = {"local_files_only": model.local_files_only, "revision": model.revision}
+    encoder = open_encoder(model.name, device, **where, reduce=config.reduce)
     for name, limit in ((data.train_split, data.limit_train_images), (split, data.limit_eval_images)):
         write_features(
             data.features,

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from samer.config import InputError, build_dataclass
+from samer.config import InputError, ReduceConfig, build_dataclass
+from samer.reducers import settings_used
 from samer.retrievers.identity import ModelIdentity
 from samer.runtime.shards import bare_name, read_manifest
 
@@ -49,6 +50,7 @@ class StoreManifest:
         grid, image_token_id: format 3 only: patches per side, and what stands at them in `input_ids`.
         base_model, revision: name of the model.
         processing: as `Family.processing` says.
+        reduce: how the vision tower ran on fewer tokens.
         splits: by name; a split appears when it is complete.
     """
 
@@ -68,6 +70,7 @@ class StoreManifest:
     base_model: str = ""
     revision: str = "main"
     processing: dict[str, str] = field(default_factory=dict)
+    reduce: ReduceConfig = field(default_factory=ReduceConfig)
     splits: dict[str, StoredSplit] = field(default_factory=dict)
 
     @property
@@ -76,9 +79,16 @@ class StoreManifest:
         processor = self.processor if self.format_version >= 4 else ""
         return ModelIdentity(self.architecture, self.weights, processor, self.base_projector)
 
+    @property
+    def reduced_by(self) -> dict[str, Any] | None:
+        """The settings of its reduction that are used; None where there is none, as in all earlier stores."""
+        if self.reduce.method == "none":
+            return None
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in settings_used(self.reduce).items()}
+
     def stamp(self) -> dict[str, Any]:
         """What made it, as its shards carry it."""
-        values = asdict(self)
+        values = {**asdict(self), "reduce": self.reduced_by}
         for name in ("base_model", "revision", "processing", "splits"):
             del values[name]
         return {name: value for name, value in values.items() if value is not None}

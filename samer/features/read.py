@@ -13,11 +13,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from samer.config import InputError
+from samer.config import InputError, ReduceConfig
 from samer.data.contents import check_contents, named
 from samer.data.records import ImageRecord
 from samer.data.stamps import FILE, Stamps
 from samer.features.manifest import DTYPES, StoreManifest, read_store_manifest
+from samer.reducers import settings_used
+from samer.reducers.calibration import with_statistics
 from samer.retrievers.attention import ATTENTION, NoSignals, check_signals
 from samer.retrievers.base import NO_OFFSET, Encoder, image_seeds
 from samer.retrievers.hf import Retriever, identify
@@ -43,6 +45,7 @@ def open_encoder(
     local_files_only: bool = False,
     revision: str = "main",
     pictures: bool = True,
+    reduce: ReduceConfig | None = None,
 ) -> Encoder:
     """The encoder of a run: a retriever, or the feature store at `features`, with the projector at `adapter_path`.
 
@@ -55,21 +58,42 @@ def open_encoder(
         local_files_only: don't ask the hub.
         revision: of the model on the hub.
         pictures: False: it is for texts alone, as in `Retriever.load`.
+        reduce: how its vision tower runs on fewer tokens; a feature store says so itself, and may be asked for it.
 
     Raises:
-        InputError: as `Retriever.load`, `FeatureStore` and `load_projector`.
+        InputError: as `Retriever.load`, `Retriever.use_reduction`, `FeatureStore` and `load_projector`.
     """
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     encoder: Encoder
     if features:
         encoder = FeatureStore(features, name, device, revision=revision)
+        check_reduction(encoder, reduce)
     else:
         where = {"local_files_only": local_files_only, "revision": revision}
         encoder = Retriever.load(name, dtype=dtype, device=device, pictures=pictures, **where)
+        if reduce is not None and reduce.method != "none":
+            encoder.use_reduction(reduce)
     if adapter_path:
         encoder.use_projector(load_projector(adapter_path, encoder, local_files_only=local_files_only))
     return encoder
+
+
+def check_reduction(store: FeatureStore, asked: ReduceConfig | None) -> None:
+    """Refuses a store whose vision tower was not reduced as asked; nothing asked, it is as it is.
+
+    Raises:
+        InputError: names both.
+    """
+    if asked is None or asked.method == "none":
+        return
+    held, wanted = settings_used(store.reduction), settings_used(with_statistics(asked))
+    other = [name for name in wanted if held.get(name) != wanted[name]]
+    if other:
+        raise InputError(
+            f"{store.folder}: its features were made with reduce.{other[0]}={held.get(other[0])}, asked for is "
+            f"{wanted[other[0]]}; leave reduce out, or compute the features in another folder"
+        )
 
 
 class FeatureStore(Encoder):
@@ -136,6 +160,7 @@ class FeatureStore(Encoder):
         self.projection_layer = self.manifest.projection
         self.processing = self.manifest.processing
         self.origin = {"computed_in": self.manifest.computed_in, "stored_in": self.manifest.dtype}
+        self.reduction = self.manifest.reduce
 
     def _one_grid(self) -> tuple[int, int] | None:
         """Rows and columns, if all stored images have the same."""

@@ -23,6 +23,19 @@ from samer.retrievers.towers import TowerProcessor, TowerRetriever, without_adap
 from samer.tokens import ImageLayout
 
 
+def check_whole(store: FeatureStore) -> None:
+    """Refuses outputs of a reduced tower where adapters are to be trained or computed on them.
+
+    Raises:
+        InputError: names the store.
+    """
+    if store.reduction.method != "none":
+        raise InputError(
+            f"{store.folder}: outputs of a tower reduced by {store.reduction.method}; adapters take those of the whole "
+            "tower, so compute them in another folder without reduce"
+        )
+
+
 class StoredTowers(Retriever):
     """A `Retriever` of two towers that reads what they give from the feature store of the same without adapters.
 
@@ -57,6 +70,9 @@ class StoredTowers(Retriever):
         with TemporaryDirectory() as bare:
             without_adapters(retriever.model.config, Path(bare))
             store = FeatureStore(folder, bare, retriever.device)
+        check_whole(store)
+        if retriever.reduction.method != "none":
+            raise InputError(f"{folder}: its towers have run already, so reduce can't make them see less; leave it out")
         found = cls(retriever.model, retriever.processor, retriever.name, store)
         found.revision = retriever.revision
         return found

@@ -163,12 +163,14 @@ def _made_now(retriever: Retriever, dtype: str) -> StoreManifest:
         base_model=retriever.name,
         revision=retriever.revision,
         processing=dict(retriever.processing),
+        reduce=retriever.reduction,
     )
 
 
 def _as_written(manifest: StoreManifest) -> dict:
-    """A manifest's values for its file; those of older formats only are left out."""
-    return {name: value for name, value in asdict(manifest).items() if value is not None}
+    """A manifest's values for its file; those of older formats only are left out, and a reduction that there is not."""
+    found = {**asdict(manifest), "reduce": manifest.reduced_by}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _open_for_writing(folder: Path, made: StoreManifest) -> StoreManifest:
@@ -185,9 +187,9 @@ def _open_for_writing(folder: Path, made: StoreManifest) -> StoreManifest:
                 f"{folder} holds features of format {found.format_version}, which are read but not added to; "
                 "name another folder"
             )
-        before = found.stamp()
-        for key, now in made.stamp().items():
-            if before.get(key) != now:
+        before, after = found.stamp(), made.stamp()
+        for key in {**after, **before}:
+            if before.get(key) != (now := after.get(key)):
                 raise InputError(
                     f"{folder} holds features with {key}={before.get(key)!r}, now {now!r}; "
                     "name another folder, or remove it to compute them anew"
@@ -250,9 +252,9 @@ def _sizes_of(records: Sequence[ImageRecord], retriever: Retriever) -> tuple[int
     few = []
     for record in records[:: max(1, len(records) // 8)][:8]:
         with suppress(InputError):
-            few.append(retriever.record_inputs([record]))
+            few.append(retriever.reduced(retriever.record_inputs([record])))
     if not few:
-        few = [retriever.record_inputs(records[:1])]
+        few = [retriever.reduced(retriever.record_inputs(records[:1]))]
     tokens = sum(int(inputs["attention_mask"].sum()) for inputs in few)
     patches = sum(int(retriever.image_layout(inputs).grid.prod()) for inputs in few)
     return round(tokens / len(few)), round(patches / len(few))
@@ -298,7 +300,7 @@ def _as_now(contents: Contents | None, records: Sequence[ImageRecord], found: di
 
 def _encode_images(records: Sequence[ImageRecord], retriever: Retriever) -> dict[str, Tensor]:
     """What a shard holds of a batch of images: per token (sum N, ...), per patch (sum P,), per image (B, ...)."""
-    inputs = retriever.record_inputs(records)
+    inputs = retriever.reduced(retriever.record_inputs(records))
     try:
         hidden, attention = retriever.image_states(inputs, ATTENTION)
     except NoSignals:

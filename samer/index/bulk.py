@@ -122,7 +122,7 @@ class _StandIn(Encoder):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__(encoder.name, encoder.base_projector)
         self.use_projector(encoder.current_projector())
-        self.revision, self.origin = encoder.revision, encoder.origin
+        self.revision, self.origin, self.reduction = encoder.revision, encoder.origin, encoder.reduction
         self.processing = dict(encoder.processing)
         self._identity = encoder.identity
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from samer.compressors import settings_used, settings_written
-from samer.config import InputError, MergeConfig, build_dataclass
+from samer.config import InputError, MergeConfig, ReduceConfig, build_dataclass
+from samer.reducers import settings_used as reduction_used
 from samer.retrievers.identity import ModelIdentity
 from samer.runtime.shards import bare_name, read_manifest, whole_number, write_manifest
 
@@ -131,6 +132,7 @@ class Making:
         hidden_states: where they come from, as `Encoder.origin` says.
         assignments: whether the region of every patch is kept, if not the compressor's kind says it.
         bank: hash of the query bank, where the compressor has one.
+        reduce: how the vision tower ran on fewer tokens.
     """
 
     model: ModelIdentity
@@ -141,6 +143,7 @@ class Making:
     hidden_states: dict[str, str] = field(default_factory=dict)
     assignments: bool = False
     bank: str = ""
+    reduce: ReduceConfig = field(default_factory=ReduceConfig)
 
     @property
     def has_regions(self) -> bool:
@@ -155,6 +158,8 @@ class Making:
             mine, theirs = getattr(self, name), getattr(other, name)
             if name == "merge" and mine != theirs:
                 mine, theirs = settings_used(mine), settings_used(theirs)
+            if name == "reduce":
+                mine, theirs = reduction_used(mine), reduction_used(theirs)
             if mine != theirs:
                 return name, mine, theirs
         return None
@@ -230,9 +235,11 @@ def stamp_of(making: Making) -> dict:
 
 
 def _plain(making: Making) -> dict:
-    """A dataclass as files hold it; what a query bank or a processor says is left out where there is none."""
-    found = {**asdict(making), "merge": settings_written(making.merge)}
-    return {key: value for key, value in found.items() if value or key not in ("bank", "bank_source", "processing")}
+    """A dataclass as files hold it; what a query bank, processor or reducer says is left out where there is none."""
+    reduce = {} if making.reduce.method == "none" else reduction_used(making.reduce)
+    found = {**asdict(making), "merge": settings_written(making.merge), "reduce": reduce}
+    optional = ("bank", "bank_source", "processing", "reduce")
+    return {key: value for key, value in found.items() if value or key not in optional}
 
 
 def making_from_stamp(stamp: dict) -> Making:
@@ -274,6 +281,10 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
     """
     if kind is MergeConfig and isinstance(value, dict):
         return build_dataclass(MergeConfig, value, "the index's settings", "merge.")
+    if kind is ReduceConfig and isinstance(value, dict):
+        found = build_dataclass(ReduceConfig, value, "the index's settings", "reduce.")
+        reduction_used(found)  # a method that this SaMer knows
+        return found
     inner = typing.get_args(kind)
     if isinstance(kind, types.UnionType):
         return None if value is None else _typed(inner[0], value, name)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from samer.compressors import settings_used
-from samer.config import Config, InputError, ModelConfig, load_config, load_yaml, vectors_of
+from samer.config import Config, InputError, ModelConfig, ReduceConfig, load_config, load_yaml, vectors_of
 from samer.features.read import open_encoder
 from samer.index.manifest import FLOATS, NO_REGION
 from samer.index.read import Index
+from samer.reducers import settings_used as reduction_used
+from samer.reducers.calibration import with_statistics
 from samer.retrievers.base import Encoder, Projector
 from samer.retrievers.hf import identify
 from samer.retrievers.identity import model_folder
@@ -99,7 +101,7 @@ class Settings:
             if "model.name" in self.asked or not made
             else f"{made} was made with it: say where it is with model.name=FOLDER"
         )
-        encoder = _opened(model.name, device, hint, **where)
+        encoder = _opened(model.name, device, hint, **where, reduce=self.config.reduce)
         if self.index:
             self._check_encoder(self.index, encoder)
             encoder.use_projector(self._projector(self.index, encoder))
@@ -191,7 +193,8 @@ def encoder_of(
     """
     name, revision = index.model_place(model)
     hint = "" if model else f"{index.folder} was made with it: say where it is with --model FOLDER"
-    encoder = _opened(name, device, hint, features=features, revision=revision, pictures=pictures)
+    where = {"features": features, "revision": revision, "pictures": pictures}
+    encoder = _opened(name, device, hint, **where, reduce=index.manifest.reduce if pictures else None)
     index.check_model(encoder)
     return encoder
 
@@ -253,6 +256,7 @@ def _of_index(folder: Path, asked: Asked) -> Settings:
         before, now = getattr(held.merge, name), getattr(config.merge, name)
         if name in used and before != now:
             refuse(folder, f"merge.{name}", before, now, f"merge.{name}={now}{source}")
+    _check_reduction(folder, held.reduce, config.reduce, keys, source)
     if asked.dtype and asked.dtype != held.dtype:
         refuse(folder, "dtype", held.dtype, asked.dtype, f"--cache-dtype {asked.dtype}")
     if asked.assignments not in (None, held.assignments):
@@ -274,9 +278,29 @@ def _of_index(folder: Path, asked: Asked) -> Settings:
             )
             refuse(folder, "model", before, now, said)
         notes.append(f"the model is read from {name}; the index named {held.base_model}")
-    config = replace(config, merge=held.merge, model=ModelConfig(name, revision, model.local_files_only))
+    config = replace(
+        config, merge=held.merge, reduce=held.reduce, model=ModelConfig(name, revision, model.local_files_only)
+    )
     settings = held.dtype, held.assignments, index, frozenset(keys), tuple(notes)
     return Settings(folder, config, asked.adapter_path, *settings)
+
+
+def _check_reduction(folder: Path, held: ReduceConfig, asked: ReduceConfig, keys: set[str], source: str) -> None:
+    """Refuses a reduction that contradicts an index; one made without is not gone on with otherwise.
+
+    Raises:
+        InputError: names the first setting that differs.
+    """
+    said = {key.removeprefix("reduce.") for key in keys if key.startswith("reduce.")}
+    if not said:
+        return
+    used, wanted = reduction_used(held), reduction_used(with_statistics(asked))
+    said |= {"mean", "deviation"} if "statistics" in said else set()
+    for name in [each for each in wanted if each in said or each == "method"]:
+        if used.get(name) != wanted[name]:
+            before, now = used.get(name), wanted[name]
+            name = "statistics" if name in ("mean", "deviation") else name
+            refuse(folder, f"reduce.{name}", before, now, f"reduce.{name}={getattr(asked, name)}{source}")
 
 
 def refuse(folder: Path, name: str, before: Any, now: Any, said: str) -> None:

@@ -259,6 +259,7 @@ def making_of(retriever: Encoder, merge: MergeConfig, dtype: str, assignments: b
         hidden_states=retriever.origin,
         assignments=assignments,
         bank=bank.hash if bank else "",
+        reduce=retriever.reduction,
     )
 
 

@@ -19,6 +19,7 @@ from samer.evaluation import both_directions, recall_sum
 from samer.index.manifest import vector_bytes
 from samer.index.read import Index
 from samer.index.settings import encoder_of
+from samer.reducers import settings_used
 from samer.report.gallery import Gallery, Shown, check_images, make_gallery, noting_replaced
 from samer.report.page import headline, metrics_table, write_report
 from samer.runtime.files import check_writable
@@ -80,6 +81,8 @@ def evaluate_index(index: Index, split: str, device: torch.device) -> tuple[dict
         "merge": settings_written(made.merge),
         "dtype": made.dtype,
     }
+    if made.reduce.method != "none":
+        about["reduce"] = settings_used(made.reduce)
     result = {
         "split": split,
         "images": images,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samer.config import InputError
+from samer.config import InputError, ReduceConfig
 from samer.coords import grid_layout
 from samer.data.records import ImageRecord
 from samer.data.stamps import Stamps
@@ -92,11 +92,13 @@ class Encoder:
         grid: rows and columns, where every image has the same; else None.
         picture_size: width and height that pictures are scaled to, where it is one for all; else None.
         processing: what the processor does, as `Family.processing` says; empty where it is not known.
+        reduction: how the vision tower runs on fewer tokens, with all that it depends on.
     """
 
     projection_layer = "embedding_proj_layer"
     picture_size: tuple[int, int] | None = None
     processing: Mapping[str, str] = MappingProxyType({})
+    reduction = ReduceConfig()
 
     def __init__(
         self,
@@ -151,6 +153,14 @@ class Encoder:
         Offsets are each token's first and last + 1 character in its text, -1 for tokens that are not of the text.
         """
         raise NotImplementedError
+
+    def reduced(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs of images after a reduced vision tower: with what is left, and `layer_tokens`; else as they are.
+
+        Whoever asks for hidden states, layout and mask of images asks for this first: how many tokens an image has may
+        depend on what the tower sees in it.
+        """
+        return inputs
 
     def hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
         """Last hidden states (B, N, H) without gradient, what the projection is applied to (METHOD section 1)."""
@@ -247,6 +257,7 @@ class Encoder:
             inputs: from `record_inputs`.
             needs: names of attention signals to go with them.
         """
+        inputs = self.reduced(inputs)
         hidden, attention = self.image_states(inputs, needs)
         layout = self.image_layout(inputs)
         coords, patches, grid, source, views = (
@@ -256,7 +267,9 @@ class Encoder:
         seeds = inputs["seeds"].to(self.device) if "seeds" in inputs else None
         tokens = self.project(hidden)
         whole = bool(mask.all())
-        return VisualTokens(tokens, coords, None if whole else mask, patches, seeds, attention, grid, source, views)
+        shown = None if whole else mask
+        counts = inputs.get("layer_tokens")
+        return VisualTokens(tokens, coords, shown, patches, seeds, attention, grid, source, views, counts)
 
     def encode_queries(self, inputs: dict[str, Tensor]) -> QueryTokens:
         """Queries to unit tokens; prompt and augmentation tokens count, padding does not (METHOD section 4)."""

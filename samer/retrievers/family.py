@@ -17,7 +17,9 @@ from samer.coords import grid_layout
 from samer.retrievers.base import NO_OFFSET
 from samer.tokens import ImageLayout
 
-BESIDE = ("seeds", "offsets")  # in the inputs for our own use; a model is not given them
+STATES = "vision_states"  # in the inputs where a reduced vision tower has run already: (B, P or fewer, W)
+# in the inputs for our own use; a model is not given them
+BESIDE = ("seeds", "offsets", STATES, "layer_tokens", "coords", "patches", "grid", "source")
 
 
 class RefusedPicture(InputError):
@@ -103,6 +105,15 @@ class Family:
     def backbone(self) -> nn.Module:
         """What runs before the projection."""
         return self.model.vlm
+
+    @property
+    def vision_tower(self) -> nn.Module | None:
+        """What sees the pictures, where a reducer can work in it; None: not in this family."""
+        return None
+
+    def see(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The vision tower's patch tokens of pictures, (B, P, W), or what a reducer leaves of them."""
+        raise NotImplementedError
 
     @property
     def language_model(self) -> nn.Module:

@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
-from samer.config import InputError
+from samer.config import InputError, ReduceConfig
 from samer.data.pictures import load_image
 from samer.data.records import ImageRecord
+from samer.reducers.calibration import with_statistics
+from samer.reducers.running import Reduced
 from samer.retrievers import Family, find_family
-from samer.retrievers.attention import check_signals, column_sums, signal_layers, window_of
+from samer.retrievers.attention import NoSignals, check_signals, column_sums, signal_layers, window_of
 from samer.retrievers.base import Encoder, image_seeds, projector_of
 from samer.retrievers.checks import check_model
-from samer.retrievers.family import RefusedPicture
+from samer.retrievers.family import STATES, RefusedPicture
 from samer.retrievers.identity import ModelIdentity, check_files, fingerprint, model_folder, processor_hash
+from samer.retrievers.reduction import reduced_inputs
 from samer.runtime.files import FileTrouble, is_dir, is_file, read_json
 from samer.runtime.hub import NAME_A_MODEL, is_hub_id, model_name, refused_file
 from samer.tokens import ImageLayout
@@ -151,6 +154,36 @@ class Retriever(Encoder):
         check_model(retriever, pictures)
         return retriever
 
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower, where it can be reduced.
+
+        Raises:
+            InputError: a family where it can't.
+        """
+        if self.family.vision_tower is None:
+            raise InputError(
+                f"the vision tower of a {self.family.architecture} can't be reduced; that of ColPaliForRetrieval and "
+                "that of a tower retriever can"
+            )
+        return self.family.vision_tower
+
+    @torch.no_grad()
+    def see(self, records: Sequence[ImageRecord]) -> Tensor:
+        """What the vision tower gives for pictures, patch tokens alone, (B, P, W)."""
+        return self.family.see(self.record_inputs(records))
+
+    def use_reduction(self, settings: ReduceConfig) -> None:
+        """Has the vision tower run on fewer tokens from now on; it is tried on two small pictures.
+
+        Raises:
+            InputError: a family whose tower can't be reduced, settings that do not fit it, or statistics of another.
+        """
+        settings = with_statistics(settings, self.tower)
+        Reduced(self.tower, settings)
+        self.reduction = settings
+        check_model(self)
+
     @cached_property
     def identity(self) -> ModelIdentity:
         """What the tokens depend on; the files are hashed when somebody asks, if they are on this machine."""
@@ -191,8 +224,17 @@ class Retriever(Encoder):
             raise InputError("query_inputs takes a list of texts; a single text would be read letter by letter")
         return self.family.query_inputs(texts)
 
+    @torch.no_grad()
+    def reduced(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `Encoder.reduced`."""
+        if self.reduction.method == "none" or STATES in inputs:
+            return inputs
+        return reduced_inputs(self.family, self.reduction, inputs)
+
     def image_layout(self, inputs: dict[str, Tensor]) -> ImageLayout:
-        """As `Encoder.image_layout`; the family knows the grids."""
+        """As `Encoder.image_layout`; the family knows the grids, a reducer what is left of them."""
+        if "source" in inputs:
+            return ImageLayout(*(inputs[name] for name in ("coords", "patches", "grid", "source")))
         try:
             return self.family.layout(inputs)
         except InputError as error:
@@ -257,6 +299,8 @@ class Retriever(Encoder):
         lacking = [name for name in self.family.required if name not in inputs]
         if lacking:
             raise InputError(f"attention signals need all that the processor returns, {lacking[0]} too")
+        if STATES in inputs and self.family.vision_tower is self.family.backbone:
+            raise NoSignals(f"{self.name}: a reduced vision tower has no attention between patches; leave reduce out")
         patches = self.image_layout(inputs).patches.to(self.device)
         config, attentions = self.family.attentions
         with column_sums(config, attentions, sorted(layers), self.family.attended(patches)) as sums:

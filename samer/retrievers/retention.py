@@ -58,7 +58,7 @@ def retention_curve(retriever: Retriever, records: Sequence[ImageRecord], batch_
     total = -(-len(records) // batch_size)
     for batch in Progress(batched(records, batch_size), "calibration", total=total, unit="batches"):
         stop_here()
-        inputs = retriever.record_inputs(batch)
+        inputs = retriever.reduced(retriever.record_inputs(batch))
         hidden, attention = retriever.layer_attention(inputs)
         tokens = retriever.project(hidden)  # (B, N, D)
         patches = retriever.image_layout(inputs).patches.to(tokens.device)

@@ -34,7 +34,7 @@ from samer.config import InputError
 from samer.coords import grid_layout
 from samer.retrievers.attention import NoSignals
 from samer.retrievers.base import NO_OFFSET
-from samer.retrievers.family import Family
+from samer.retrievers.family import STATES, Family
 from samer.retrievers.identity import content_hash
 from samer.retrievers.pretrained import (
     MODEL_TYPE,
@@ -128,10 +128,14 @@ class TowerRetriever(nn.Module):
         pixel_values: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        vision_states: Tensor | None = None,
     ) -> SimpleNamespace:
-        """Tokens (B, N, D), not normalised, of pictures or of texts."""
+        """Tokens (B, N, D), not normalised, of pictures, of what their tower gave, or of texts."""
         if pixel_values is not None:
             hidden = self.vision_adapter(self.vision_states(pixel_values))
+        elif vision_states is not None:
+            whole = bool(attention_mask.all())
+            hidden = self.vision_adapter(vision_states, None if whole else attention_mask.bool())
         else:
             states = self.text_states(input_ids, attention_mask)
             hidden = self.text_adapter(states, attention_mask.bool())
@@ -369,8 +373,17 @@ class Towers(Family):
         inputs["offsets"] = torch.where((first < last)[..., None], torch.stack([first, last], -1), NO_OFFSET)
         return inputs
 
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.model.vision_tower
+
+    def see(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.model.vision_states(inputs["pixel_values"].to(self.model.device))
+
     def model_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         names = ("pixel_values",) if "pixel_values" in inputs else ("input_ids", "attention_mask")
+        if STATES in inputs:
+            names = (STATES, "attention_mask")
         return {name: inputs[name].to(self.model.device) for name in names}
 
     def layout(self, inputs: dict[str, Tensor]) -> ImageLayout:

@@ -24,7 +24,7 @@ from samer.data import reader_of
 from samer.data.parts import split_part
 from samer.data.records import ImageRecord, phrase_texts
 from samer.features.read import FeatureStore, open_encoder
-from samer.features.towers import StoredTowers
+from samer.features.towers import StoredTowers, check_whole
 from samer.features.write import write_features
 from samer.retrievers.pretrained import TowerConfig, load_towers, read_tower_config, tower_hash
 from samer.retrievers.towers import TowerProcessor, TowerRetriever, without_adapters
@@ -161,7 +161,9 @@ def _tower_outputs(config: AlignConfig, output: Path, device: torch.device) -> F
     gather_objects(None)
     _check_towers(output, read_tower_config(bare / "config.json"), config.towers)
     if data.features:
-        return FeatureStore(data.features, str(bare), device)
+        store = FeatureStore(data.features, str(bare), device)
+        check_whole(store)
+        return store
     splits = dict.fromkeys(split_part(split)[0] for split in (data.train_split, data.eval_split) if split)
     retriever = open_encoder(str(bare), device)
     print0(f"the towers' outputs are computed once, into {output / 'features'}")

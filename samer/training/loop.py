@@ -88,7 +88,13 @@ def _train(config: Config) -> TrainResult:
         dtype=torch.bfloat16 if settings.bf16 else torch.float32,
         local_files_only=config.model.local_files_only,
         revision=config.model.revision,
+        reduce=config.reduce,
     )
+    if not config.data.features and config.reduce.method != "none" and not config.reduce.unmerge:
+        raise InputError(
+            f"reduce.method={config.reduce.method}: boxes become labels before the tower sees a picture; train from "
+            "features that scripts/features.py made with it (data.features), or with reduce.unmerge=true"
+        )
     retriever.check_records([*records, *validation])
     set_seed(settings.seed)
     queries = _bank_tokens(config, retriever, records)

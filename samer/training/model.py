@@ -76,6 +76,7 @@ class ProjectorModel(nn.Module):
         if self.queries is not None:
             self._project_bank()
         needs = self.compressors[0].needs
+        image_inputs = self.retriever.reduced(image_inputs)
         image_hidden, attention = self.retriever.image_states(image_inputs, needs)  # (U, N, H), distinct images
         query_hidden = self.retriever.hidden_states(query_inputs)  # (B, M, H)
         layout = self.retriever.image_layout(image_inputs)
