@@ -203,8 +203,8 @@ def _measure(
             seen.clear()
             visual = retriever.encode_images(inputs)
             states, source = seen[-1], visual.source
-            number = (visual.patches.cumsum(1) - 1).gather(1, source)  # of each patch's token, prompts not counted
-            patches = states[:, first:].gather(1, number[..., None].expand(-1, -1, states.shape[2]))
+            place = (visual.patches.cumsum(1) - 1).gather(1, source)  # of each patch's token, prompts not counted
+            patches = states[:, first:].gather(1, place[..., None].expand(-1, -1, states.shape[2]))
             cls = states[:, 0] if first else patches.mean(1)
             own = slice(number * batch_size, number * batch_size + len(batch))
             plain_cls, plain = reference.of(own, cls, patches, keep=cell.method == PLAIN)
