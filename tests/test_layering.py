@@ -20,7 +20,7 @@ RANKS = [
     {"evaluation"},
     {"training", "index"},
     {"report"},
-    {"compare", "search", "st", "mteb", "vectors", "export"},
+    {"compare", "search", "seps", "st", "mteb", "vectors", "export"},
     {"world"},
 ]
 LONGEST_FILE, LONGEST_FUNCTION = 500, 80  # lines, in samer/
