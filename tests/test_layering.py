@@ -153,6 +153,7 @@ def test_the_readers_are_not_imported_for_their_types():
                 "samer.data.records",
                 "samer.data.pictures",
                 "samer.data.contents",
+                "samer.data.dense",
                 "samer.data.parts",
                 "samer.data.sources",
                 "samer.data.stamps",

@@ -65,7 +65,7 @@ class Aggregator(nn.Module):
         super().__init__()
         hidden = max(1, int(NARROW * width))
         self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, count))
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.layers(tokens) * self.scale

@@ -9,6 +9,7 @@ from samer.config import DataConfig, InputError
 
 VARIANTS = ("code", "paper")
 DENSE = ("none", "image", "query")
+PUBLISHED = ("", "f30k", "coco")
 MIXUPS = ("", "midpoint")
 
 
@@ -55,17 +56,20 @@ class SepsData(DataConfig):
     """A data set of captions; `eval_split` picks the epoch.
 
     Attributes:
+        published: f30k or coco, whose counts whole splits are held against; "": none.
         dense: a folder with `*_SPLIT.jsonl`, or a file for all splits, of dense texts; "": beside the captions.
         features: a store of what the towers give (scripts/features.py), which then stay as they are.
         workers: threads that read pictures.
     """
 
     eval_split: str = "dev"
+    published: str = ""
     dense: str = ""
     workers: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _among("data.published", self.published, PUBLISHED)
         _bounded(self, "data", 1, "workers")
 
 
