@@ -18,7 +18,7 @@ RANKS = [
     {"grounding", "retrievers"},
     {"features"},
     {"evaluation"},
-    {"training", "index"},
+    {"training", "index", "selection"},
     {"report"},
     {"compare", "search", "st", "mteb", "vectors", "export"},
     {"world"},
