@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains SEPS, or measures it. Variables (default) and any section.key=value override:
-#   DATA_PATH (data; holds f30k/ and coco/, or is one of them)   DATASET (f30k; or coco)   VIT_TYPE (vit; swin, vit_384, ...)
+#   DATA_ROOT (data; holds f30k/ and coco/, or is one of them)   DATASET (f30k; or coco)   VIT_TYPE (vit; swin, vit_384, ...)
 #   OUTPUT_DIR (checkpoints/seps_${DATASET}_$VIT_TYPE)   NPROC_PER_NODE (1; more: torchrun), NNODES, ... as in bash/cache.sh
 #   STEP (train; eval: measure on the test split, with --folds=5 for COCO 1K; COCO 5K is 125,000,000 pairs)
 #   and, where set, over the config's own value: BATCH_SIZE EMBED_SIZE SPARSE_RATIO AGGR_RATIO DENSE VARIANT DENSE_TEXTS
@@ -9,7 +9,7 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-DATA_PATH=${DATA_PATH:-data}
+DATA_ROOT=${DATA_ROOT:-data}
 DATASET=${DATASET:-f30k}
 VIT_TYPE=${VIT_TYPE:-vit}
 OUTPUT_DIR=${OUTPUT_DIR:-${REPO}checkpoints/seps_${DATASET}_$VIT_TYPE}
@@ -27,11 +27,11 @@ DENSE_TEXTS data.dense
 NAMES
 prepare
 if [ "${STEP:-train}" = train ]; then
-    launch "${REPO}scripts/seps_train.py" --dataset="$DATASET" --data_path="$DATA_PATH" --vit_type="$VIT_TYPE" \
+    launch "${REPO}scripts/seps_train.py" --dataset="$DATASET" --data_path="$DATA_ROOT" --vit_type="$VIT_TYPE" \
         --logger_name="$OUTPUT_DIR" "${settings[@]}" "$@"
 fi
-root=$DATA_PATH
-if [ -d "$DATA_PATH/$DATASET" ]; then root=$DATA_PATH/$DATASET; fi
+root=$DATA_ROOT
+if [ -d "$DATA_ROOT/$DATASET" ]; then root=$DATA_ROOT/$DATASET; fi
 split=test
 if [ "$DATASET" = coco ]; then split=testall; fi
 settings=(data.name=captions)

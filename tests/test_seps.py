@@ -325,7 +325,7 @@ def test_the_best_of_equal_tokens_is_the_first():
         (lambda: HeadSettings(beta=0.6), r"seps.beta must be in \[0, 0.5\]"),
         (lambda: HeadSettings(temperature=0.0), "seps.temperature must be above 0"),
         (lambda: HeadSettings(ratio_weight=-1.0), "seps.ratio_weight must be at least 0"),
-        (lambda: SepsTraining(mixup="cut"), "train.mixup must be one of '', midpoint"),
+        (lambda: SepsTraining(mixup="cut"), "train.mixup must be one of none, midpoint"),
         (lambda: SepsTraining(augment=1.5), "train.augment must be at most 1"),
         (lambda: Head(HeadSettings(), 1, 8), "1 patch tokens; there is nothing to select from"),
         (lambda: made(dense="query")(*pairs("none")), "needs the dense text that each text brings"),

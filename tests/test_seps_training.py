@@ -1,6 +1,7 @@
 """SEPS trained end to end on a small world: processes, interruptions, what is altered, what is picked and measured."""
 
 import json
+import math
 import os
 import random
 import socket
@@ -86,7 +87,7 @@ def test_a_run_learns_and_its_model_is_measured(config, tmp_path, variant, dense
     config = of(config, seps={"variant": variant, "dense": dense}, epochs=4, tower_rate=1.0)
     folder = train_seps(config, CPU)
     history = json.loads((folder / "history.json").read_text())
-    losses = [entry["align"] for entry in history["epochs"]]
+    losses = [entry["hinge"] for entry in history["epochs"]]
     assert losses[-1] < losses[1]  # the first is of sums
     best = max(history["epochs"], key=lambda entry: entry["val_rsum"])
     assert history["best_epoch"] == best["epoch"]
@@ -137,7 +138,7 @@ def one_of_two(rank, config, place):
     with process_group():
         run = made(of(config, batch_size=config.train.batch_size // 2))
         losses = run.losses(run.batch(1), run.steps + 1)
-        (losses["align"] + losses["ratio"]).backward()
+        (losses["hinge"] + losses["ratio"]).backward()
         run.share_gradients()
         kept = {name: value.clone() for name, value in last_gradients(run).items()}
         values = run.validate()
@@ -151,7 +152,7 @@ def test_two_processes_give_the_loss_gradients_and_recalls_of_one(config, tmp_pa
     config = of(config, seps={"variant": variant, "dense": dense})
     run = made(config)
     losses = run.losses(run.batch(1), run.steps + 1)
-    (losses["align"] + losses["ratio"]).backward()
+    (losses["hinge"] + losses["ratio"]).backward()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -175,7 +176,7 @@ def test_a_vision_tower_without_a_class_token_learns_only_by_the_chosen_tokens(c
         for select, expected in ((False, released), (True, ours)):
             changed = replace(config, towers=replace(config.towers, vision=str(place / tower)))
             run = made(of(changed, seps={"select_gradient": select}))
-            run.losses(run.batch(0), run.steps)["align"].backward()
+            run.losses(run.batch(0), run.steps)["hinge"].backward()
             grown = [name for name in last_gradients(run) if name.startswith("vision")]
             assert bool(grown) == expected, (tower, select)
 
@@ -202,7 +203,7 @@ def test_a_loss_that_is_not_finite_is_an_error_unless_asked_for(config):
         run.update(run.batch(4), 4)
     run.settings = replace(run.settings, nan_as_zero=True)
     before = [value.detach().clone() for value in run.parameters.values()]
-    assert run.update(run.batch(4), 4) == {"align": 0.0, "ratio": 0.0}
+    assert set(run.update(run.batch(4), 4).values()) == {0.0}
     assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, run.parameters.values()))
 
 
@@ -436,3 +437,55 @@ def test_pairs_leave_unrelated_captions_out(world):
     data = SplitData("val", [replace(first, captions=captions), *records[1:]], {})
     assert len(data.pairs()) == 29
     assert (0, 0) not in data.pairs()
+
+
+def test_mixup_moves_tokens_towards_another_picture_and_keeps_their_lengths(config):
+    run = made(of(config, mixup="midpoint"))
+    torch.manual_seed(0)
+    tokens, cls, numbers = torch.randn(4, 5, 16), torch.randn(4, 16), torch.tensor([7, 3, 7, 9])
+    start = run.mixed([tokens, cls], numbers, 0)
+    assert torch.allclose(start[0], tokens, atol=1e-5)
+    assert torch.allclose(start[1], cls, atol=1e-5)
+    end, _ = run.mixed([tokens, None], numbers, run.steps * 2)
+    partner = {0: 3, 1: 0, 2: 3, 3: 1}  # of 7: 9, of 3: 7, of 9: 3
+    for k, other in partner.items():
+        for i in range(5):
+            own = tokens[k, i] / tokens[k, i].norm()
+            units = [token / token.norm() for token in tokens[other]]
+            near = max(units, key=lambda unit, own=own: float(unit @ own))
+            middle = (own + near) / (own + near).norm() * tokens[k, i].norm()
+            assert torch.allclose(end[k, i], middle, atol=1e-5)
+    plain = made(config)
+    values = [float(each.losses(each.batch(2), 2)["hinge"].detach()) for each in (plain, run)]
+    assert abs(values[0] - values[1]) > 1e-4
+
+
+def test_what_is_logged_of_a_step_is_that_of_loops(config):
+    run = made(config)
+    batch = run.batch(0)
+    losses = run.losses(batch, 0)
+    unit = lambda vector: vector / vector.norm()
+    with torch.no_grad():
+        tokens = run.model.encode_images(batch["pictures"]).tokens
+        words = run.model.encode_texts(batch["texts"])
+        pictures = [unit(each.mean(0)) for each in tokens]
+        texts = [unit(each[mask].mean(0)) for each, mask in zip(words.tokens, words.mask)]
+    wanted = sum(float((p - t).square().sum()) for p, t in zip(pictures, texts)) / len(texts)
+    assert float(losses["alignment"]) == pytest.approx(wanted, abs=1e-5)
+    distinct = list({int(number): p for number, p in reversed(list(zip(batch["images"], pictures)))}.values())
+    pairs = [(a, b) for k, a in enumerate(distinct) for b in distinct[k + 1 :]]
+    mean = sum(math.exp(-2 * float((a - b).square().sum())) for a, b in pairs) / len(pairs)
+    assert float(losses["uniformity"]) == pytest.approx(math.log(mean), abs=1e-5)
+
+
+def test_chosen_captions_are_what_is_trained_on(config, world, tmp_path):
+    records = flickr.load_split(world, "train", boxes=False)
+    rows = [{"image_id": r.image_id, "text": r.captions[0].text} for r in records[:8]]
+    (tmp_path / "chosen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = replace(config.data, captions=str(tmp_path / "chosen.jsonl"))
+    config = replace(of(config, batch_size=4, epochs=1), data=data)
+    folder = train_seps(config, CPU)
+    assert (folder / "history.json").is_file()
+    chosen = read_split(data, "train", None, dense=True, captions=data.captions)
+    assert [len(record.captions) for record in chosen.records] == [1] * 8
+    assert len(chosen.dense) == 12

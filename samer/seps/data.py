@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from samer.config import InputError
 from samer.data import reader_of
+from samer.data.chosen import only_chosen
 from samer.data.dense import dense_texts
 from samer.data.parts import split_part
 from samer.data.reader import tell_once
@@ -36,8 +37,8 @@ class SplitData:
         return [(k, m) for k, record in enumerate(self.records) for m, c in enumerate(record.captions) if c.related]
 
 
-def read_split(data: SepsData, split: str, limit: int | None, *, dense: bool) -> SplitData:
-    """Reads a split, and its dense texts where they are asked for.
+def read_split(data: SepsData, split: str, limit: int | None, *, dense: bool, captions: str = "") -> SplitData:
+    """Reads a split, and its dense texts where they are asked for; `captions` names a file of those that are chosen.
 
     Raises:
         InputError: bad data, an image without a dense text, or with `data.strict` another number of images or captions
@@ -49,12 +50,12 @@ def read_split(data: SepsData, split: str, limit: int | None, *, dense: bool) ->
     )
     records = load(split, limit)
     _check_counts(data, split, limit, records)
-    if not dense:
-        return SplitData(split, records, {})
-    name = split_part(split)[0]
-    whole = records if (name, limit) == (split, None) else load(name)
-    texts = dense_texts(data.dense or data.root, split, records, [record.image_id for record in whole])
-    return SplitData(split, records, texts)
+    texts = {}
+    if dense:
+        name = split_part(split)[0]
+        whole = records if (name, limit) == (split, None) else load(name)
+        texts = dense_texts(data.dense or data.root, split, records, [record.image_id for record in whole])
+    return SplitData(split, only_chosen(records, captions) if captions else records, texts)
 
 
 def _check_counts(data: SepsData, split: str, limit: int | None, records: Sequence[ImageRecord]) -> None:

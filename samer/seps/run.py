@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samer.config import InputError
 from samer.data.records import ImageRecord
+from samer.losses import alignment, first_rows, midpoint_mixup, midpoint_share, mixup_partners, uniformity
 from samer.runtime.files import listing
 from samer.runtime.gather import gather_with_grad
 from samer.runtime.processes import gather_objects, print0, rank, stop_asked, world_size
@@ -182,7 +184,7 @@ class SepsRun:
         torch.manual_seed(hash((self.settings.seed, number, rank())) % 2**63)  # dropout
         losses = self.losses(batch, number)
         warming = self.settings.warmup and number < self.steps
-        total = losses["align"] * (number / self.steps if warming else 1.0)
+        total = losses["hinge"] * (number / self.steps if warming else 1.0)
         total = total + self.config.seps.weight_of_ratio * losses["ratio"]
         shown = {name: float(value.detach()) for name, value in losses.items()}
         if not math.isfinite(float(total.detach())):
@@ -212,7 +214,7 @@ class SepsRun:
                 parameter.grad /= world_size()
 
     def losses(self, batch: dict[str, Any], number: int) -> dict[str, Tensor]:
-        """The losses over the pairs of all processes, the same in each of them."""
+        """The losses over the pairs of all processes, the same in each of them, and what is logged beside them."""
         images, texts = self.model.encode_images(batch["pictures"]), self.model.encode_texts(batch["texts"])
         mode = self.config.seps.dense
         if mode != "none":
@@ -221,15 +223,37 @@ class SepsRun:
                 images = replace(images, guide=pooled(dense.tokens, dense.mask))
             else:
                 texts = replace(texts, dense=dense, dense_of=torch.arange(len(dense.tokens), device=self.model.device))
-        numbers = batch["images"].to(self.model.device)
+        numbers = gather_with_grad(batch["images"].to(self.model.device))
         parts = [each if each is None else gather_with_grad(each) for each in (images.tokens, images.cls, images.guide)]
         if self.model.head.draws:
             texts = replace(texts, noise=self.noise(number, batch["place"], texts, parts[0]))
+        spread = self.spread(Images(*parts), texts, numbers)
+        if self.settings.mixup == "midpoint":
+            parts[:2] = self.mixed(parts[:2], numbers, number)
         scores, shares = self.model.head(Images(*parts), texts)
         scores, shares = gather_with_grad(scores), gather_with_grad(shares)
         hardest = not (self.settings.warmup and number < self.steps)
         align = similarity.alignment_loss(scores, gather_with_grad(numbers), self.config.seps.margin, hardest=hardest)
-        return {"align": align, "ratio": similarity.ratio_loss(shares, self.config.seps.sparse_ratio)}
+        return {"hinge": align, "ratio": similarity.ratio_loss(shares, self.config.seps.sparse_ratio), **spread}
+
+    def mixed(self, parts: list[Tensor | None], numbers: Tensor, number: int) -> list[Tensor | None]:
+        """Tokens (A, N, d) and [CLS] (A, d) of all pictures on their way to others', as long as they were."""
+        share = midpoint_share(number / (self.steps * self.settings.epochs))
+        partners = mixup_partners(numbers)
+        towards = lambda own: own.norm(dim=-1, keepdim=True) * midpoint_mixup(F.normalize(own, dim=-1), partners, share)
+        return [part if part is None else towards(part) for part in parts]
+
+    @torch.no_grad()
+    def spread(self, images: Images, texts: Texts, numbers: Tensor) -> dict[str, Tensor]:
+        """Alignment of the captions' means with their pictures', and uniformity of the pictures'."""
+        words = F.normalize(pooled(texts.tokens, texts.mask), dim=-1)
+        pictures = F.normalize(pooled(images.tokens), dim=-1)
+        positives = torch.eye(len(pictures), dtype=torch.bool, device=pictures.device)
+        words = gather_with_grad(words)
+        return {
+            "alignment": alignment(words, pictures, positives),
+            "uniformity": uniformity(pictures[first_rows(numbers)]),
+        }
 
     def noise(self, number: int, place: int, texts: Texts, tokens: Tensor) -> Tensor:
         """Logistic noise (2, B, A, N), of each text by its place in the whole batch."""

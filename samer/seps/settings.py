@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from samer.config import DataConfig, InputError
+from samer.config import MIXUPS, DataConfig, InputError
 
 VARIANTS = ("code", "paper")
 DENSE = ("none", "image", "query")
 PUBLISHED = ("", "f30k", "coco")
-MIXUPS = ("", "midpoint")
 
 
 def _among(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -128,7 +127,7 @@ class SepsTraining:
         decay_epochs, decay: the learning rate is multiplied by `decay` at each of these epochs, from 0.
         warmup: in the first epoch the loss grows from 0 and sums all violations; later only the greatest count.
         augment: share of a text's words that training alters.
-        mixup: "" or midpoint, of pictures' tokens (`samer.training.mixup`).
+        mixup: none, or midpoint: a picture's tokens move towards another's during training (METHOD section 4c).
         nan_as_zero: as released: a loss that is not finite is left out instead of being an error.
         save_steps: between checkpoints, besides one after every epoch; 0: none besides.
         eval_block: pictures that are scored at once.
@@ -146,7 +145,7 @@ class SepsTraining:
     warmup: bool = True
     max_grad_norm: float = 2.0
     augment: float = 0.2
-    mixup: str = ""
+    mixup: str = "none"
     nan_as_zero: bool = False
     bf16: bool = False
     save_steps: int = 0

@@ -73,7 +73,7 @@ def _train(config: SepsConfig, device: torch.device) -> Path:
 def _read(config: SepsConfig) -> tuple[SplitData, SplitData | None]:
     """To train on, and to pick the epoch by; what picks it is told where that flatters."""
     data, dense = config.data, config.seps.dense != "none"
-    train = read_split(data, data.train_split, data.limit_train_images, dense=dense)
+    train = read_split(data, data.train_split, data.limit_train_images, dense=dense, captions=data.captions)
     if not data.eval_split:
         return train, None
     if split_part(data.eval_split)[0].startswith("test"):
