@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from samer.config import InputError, build_dataclass
 from samer.data.records import ImageRecord
+from samer.retrievers.base import Projector
 from samer.retrievers.pretrained import TowerConfig, load_towers, text_positions, tower_grid, tower_hash, tower_width
 from samer.retrievers.towers import TowerProcessor
 from samer.runtime.files import atomic_path, read_json, write_json
@@ -108,10 +109,20 @@ class Seps(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.bf16)
 
 
+@torch.no_grad()
+def _start(projection: nn.Module, base: Projector) -> None:
+    """Starts a projection from the retriever's own, which joins both sides already."""
+    if isinstance(projection, nn.Linear):
+        projection.weight.copy_(base.weight)
+        projection.bias.copy_(torch.zeros(len(base.weight)) if base.bias is None else base.bias)
+
+
 def make_model(
     config: SepsConfig, device: torch.device, records: Sequence[ImageRecord]
 ) -> tuple[Seps, LiveInputs | StoredInputs]:
     """A model whose towers are those of the settings, with a new head, and what feeds it.
+
+    On the features of a retriever whose projection has the asked width, both projections start from that one (ours).
 
     Args:
         config: the settings.
@@ -125,6 +136,10 @@ def make_model(
         inputs = StoredInputs(config.data.features, device)
         tokens = inputs.pictures(records[:1])["hidden"].shape[1]
         model = Seps(replace(config, train=replace(config.train, tower_rate=0.0)), None, None, (tokens, inputs.width))
+        base = inputs.store.base_projector
+        if tuple(base.weight.shape) == (config.towers.embed_size, inputs.width):
+            for projection in (model.vision_projection, model.text_projection):
+                _start(projection, base)
         return model.to(device), inputs
     where = TowerConfig(**{name: getattr(config.towers, name) for name in WHERE})
     vision, text = load_towers(where)
