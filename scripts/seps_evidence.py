@@ -37,8 +37,8 @@ def main(argv=None):
     parser.add_argument("part", choices=("leak", "photos", "page"))
     parser.add_argument("--out", default="outputs/seps", help="folder for everything (outputs/seps)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
-    parser.add_argument("--epochs", type=int, help="of a SEPS training (leak 12, photos 4)")
-    parser.add_argument("--train", type=int, default=1000, help="leak: pictures to train on (1000)")
+    parser.add_argument("--epochs", type=int, help="of a SEPS training (leak 4, photos 4)")
+    parser.add_argument("--train", type=int, default=2000, help="leak: pictures to train on (2000)")
     parser.add_argument("--test", type=int, default=300, help="leak: pictures to measure (300)")
     parser.add_argument("--data-root", help="photos: the data set, with train, val and test")
     parser.add_argument("--features", help="photos: store of the retriever's features of all splits")
@@ -92,7 +92,7 @@ def leak(out, options, device):
     from samer.seps.train import train_seps
     from samer.world.leak import CELL, CELLS, ceiling, save_towers, write_leak
 
-    place, epochs = out / "leak", options.epochs or 12
+    place, epochs = out / "leak", options.epochs or 4
     write_leak(place / "data", {"train": options.train, "dev": 100, "test": options.test})
     vision, text = save_towers(place / "towers")
     towers = SepsTowers(vision, text, image_size=CELLS * CELL, embed_size=64)
@@ -105,7 +105,8 @@ def leak(out, options, device):
     for number, (variant, mode, seed) in enumerate(runs):
         announce(number, len(runs), began, f"{variant}, dense text {mode}, seed {seed}")
         folder = place / f"{variant}_{mode}_{seed}"
-        training = SepsTraining(str(folder), epochs, 64, 1e-3, 1.0, decay_epochs=(epochs * 3 // 4,), seed=seed)
+        rates = {"learning_rate": 5e-4, "tower_rate": 1.0, "decay_epochs": (epochs * 3 // 4,)}
+        training = SepsTraining(str(folder), epochs, 32, sum_epochs=epochs, seed=seed, **rates)
         config = SepsConfig(towers, data, HeadSettings(variant, mode, aggr_ratio=1.0), training)
         train_seps(config, device)
         found = evaluate_folder(folder, config, "test", 1, folder / "test", device)
@@ -187,9 +188,9 @@ def pairwise(place, options, device, name, regions, settings, seed):
     patches = stored_patches(data, device)
     merged = regions if settings.get("variant") == "paper" else regions - 1  # and the dropped ones' mean
     head = HeadSettings(dense="none", sparse_ratio=0.5, aggr_ratio=(merged + 0.5) / (0.5 * patches), **settings)
-    training = SepsTraining(
-        str(folder), options.epochs or 4, 64, 1e-3, decay_epochs=(), seed=seed, max_grad_norm=2.0, eval_block=50
-    )
+    epochs = options.epochs or 4
+    recipe = {"batch_size": 64, "learning_rate": 1e-3, "decay_epochs": (), "sum_epochs": epochs, "eval_block": 50}
+    training = SepsTraining(str(folder), epochs, seed=seed, **recipe)
     config = SepsConfig(SepsTowers(embed_size=width), data, head, training)
     train_seps(config, device)
     found = evaluate_folder(folder, config, "test", 1, folder / "test", device)

@@ -232,7 +232,7 @@ class SepsRun:
             parts[:2] = self.mixed(parts[:2], numbers, number)
         scores, shares = self.model.head(Images(*parts), texts)
         scores, shares = gather_with_grad(scores), gather_with_grad(shares)
-        hardest = not (self.settings.warmup and number < self.steps)
+        hardest = number >= self.steps * self.settings.sum_epochs
         align = similarity.alignment_loss(scores, gather_with_grad(numbers), self.config.seps.margin, hardest=hardest)
         return {"hinge": align, "ratio": similarity.ratio_loss(shares, self.config.seps.sparse_ratio), **spread}
 

@@ -125,7 +125,9 @@ class SepsTraining:
     Attributes:
         tower_rate: of the learning rate, for the towers; 0: they stay as they are.
         decay_epochs, decay: the learning rate is multiplied by `decay` at each of these epochs, from 0.
-        warmup: in the first epoch the loss grows from 0 and sums all violations; later only the greatest count.
+        warmup: in the first epoch the loss grows from 0.
+        sum_epochs: in so many epochs all violations of the margin count, then only the greatest of each text and each
+            picture. From the greatest alone towers that know nothing yet learn that all pairs are alike.
         augment: share of a text's words that training alters.
         mixup: none, or midpoint: a picture's tokens move towards another's during training (METHOD section 4c).
         nan_as_zero: as released: a loss that is not finite is left out instead of being an error.
@@ -143,6 +145,7 @@ class SepsTraining:
     decay_epochs: tuple[int, ...] = (9, 15, 20, 25)
     decay: float = 0.3
     warmup: bool = True
+    sum_epochs: int = 1
     max_grad_norm: float = 2.0
     augment: float = 0.2
     mixup: str = "none"
@@ -157,7 +160,7 @@ class SepsTraining:
     def __post_init__(self) -> None:
         _bounded(self, "train", 1, "epochs batch_size eval_batch_size eval_block")
         _bounded(self, "train", 0, "learning_rate max_grad_norm decay", above=True)
-        _bounded(self, "train", 0, "tower_rate weight_decay save_steps seed augment")
+        _bounded(self, "train", 0, "tower_rate weight_decay sum_epochs save_steps seed augment")
         _among("train.mixup", self.mixup, MIXUPS)
         if self.augment > 1:
             raise InputError(f"train.augment must be at most 1; it is {self.augment}")

@@ -1,6 +1,6 @@
 """A small data set on which a description gives away what a caption leaves out, and small towers to learn it with.
 
-Five things lie in a picture's 4 x 4 cells, a thing being a coloured shape, one of 24. A caption names two of the five;
+Five things lie in a picture's 4 x 4 cells, a thing being a coloured shape, one of 48. A caption names two of the five;
 the dense text names all. So a caption fits many pictures, and how often the right one can come first is known exactly
 (`ceiling`), whatever a system makes of it; only a description of the answer goes beyond. Files lie as the caption files
 of SEPS do.
@@ -25,8 +25,10 @@ COLOURS = {
     "yellow": (235, 215, 50),
     "purple": (150, 60, 190),
     "white": (245, 245, 245),
+    "pink": (250, 150, 190),
+    "cyan": (40, 200, 210),
 }
-SHAPES = ("square", "disc", "cross", "bar")
+SHAPES = ("square", "disc", "cross", "bar", "post", "ring")
 THINGS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 CELLS, CELL = 4, 8  # per side; pixels
 HELD, NAMED, CAPTIONS = 5, 2, 5  # things of a picture, of a caption; captions of a picture
@@ -46,8 +48,12 @@ def _draw(things: Sequence[str], cells: Sequence[int]) -> Image.Image:
             pen.ellipse((x, y, x + 7, y + 7), fill=fill)
         elif shape == "cross":
             pen.line((x, y, x + 7, y + 7), fill=fill, width=2), pen.line((x, y + 7, x + 7, y), fill=fill, width=2)
-        else:
+        elif shape == "ring":
+            pen.ellipse((x, y, x + 7, y + 7), outline=fill)
+        elif shape == "bar":
             pen.rectangle((x, y + 3, x + 7, y + 4), fill=fill)
+        else:
+            pen.rectangle((x + 3, y, x + 4, y + 7), fill=fill)
     return image
 
 
