@@ -45,6 +45,7 @@ def main(argv=None):
     parser.add_argument("--model", help="photos: the retriever")
     parser.add_argument("--train-split", default="train[50%:]", help="photos: not aligned on (train[50%%:])")
     parser.add_argument("--regions", nargs="+", type=int, default=[16, 32, 64], help="photos: K (16 32 64)")
+    parser.add_argument("--batch-size", type=int, default=64, help="photos: captions of a step (64)")
     parser.add_argument("--limit-images", type=int, help="photos: the first so many of each split")
     parser.add_argument("--page", default="assets/results/seps.md", help="page: the file")
     add_compute_options(parser)
@@ -150,6 +151,7 @@ def late(place, options, device, name, regions, seed):
     limit = "null" if options.limit_images is None else options.limit_images
     words = [f"data.root={options.data_root}", f"data.features={options.features}", f"model.name={options.model}"]
     words += [f"data.train_split={options.train_split}", f"data.limit_train_images={limit}", f"train.seed={seed}"]
+    words.append(f"train.train_batch_size={options.batch_size}")
     words += [f"merge.compressor={'samer' if regions else 'none'}", f"merge.num_regions={regions or 16}"]
     config = load_config(CONFIG, [*words, f"train.output_dir={folder}"])
     train(config)
@@ -189,7 +191,13 @@ def pairwise(place, options, device, name, regions, settings, seed):
     merged = regions if settings.get("variant") == "paper" else regions - 1  # and the dropped ones' mean
     head = HeadSettings(dense="none", sparse_ratio=0.5, aggr_ratio=(merged + 0.5) / (0.5 * patches), **settings)
     epochs = options.epochs or 4
-    recipe = {"batch_size": 64, "learning_rate": 1e-3, "decay_epochs": (), "sum_epochs": epochs, "eval_block": 50}
+    recipe = {
+        "batch_size": options.batch_size,
+        "learning_rate": 1e-3,
+        "decay_epochs": (),
+        "sum_epochs": epochs,
+        "eval_block": 50,
+    }
     training = SepsTraining(str(folder), epochs, seed=seed, **recipe)
     config = SepsConfig(SepsTowers(embed_size=width), data, head, training)
     train_seps(config, device)
