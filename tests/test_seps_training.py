@@ -489,3 +489,33 @@ def test_chosen_captions_are_what_is_trained_on(config, world, tmp_path):
     chosen = read_split(data, "train", None, dense=True, captions=data.captions)
     assert [len(record.captions) for record in chosen.records] == [1] * 8
     assert len(chosen.dense) == 12
+
+
+def test_a_tracker_hears_of_every_epoch(config, monkeypatch):
+    class Tracker:
+        heard, ended = [], False
+
+        def log(self, values, step):
+            self.heard.append((step, sorted(values)))
+
+        def end_training(self):
+            self.ended = True
+
+    tracker = Tracker()
+    monkeypatch.setattr("samer.seps.train.check_trackers", lambda names: names.split(","))
+    monkeypatch.setattr("samer.seps.train._tracker", lambda *_: tracker)
+    train_seps(of(config, report_to="some"), CPU)
+    assert [step for step, _ in tracker.heard] == [3, 6]
+    assert {"hinge", "uniformity", "val_rsum"} <= set(tracker.heard[0][1])
+    assert tracker.ended
+
+
+def test_bfloat16_reaches_the_towers_and_not_the_head(config):
+    run = made(of(config, bf16=True))
+    plain = made(config)
+    tokens = [each.model.encode_images(each.batch(0)["pictures"]).tokens for each in (run, plain)]
+    assert tokens[0].dtype == torch.float32
+    assert torch.allclose(tokens[0], tokens[0].bfloat16().float())  # they were bfloat16
+    assert not torch.allclose(tokens[1], tokens[1].bfloat16().float())
+    run.update(run.batch(4), 4)
+    assert all(each.dtype == torch.float32 for each in run.parameters.values())
