@@ -6,8 +6,8 @@
 
 A pair's score needs both sides, so nothing is indexed: COCO 5K is 125,000,000 pairs, with ViT-224 and d = 512 about 13
 hours of one CPU core (0.4 ms a pair), 18 with dense text. They are scored in blocks of pictures, which lie in --out, so
-a run that was stopped goes on; the time that is left is shown. --folds 5 is COCO 1K, the means of five folds. A model trained with seps.dense=query needs the dense texts of the answers: a leak, and
-metrics.json says so.
+a run that was stopped goes on; the time that is left is shown. --folds 5 is COCO 1K, the means of five folds. A model
+trained with seps.dense=query needs the dense texts of the answers: a leak, and metrics.json says so.
 """
 
 import sys
