@@ -36,5 +36,5 @@ split=test
 if [ "$DATASET" = coco ]; then split=testall; fi
 settings=(data.name=captions)
 if [ -n "${DENSE_TEXTS:-}" ]; then settings+=("data.dense=$DENSE_TEXTS"); fi
-launch "${REPO}scripts/seps_eval.py" "$OUTPUT_DIR" --data-root="$root" --split="$split" \
+launch "${REPO}scripts/seps_eval.py" --model="$OUTPUT_DIR" --data-root="$root" --split="$split" \
     --out="$OUTPUT_DIR/$split" "${settings[@]}" "$@"

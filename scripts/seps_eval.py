@@ -1,8 +1,8 @@
 """Measures a SEPS model: every caption against every picture, both directions, R@1, R@5, R@10 and rSum.
 
-    python scripts/seps_eval.py runs/f30k_vit --data-root data/f30k --split test --out outputs/f30k_vit
-    python scripts/seps_eval.py runs/coco_vit --data-root data/coco --split testall --folds 5 --out outputs/coco_1k
-    torchrun --nproc-per-node 8 scripts/seps_eval.py runs/coco_vit --data-root data/coco --split testall --out ...
+    python scripts/seps_eval.py --model runs/f30k_vit --data-root data/f30k --split test --out outputs/f30k
+    python scripts/seps_eval.py --model runs/coco_vit --data-root data/coco --split testall --folds 5 --out coco
+    torchrun --nproc-per-node 8 scripts/seps_eval.py --model runs/coco_vit --data-root data/coco --split testall ...
 
 A pair's score needs both sides, so nothing is indexed: COCO 5K is 125,000,000 pairs, with ViT-224 and d = 512 about 13
 hours of one CPU core (0.4 ms a pair), 18 with dense text. They are scored in blocks of pictures, which lie in --out, so
@@ -27,7 +27,7 @@ from samer.runtime.commands import add_compute_options, compute_device, run
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder that scripts/seps_train.py wrote")
+    parser.add_argument("--model", required=True, help="folder that scripts/seps_train.py wrote")
     parser.add_argument("--data-root", required=True, help="the data set's folder")
     parser.add_argument("--split", default="test", help="that is measured (test)")
     parser.add_argument("--folds", type=int, default=1, help="parts that are asked each for itself (1)")

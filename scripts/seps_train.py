@@ -70,7 +70,7 @@ def main(argv=None):
     limit_pixels(config.data.max_megapixels)
     with process_group():
         folder = train_seps(config, device)
-        print0(f"done: a model in {folder}; scripts/seps_eval.py {folder} measures it")
+        print0(f"done: a model in {folder}; scripts/seps_eval.py --model {folder} measures it")
     return folder
 
 

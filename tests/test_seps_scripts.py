@@ -94,7 +94,15 @@ def test_train_and_eval_by_the_flags_of_the_seed(place, tmp_path, script, capsys
     settings = load_config(out / "seps.yaml", [], SepsConfig)
     assert (settings.seps.sparse_ratio, settings.seps.aggr_ratio) == (0.6, 0.5)
     assert settings.data.root == str(place / "f30k")
-    words = [str(out), "--data-root", str(place / "f30k"), "--out", str(tmp_path / "test"), "data.name=captions"]
+    words = [
+        "--model",
+        str(out),
+        "--data-root",
+        str(place / "f30k"),
+        "--out",
+        str(tmp_path / "test"),
+        "data.name=captions",
+    ]
     found = script("seps_eval").main([*words, "--folds", "2", "train.eval_block=4"])
     assert "a leak" in capsys.readouterr().out
     assert len(found["folds"]) == 2
