@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains SEPS, or measures it. Variables (default) and any section.key=value override:
-#   DATA_ROOT (data; holds f30k/ and coco/, or is one of them)   DATASET (f30k; or coco)   VIT_TYPE (vit; swin, vit_384, ...)
-#   OUTPUT_DIR (checkpoints/seps_${DATASET}_$VIT_TYPE)   NPROC_PER_NODE (1; more: torchrun), NNODES, ... as in bash/cache.sh
+#   DATA_ROOT (data; holds f30k/ and coco/, or is one of them)   DATASET (f30k; or coco)
+#   VIT_TYPE (vit; swin, vit_384, swin_384)   OUTPUT_DIR (checkpoints/seps_${DATASET}_$VIT_TYPE)
+#   NPROC_PER_NODE (1; more: torchrun), NNODES, ... as in bash/cache.sh
 #   STEP (train; eval: measure on the test split, with --folds=5 for COCO 1K; COCO 5K is 125,000,000 pairs)
 #   and, where set, over the config's own value: BATCH_SIZE EMBED_SIZE SPARSE_RATIO AGGR_RATIO DENSE VARIANT DENSE_TEXTS
 #   (a file or a folder of dense texts)

@@ -36,7 +36,7 @@ def main(argv=None):
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="of data and train, e.g. data.dense=FILE"
     )
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     device = compute_device(options)
     from pathlib import Path
 

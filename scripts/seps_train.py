@@ -51,7 +51,7 @@ def main(argv=None):
     parser.add_argument("--gpu-id", type=int, help="the one GPU to use")
     add_compute_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. seps.dense=query")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     if options.multi_gpu and int(os.environ.get("WORLD_SIZE", 1)) < 2:
         parser.error("--multi_gpu 1 needs torchrun: torchrun --nproc-per-node N scripts/seps_train.py ...")
     if options.gpu_id is not None:
