@@ -203,8 +203,13 @@ def test_the_page_says_what_the_rows_hold():
         }
     )
     assert "`code`: none 15.0, the candidate's own 13.0, the answer's 85.0." in page
+    assert "Above what captions allow: `code` with **the answer's (leak)**." in page
     assert "| code | none | 15.0 (10.0 to 20.0) |" in page
     assert "|  | *best that captions allow* | 25.0 | 60.0 | 80.0 |" in page
     assert "| LAPS-like | 16 | 30.0 |" in page
     assert "| late | all | 40.0 |" in page
     assert "| 65,536 | 1,234.5 |" in page
+    poor = [{**each, "t2i_r@1": 20.0} for each in leaky]
+    page = seps_page({"leak": {"train": 2000, "test": 300, "epochs": 4, "ceiling": best, "rows": poor}})
+    assert "Above what captions allow" not in page
+    assert "Photographs" not in page

@@ -69,10 +69,20 @@ def leak_section(leak: dict) -> list[str]:
         + "; ".join(said)
         + ".",
         "",
-        "What goes beyond the captions' best comes out of the description of the answer that the published evaluation",
-        "hands to each query. A candidate's own description can't do that: it only helps to choose the patches.",
-        "",
+        *beyond(by_key, best["r@1"]),
         *markdown_table(["system", "dense text", *HEAD], table),
+        "",
+    ]
+
+
+def beyond(found: dict[tuple[str, str], float], best: float) -> list[str]:
+    """Which systems find more than captions allow, and why that is."""
+    above = [f"`{variant}` with {MODES[mode]}" for (variant, mode), value in found.items() if value > best]
+    if not above:
+        return []
+    return [
+        f"Above what captions allow: {', '.join(above)}. What goes beyond it comes out of the dense text, not out of the",
+        "captions. A candidate's own description only helps to choose its patches.",
         "",
     ]
 
