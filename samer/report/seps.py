@@ -81,7 +81,7 @@ def beyond(found: dict[tuple[str, str], float], best: float) -> list[str]:
     if not above:
         return []
     return [
-        f"Above what captions allow: {', '.join(above)}. What goes beyond it comes out of the dense text, not out of the",
+        f"Above what captions allow: {', '.join(above)}. What goes beyond it comes out of the dense text, not of the",
         "captions. A candidate's own description only helps to choose its patches.",
         "",
     ]

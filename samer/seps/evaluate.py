@@ -164,10 +164,8 @@ def split_metrics(scores: Tensor, image_of: Tensor, folds: int = 1) -> dict:
     Raises:
         InputError: folds that don't divide the images.
     """
-    images = scores.shape[1]
-    if folds < 1 or images % folds:
-        raise InputError(f"{images:,} images can't be cut into {folds} folds of one size; give another number")
-    parts = []
+    images, parts = scores.shape[1], []
+    _check_folds(images, folds)
     for first in range(0, images, images // folds):
         rows = (image_of >= first) & (image_of < first + images // folds)
         columns = scores[rows][:, first : first + images // folds]
@@ -181,6 +179,11 @@ def split_metrics(scores: Tensor, image_of: Tensor, folds: int = 1) -> dict:
         for name in ("text_to_image", "image_to_text")
     }
     return {**found, "rsum": mean([part["rsum"] for part in parts]), "folds": parts}
+
+
+def _check_folds(images: int, folds: int) -> None:
+    if folds < 1 or images % folds:
+        raise InputError(f"{images:,} images can't be cut into {folds} folds of one size; give another number")
 
 
 def recalls(metrics: dict) -> dict[str, float]:
@@ -212,6 +215,7 @@ def evaluate_folder(
         content = read_json(Path(model) / "config.json")
         mode = content.get("seps", {}).get("dense", "none")
         data = read_split(config.data, split, config.data.limit_eval_images, dense=mode != "none")
+        _check_folds(len(data.records), folds)
         seps, inputs = load_model(model, config, device, data.records)
         blocks = {"batch_size": config.train.eval_batch_size, "block": config.train.eval_block}
         texts = [[record.image_id, *(caption.text for caption in record.captions)] for record in data.records]
