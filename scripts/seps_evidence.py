@@ -29,6 +29,7 @@ from samer.runtime.commands import add_compute_options, compute_device, run
 
 VARIANTS, MODES = ("code", "paper"), ("none", "image", "query")
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "photos.yaml"
+HEADS = {"laps": {}, "released": {"select_gradient": False}, "paper": {"variant": "paper"}}
 TIMED = 64  # captions whose MaxSim is timed
 
 
@@ -120,9 +121,9 @@ def leak(out, options, device):
 
 def photos(out, options, device):
     rows, began = [], time.monotonic()
-    heads = [("LAPS-like: code, gradient by the chosen", regions, {}) for regions in options.regions]
-    heads.insert(1, ("SEPS none, code as released", options.regions[0], {"select_gradient": False}))
-    heads.insert(2, ("SEPS none, paper", options.regions[0], {"variant": "paper"}))
+    heads = [("LAPS-like: code, gradient by the chosen", "laps", regions) for regions in options.regions]
+    heads.insert(1, ("SEPS none, code as released", "released", options.regions[0]))
+    heads.insert(2, ("SEPS none, paper", "paper", options.regions[0]))
     indexed = [("late interaction, all patches", None), *(("SaMer", regions) for regions in options.regions)]
     runs = [(late, (*each, seed)) for each in indexed for seed in options.seeds]
     runs += [(pairwise, (*each, seed)) for each in heads for seed in options.seeds]
@@ -174,21 +175,21 @@ def late(place, options, device, name, regions, seed):
     return {"name": name, "k": regions, "seed": seed, **recalls({**found, "rsum": recall_sum(found)}), **cost}
 
 
-def pairwise(place, options, device, name, regions, settings, seed):
+def pairwise(place, options, device, name, kind, regions, seed):
     """SEPS without dense text whose pairs are scored by `regions` vectors."""
     from samer.retrievers.projectors import read_projector
     from samer.seps.evaluate import evaluate_folder, recalls
     from samer.seps.settings import HeadSettings, SepsConfig, SepsData, SepsTowers, SepsTraining
     from samer.seps.train import train_seps
 
-    folder = place / f"{'_'.join(map(str, settings.values())) or 'laps'}_{regions}_{seed}"
+    folder, settings = place / f"{kind}_{regions}_{seed}", HEADS[kind]
     width = len(read_projector(Path(options.features) / "base.safetensors").weight)
     limits = {"limit_train_images": options.limit_images, "limit_eval_images": options.limit_images}
     data = SepsData(
         options.data_root, train_split=options.train_split, eval_split="val", features=options.features, **limits
     )
     patches = stored_patches(data, device)
-    merged = regions if settings.get("variant") == "paper" else regions - 1  # and the dropped ones' mean
+    merged = regions if kind == "paper" else regions - 1  # and the dropped ones' mean
     head = HeadSettings(dense="none", sparse_ratio=0.5, aggr_ratio=(merged + 0.5) / (0.5 * patches), **settings)
     epochs = options.epochs or 4
     recipe = {
