@@ -28,6 +28,7 @@ class InputError(ValueError):
 
 Budget = int | str  # K, or "1/16": the share of an image's N tokens that K is, in lowest terms
 _SHARE = re.compile(r"([0-9]{1,9}) ?/ ?([0-9]{1,9})")
+MIXUPS = ("none", "midpoint")  # of train.mixup
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 120, 120
 
@@ -202,6 +203,7 @@ class ModelConfig:
 class DataConfig:
     """A data set on disk, how it is read, and how much of it; `features` names a feature store to train from.
 
+    `captions`: a file of scripts/select_captions.py; what is trained on are the captions in it, empty: all.
     `name`: of its kind, in `samer.data.READERS`; empty: guessed from the folder, and told. `reader`: an older word for
     `name`, which takes its value. `max_megapixels`: larger pictures are refused before they are decoded, as
     a small file can claim any size. `strict`: refuse what a reader otherwise leaves out and tells, such as a box
@@ -213,6 +215,7 @@ class DataConfig:
     reader: str = ""
     features: str = ""
     train_split: str = "train"
+    captions: str = ""
     eval_split: str = "val"
     limit_train_images: int | None = None
     limit_eval_images: int | None = None
@@ -241,6 +244,7 @@ class TrainConfig:
     merge.num_regions, all whole numbers or all shares, whose largest is then the K of validation and index.
     `select_best`: keep the projector of the epoch with the best validation R@1; `early_stop_patience`: stop after so
     many epochs without a better one.
+    `mixup`: none, or midpoint: an image's vectors move towards another's during training (METHOD section 4c).
     `report_to`: none, or trackers that accelerate knows, by comma, such as tensorboard,wandb; each must be installed.
     """
 
@@ -257,6 +261,7 @@ class TrainConfig:
     temperature: float = 0.07
     bf16: bool = True
     gather_negatives: bool = True
+    mixup: str = "none"
     seed: int = 0
     report_to: str = "none"
     dataloader_num_workers: int = 4
@@ -273,6 +278,7 @@ class TrainConfig:
         _require(alike, "merge.num_regions", "a list of whole numbers or one of shares", list(self.budgets))
         patience = self.early_stop_patience
         _require(patience is None or patience >= 1, "train.early_stop_patience", "at least 1, or null", patience)
+        _require(self.mixup in MIXUPS, "train.mixup", f"one of {', '.join(MIXUPS)}", self.mixup)
         at_least_one = ("train_batch_size", "eval_batch_size", "grad_accum_steps", "logging_steps", "save_steps")
         for name in at_least_one:
             _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))

@@ -46,7 +46,9 @@ def main(argv=None):
         parser.error("--batch-size must be at least 1")
     if options.texts and (options.split or options.reader):
         parser.error("--split and --reader go with --data-root")
-    from samer.data import make_reader
+    from dataclasses import replace
+
+    from samer.data import training_records
     from samer.features.read import open_encoder
     from samer.index.settings import adapter_config
     from samer.retrievers.banks import captions_of, query_states, read_texts, save_bank
@@ -57,12 +59,11 @@ def main(argv=None):
     if options.texts:
         texts, source = read_texts(options.texts), f"lines of {options.texts}"
     else:
-        split = options.split or config.data.train_split
-        reader = make_reader(options.reader or config.data.name, options.data_root)
-        limit = config.data.limit_train_images if split == config.data.train_split else None  # as in training
-        records = reader.load_split(
-            options.data_root, split, boxes=False, limit_images=limit, strict=config.data.strict
-        )
+        data = replace(config.data, root=options.data_root, reader="", name=options.reader or config.data.name)
+        split = options.split or data.train_split
+        if split != data.train_split:  # what limits and chooses is meant for that one
+            data = replace(data, train_split=split, captions="", limit_train_images=None)
+        records = training_records(data, boxes=False)
         texts = captions_of(records)
         source = f"captions of {split} in {options.data_root}"
     encoder = open_encoder(

@@ -159,7 +159,7 @@ def test_long_captions_are_a_split_of_their_own(made):
             "test",
             "2 of 3 images are absent",
         ),
-        ("coco_test.jsonl", '{"text": "A."}\n', "dense_test", "1 lines for 3 images of test_ids.txt"),
+        ("coco_test.jsonl", '{"text": "A."}\n', "dense_test", "1 lines for 3 images of the split"),
         ("coco_test.jsonl", '{"text": "A."}\nno\n{}\n', "dense_test", "coco_test.jsonl: line 2: not a JSON object"),
         ("coco_test.jsonl", '{"text": "A.", "image_id": 7}\n', "dense_test", "line 1: image_id '7' is not in test_ids"),
         ("coco_test.jsonl", '{"text": "A.", "image_id": 10}\n', "dense_test", "image '11' has no caption"),

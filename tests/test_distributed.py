@@ -50,6 +50,7 @@ COUNTS = (2, 3)
 MERGE = MergeConfig(num_regions=12)
 # images 0 4 1 0 | 1 7 0 6 | 8 0 4 11: some have captions on several sides
 ROWS = (0, 21, 7, 2, 8, 36, 1, 30, 44, 3, 22, 59)
+WAYS = {"gathered": (True, None), "own": (False, None), "mixed": (True, 0.6)}  # negatives, share of mixup
 # images of val 6, test 8, train 12 and five captions each; the last shard is short, and so is its last batch of 2
 SHARDS = {"IMAGES_PER_SHARD": 3, "QUERIES_PER_SHARD": 7, "TEXTS_PER_SHARD": 7}
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
@@ -195,12 +196,13 @@ def everything(base, world, folder):
 def save_gradients(base, world, folder):
     retriever = Retriever.load(base)
     results = {}
-    for gather in (True, False):
+    for name, (gather, share) in WAYS.items():
         model = ProjectorModel(retriever, MERGE, 0.07, gather)
+        model.mixup_share = share
         wrapped = torch.nn.parallel.DistributedDataParallel(model)  # kept: without it nothing is averaged
         loss = wrapped(**batch_of(retriever, world, ROWS[4 * runtime_processes.rank() :][:4]))["loss"]
         loss.backward()
-        results[gather] = (loss.item(), *gradients(model))
+        results[name] = (loss.item(), *gradients(model))
     torch.save(results, folder / f"rank-{runtime_processes.rank()}.pt")
 
 
@@ -343,12 +345,13 @@ def test_rows_of_several_widths_are_gathered(start, tmp_path, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("count", COUNTS)
-def test_loss_and_gradients_equal_those_of_one_process(done, base, world, count, gather):
+def test_loss_and_gradients_equal_those_of_one_process(done, base, world, count, name):
     saved = [torch.load(done[count] / f"rank-{rank}.pt", weights_only=True) for rank in range(count)]
-    ranks = [each[gather] for each in saved]
+    ranks, (gather, share) = [each[name] for each in saved], WAYS[name]
     model = ProjectorModel(Retriever.load(str(base)), MERGE, 0.07, gather)
+    model.mixup_share = share
     shares = [ROWS[4 * rank :][:4] for rank in range(count)]
     if gather:  # one batch of all rows
         loss = model(**batch_of(model.retriever, world, sum(shares, ())))["loss"]
@@ -359,7 +362,8 @@ def test_loss_and_gradients_equal_those_of_one_process(done, base, world, count,
     for rank in ranks:
         for ours, expected in zip(rank[1:], gradients(model)):
             torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
-    assert (saved[0][not gather][1] - ranks[0][1]).abs().max() > 1e-2  # the two ways do differ
+    for other in WAYS.keys() - {name}:  # the ways do differ
+        assert (saved[0][other][1] - ranks[0][1]).abs().max() > 1e-2
 
 
 @pytest.mark.slow

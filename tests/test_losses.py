@@ -10,8 +10,17 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
+from samer import losses
 from samer.config import InputError
-from samer.losses import multi_positive_t2i_loss
+from samer.losses import (
+    alignment,
+    midpoint_mixup,
+    midpoint_share,
+    mixup_partners,
+    multi_positive_t2i_loss,
+    pooled,
+    uniformity,
+)
 
 
 def random_scores(seed=0, dtype=torch.float32):
@@ -128,3 +137,120 @@ def test_non_finite_score_is_named(bad):
     scores[3, 7] = bad
     with pytest.raises(InputError, match="query 3 has a score that is NaN or infinite"):
         multi_positive_t2i_loss(scores, positives)
+
+
+# --- midpoint mixup -------------------------------------------------------------------------------------------------
+
+
+def unit(*shape, seed=0):
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return made / made.norm(dim=-1, keepdim=True)
+
+
+def test_the_share_goes_from_one_to_a_half():
+    shares = [midpoint_share(k / 10) for k in range(11)]
+    assert (shares[0], shares[5], shares[10]) == (1.0, pytest.approx(0.75), pytest.approx(0.5))
+    assert shares == sorted(shares, reverse=True)
+    for wrong in (-0.1, 1.1, math.nan):
+        with pytest.raises(InputError, match="progress is"):
+            midpoint_share(wrong)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [([7, 3, 9, 3, 7], [2, 0, 1, 0, 2]), ([4, 1], [1, 0]), ([5, 5], [0, 0]), ([2], [0])],
+)
+def test_partners_are_of_the_next_image_of_the_batch(numbers, expected):
+    assert mixup_partners(torch.tensor(numbers)).tolist() == expected
+
+
+def test_who_meets_whom_does_not_depend_on_the_order():
+    numbers = torch.tensor([7, 3, 9, 3, 7, 1, 20])
+    met = lambda some: set(zip(some.tolist(), some[mixup_partners(some)].tolist()))
+    assert met(numbers) == met(numbers.flip(0)) == {(1, 3), (3, 7), (7, 9), (9, 20), (20, 1)}
+
+
+def naive_mixup(features, partners, share, mask):
+    """A vector at a time; what is masked stays."""
+    rows = []
+    for image, partner in enumerate(partners.tolist()):
+        own = []
+        for k, vector in enumerate(features[image]):
+            if not mask[image, k]:
+                own.append(vector)
+                continue
+            there = [j for j in range(features.shape[1]) if mask[partner, j]]
+            best = max(there, key=lambda j: float((vector * features[partner, j]).detach().sum()))
+            between = share * vector + (1 - share) * features[partner, best]
+            own.append(between / between.square().sum().sqrt())
+        rows.append(torch.stack(own))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("most", [2**25, 1])  # in one block, and image by image
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_mixup_of_ragged_tokens_equals_loops_with_its_gradient(monkeypatch, most, share):
+    monkeypatch.setattr(losses, "_MATCH_ELEMENTS", most)
+    mask = torch.arange(6) < torch.tensor([6, 2, 4, 1])[:, None]
+    partners, weights = torch.tensor([2, 0, 3, 1]), unit(4, 6, 5, seed=9)
+    found, expected = (unit(4, 6, 5).requires_grad_() for _ in range(2))
+    made = midpoint_mixup(found, partners, share, mask)
+    naive = naive_mixup(expected, partners, share, mask)
+    torch.testing.assert_close(made, naive, atol=1e-12, rtol=0)
+    for result in (made, naive):
+        (result * weights)[mask].sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, atol=1e-12, rtol=0)
+    whole = torch.ones_like(mask)
+    torch.testing.assert_close(
+        midpoint_mixup(found, partners, share), naive_mixup(found, partners, share, whole), atol=1e-12, rtol=0
+    )
+
+
+def test_what_padding_holds_does_not_matter():
+    mask = torch.arange(6) < torch.tensor([6, 2, 4, 1])[:, None]
+    features, partners = unit(4, 6, 5), torch.tensor([1, 2, 3, 0])
+    spoiled = torch.where(mask[..., None], features, math.nan)
+    made, expected = (midpoint_mixup(each, partners, 0.6, mask) for each in (spoiled, features))
+    assert torch.equal(made[mask], expected[mask])
+
+
+def test_mixup_of_pooled_features_by_hand():
+    features, partners = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([1, 0])
+    half = math.sqrt(0.5)
+    torch.testing.assert_close(midpoint_mixup(features, partners, 0.5), torch.full((2, 2), half))
+    own, other = 0.75 / math.hypot(0.75, 0.25), 0.25 / math.hypot(0.75, 0.25)
+    torch.testing.assert_close(midpoint_mixup(features, partners, 0.75), torch.tensor([[own, other], [other, own]]))
+    assert torch.equal(midpoint_mixup(features, partners, 1.0), features)
+
+
+@pytest.mark.parametrize(
+    ("shape", "partners", "share", "mask", "words"),
+    [
+        ((3,), 3, 0.7, None, "expected"),
+        ((3, 4), 2, 0.7, None, "expected"),
+        ((3, 4), 3, 0.7, (3, 4), "expected"),
+        ((3, 4), 3, 0.4, None, "share is 0.4"),
+        ((3, 4, 2), 3, 1.1, None, "share is 1.1"),
+    ],
+)
+def test_what_can_not_be_mixed_is_refused(shape, partners, share, mask, words):
+    mask = None if mask is None else torch.ones(mask, dtype=torch.bool)
+    with pytest.raises(InputError, match=words):
+        midpoint_mixup(torch.ones(shape), torch.zeros(partners, dtype=torch.long), share, mask)
+
+
+def test_alignment_uniformity_and_pooling_equal_loops():
+    queries, images = unit(3, 5, seed=1), unit(4, 5, seed=2)
+    positives = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0]]).bool()
+    near = [
+        float((q - i).square().sum()) for q, row in zip(queries, positives) for i, right in zip(images, row) if right
+    ]
+    assert alignment(queries, images, positives).item() == pytest.approx(sum(near) / 4)
+    pairs = [math.exp(-2 * float((a - b).square().sum())) for k, a in enumerate(images) for b in images[:k]]
+    assert uniformity(images).item() == pytest.approx(math.log(sum(pairs) / 6))
+    assert uniformity(images[:1]).item() == 0
+    tokens, mask = unit(2, 3, 5, seed=3), torch.tensor([[True, True, False], [True, True, True]])
+    for row, kept in ((0, tokens[0, :2]), (1, tokens[1])):
+        mean = kept.sum(0) / len(kept)
+        torch.testing.assert_close(pooled(tokens, mask)[row], mean / mean.norm())
+    torch.testing.assert_close(pooled(tokens)[1], pooled(tokens, mask)[1])

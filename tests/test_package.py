@@ -43,6 +43,10 @@ NAMES = (
     "export",
     "tasks",
     "scale",
+    "select_captions",
+    "seps_train",
+    "seps_eval",
+    "describe",
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "assets").glob("*.md")), *sorted((ROOT / "assets/results").glob("*.md"))]

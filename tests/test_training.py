@@ -122,7 +122,23 @@ def stop_before(step, monkeypatch):
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 
-def naive_loss(retriever, batch, weight, bias, merge, temperature):
+def naive_mixed(merged, numbers, share):
+    """Every row's vectors mixed with the most similar ones of the next image of the batch."""
+    order = sorted(set(numbers))
+    mixed = []
+    for own, number in zip(merged, numbers):
+        following = order[(order.index(number) + 1) % len(order)]
+        other = merged[numbers.index(following)]
+        rows = []
+        for vector in own:
+            best = max(range(len(other)), key=lambda k: float((vector @ other[k]).detach()))
+            between = share * vector + (1 - share) * other[best]
+            rows.append(between / between.norm())
+        mixed.append(torch.stack(rows))
+    return mixed
+
+
+def naive_loss(retriever, batch, weight, bias, merge, temperature, share=None):
     """METHOD sections 1-4 as loops over captions; the frozen part is transformers' own."""
     with torch.no_grad():
         image_hidden = retriever.model.vlm(**batch["image_inputs"], use_cache=False).last_hidden_state
@@ -138,6 +154,8 @@ def naive_loss(retriever, batch, weight, bias, merge, temperature):
     for row in range(count):
         tokens = unit(image_hidden[batch["image_of"][row]])
         merged.append(naive_merge(tokens, grid, merge, batch["labels"][row])[0])
+    if share is not None:
+        merged = naive_mixed(merged, batch["image_numbers"].tolist(), share)
     losses = []
     for row in range(count):
         query = unit(query_hidden[row][batch["query_inputs"]["attention_mask"][row].bool()])
@@ -148,6 +166,7 @@ def naive_loss(retriever, batch, weight, bias, merge, temperature):
     return sum(losses) / count
 
 
+@pytest.mark.parametrize("share", [None, 0.6])
 @pytest.mark.parametrize(
     "merge",
     [
@@ -156,7 +175,7 @@ def naive_loss(retriever, batch, weight, bias, merge, temperature):
         MergeConfig(num_regions=5, center_init="farthest", assignment_temperature=0.2),
     ],
 )
-def test_loss_and_gradient_equal_plain_loops(retriever, world, merge):
+def test_loss_and_gradient_equal_plain_loops(retriever, world, merge, share):
     records = flickr.load_split(world, "train", boxes=True)
     rows = CaptionDataset(records).rows
     batch = Collator(retriever, ObjectsConfig())([rows[k] for k in (0, 7, 2, 21, 8, 36)])
@@ -164,11 +183,12 @@ def test_loss_and_gradient_equal_plain_loops(retriever, world, merge):
     assert batch["labels"].max() >= 2
     assert not batch["query_inputs"]["attention_mask"].all()
     model = ProjectorModel(retriever, merge, 0.07, True)
+    model.mixup_share = share
     loss = model(**batch)["loss"]
     loss.backward()
     layer = model.projection
     weight, bias = (t.detach().clone().requires_grad_() for t in (layer.weight, layer.bias))
-    expected = naive_loss(retriever, batch, weight, bias, merge, 0.07)
+    expected = naive_loss(retriever, batch, weight, bias, merge, 0.07, share)
     expected.backward()
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(layer.weight.grad, weight.grad, atol=1e-5, rtol=1e-4)
@@ -321,6 +341,54 @@ def test_diagnostics_are_logged_and_the_history_stays_json(settings, tmp_path):
         assert list(history(tmp_path / name, "entropy")) == [2, 4]
     assert all(0 < share < 1 for share in history(tmp_path / "boxes", "object_mass_on_own").values())
     assert history(tmp_path / "none", "object_mass_on_own") == {}
+
+
+def test_alignment_and_uniformity_are_logged(settings, captured, tmp_path):
+    """Of the pooled vectors of the first step, as the projection was before it, by loops over pairs."""
+    train(settings(tmp_path / "run", train__num_train_epochs=0.1))
+    retriever, batch = captured.retriever, captured.batches[0]
+    unit = torch.nn.functional.normalize
+    queries = retriever.encode_queries(batch["query_inputs"])
+    means = [unit(tokens[mask].mean(0), dim=0) for tokens, mask in zip(queries.tokens, queries.mask)]
+    visual, images = retriever.encode_images(batch["image_inputs"]), []
+    grid = torch.tensor([(x / 7, y / 7) for y in range(8) for x in range(8)] + [(0.5, 0.5)] * 6)
+    for image, labels in zip(batch["image_of"], batch["labels"]):
+        merged = naive_merge(visual.tokens[image], grid, MergeConfig(num_regions=12), labels)[0]
+        images.append(unit(merged.mean(0), dim=0))
+    numbers = batch["image_numbers"].tolist()
+    near = [
+        float((query - image).square().sum())
+        for query, own in zip(means, numbers)
+        for image, number in zip(images, numbers)
+        if own == number
+    ]
+    firsts = [images[numbers.index(number)] for number in sorted(set(numbers))]
+    spread = [math.exp(-2 * float((a - b).square().sum())) for k, a in enumerate(firsts) for b in firsts[:k]]
+    assert history(tmp_path / "run", "alignment")[1] == pytest.approx(sum(near) / len(near), abs=1e-5)
+    assert history(tmp_path / "run", "uniformity")[1] == pytest.approx(math.log(sum(spread) / len(spread)), abs=1e-5)
+
+
+def test_mixup_goes_from_an_image_to_the_midpoint(settings, tmp_path):
+    train(settings(tmp_path / "run", train__mixup="midpoint"))
+    found = history(tmp_path / "run", "mixup_share")
+    assert found == {step: pytest.approx(0.75 + 0.25 * math.cos(math.pi * (step - 1) / 8)) for step in range(1, 9)}
+    train(settings(tmp_path / "plain"))
+    assert history(tmp_path / "plain", "mixup_share") == {}
+    ours, plain = history(tmp_path / "run"), history(tmp_path / "plain")
+    assert ours[1] == pytest.approx(plain[1], abs=1e-6)  # of the images alone
+    assert abs(ours[8] - plain[8]) > 1e-2
+
+
+def test_a_run_with_mixup_that_is_interrupted_goes_on_to_the_same_bytes(settings, tmp_path, monkeypatch):
+    changes = {"train__mixup": "midpoint", "train__save_steps": 2, "train__num_train_epochs": 0.75}
+    train(settings(tmp_path / "whole", **changes))
+    with monkeypatch.context() as patch:
+        stop_before(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(tmp_path / "run", **changes))
+    train(settings(tmp_path / "run", **changes))
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert history(tmp_path / "run", "mixup_share") == history(tmp_path / "whole", "mixup_share")
 
 
 def test_validation_is_that_of_the_saved_projector(settings, tmp_path, world, retriever):

@@ -31,7 +31,7 @@ from samer.compare.significance import significance
 from samer.compare.summarise import Measured, Values, summarise
 from samer.compressors import COMPRESSORS, make_compressor
 from samer.config import Budget, Config, InputError, MergeConfig
-from samer.data import reader_of
+from samer.data import reader_of, training_records
 from samer.data.records import ImageRecord, names_boxes
 from samer.data.stamps import Stamps
 from samer.evaluation import check_described
@@ -248,7 +248,7 @@ def _asked(
     bank: tuple[str, ...] = ()
     if any(COMPRESSORS[row.merge.compressor].needs_queries for row in rows):
         train_split = config.data.train_split
-        bank_records = load_records(config, train_split, config.data.limit_train_images, boxes=False)
+        bank_records = training_records(config.data, boxes=False)
         if {record.image_id for record in bank_records} & {record.image_id for record in records}:
             raise InputError(f"splits {train_split} and {split} share images, and a bank of queries must not know them")
         bank = tuple(dict.fromkeys(caption.text for record in bank_records for caption in record.captions))

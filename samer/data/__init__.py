@@ -7,11 +7,13 @@ from pathlib import Path
 
 from samer.config import DataConfig, InputError
 from samer.data.captions import CaptionFiles
+from samer.data.chosen import only_chosen
 from samer.data.coco import Coco
 from samer.data.flickr import Flickr
 from samer.data.imagecode import ImageCode
 from samer.data.jsonl import JsonLines
 from samer.data.reader import Reader, tell_once
+from samer.data.records import ImageRecord
 from samer.data.vidore import Vidore
 from samer.runtime.files import is_dir
 
@@ -43,6 +45,19 @@ def make_reader(name: str, root: str | Path | None = None) -> Reader:
 def reader_of(data: DataConfig) -> Reader:
     """The reader of the data set that settings name, as `make_reader`."""
     return make_reader(data.name, data.root)
+
+
+def training_records(data: DataConfig, *, boxes: bool) -> list[ImageRecord]:
+    """What a training reads: data.train_split, its first images where limited, of their captions those chosen.
+
+    Raises:
+        InputError: as `Reader.load_split`, and `only_chosen` for the file data.captions.
+    """
+    limit = data.limit_train_images
+    records = reader_of(data).load_split(
+        data.root, data.train_split, boxes=boxes, limit_images=limit, strict=data.strict
+    )
+    return only_chosen(records, data.captions) if data.captions else records
 
 
 def guess_name(root: str | Path) -> str:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from samer.config import InputError
 from samer.data.annotated import LONG_CAPTIONS
+from samer.data.dense import dense_file, dense_rows
 from samer.data.parts import split_part, take_part
 from samer.data.pictures import one_line
 from samer.data.reader import Defects, RowReader
 from samer.data.records import LONGEST_CAPTION, ImageRecord, plain_caption
-from samer.data.texts import field, folder_of, inside, read_lines, read_object, rows_of
+from samer.data.texts import field, folder_of, inside, read_lines, read_object
 from samer.runtime.files import is_file, listing
 
 CAPTIONS = 5  # of an image that stands in the ids once
@@ -47,20 +48,10 @@ def _plain(root: Path, split: str) -> dict[str, list[tuple[str, str]]]:
 
 def _dense(root: Path, split: str, defects: Defects) -> dict[str, list[tuple[str, str]]]:
     """As `_plain`, with the one long caption of each image."""
-    files = [path for path in listing(root) if path.name.endswith(f"_{split}.jsonl")]
-    if len(files) != 1:
-        raise InputError(f"{root}: {len(files)} files *_{split}.jsonl with long captions; there must be one")
     ids = list(dict.fromkeys(image_id for image_id, _ in _ids(root / f"{split}_ids.txt")))
-    rows = list(rows_of(files[0]))
-    named = all(isinstance(row, dict) and "image_id" in row for _, row in rows)
-    if not named and len(rows) != len(ids):
-        raise InputError(
-            f"{files[0]}: {len(rows):,} lines for {len(ids):,} images of {split}_ids.txt; restore one of them"
-        )
     found: dict[str, list[tuple[str, str]]] = {image_id: [] for image_id in ids}
-    for number, (where, row) in enumerate(rows):
+    for image_id, where, row in dense_rows(dense_file(root, split), ids):
         with defects.spared():
-            image_id = str(row["image_id"]) if named else ids[number]
             if image_id not in found:
                 raise InputError(f"{where}: image_id {image_id[:40]!r} is not in {split}_ids.txt; correct it")
             found[image_id].append((field(where, row, "text", str), where))

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 
 from samer.config import InputError, build_dataclass, load_yaml
-from samer.data import reader_of
+from samer.data import reader_of, training_records
 from samer.data.parts import split_part
 from samer.data.records import ImageRecord, phrase_texts
 from samer.features.read import FeatureStore, open_encoder
@@ -121,10 +120,9 @@ def _check_output(output: Path, config: AlignConfig) -> None:
 
 def _records(config: AlignConfig) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """To train on, with boxes where the phrase term needs them, and to validate on."""
-    data, reader = config.data, reader_of(config.data)
-    load = partial(reader.load_split, data.root, strict=data.strict)
+    data = config.data
     boxes = config.align.phrase_weight > 0 or config.align.phrases > 0
-    records = load(data.train_split, boxes=boxes, limit_images=data.limit_train_images)
+    records = training_records(data, boxes=boxes)
     kept = [replace(each, captions=tuple(c for c in each.captions if c.related)) for each in records]
     kept = [record for record in kept if record.captions]
     if len(kept) < config.align.images_per_step:
@@ -134,7 +132,9 @@ def _records(config: AlignConfig) -> tuple[list[ImageRecord], list[ImageRecord]]
         )
     if not data.eval_split:
         return kept, []
-    return kept, load(data.eval_split, boxes=False, limit_images=data.limit_eval_images)
+    return kept, reader_of(data).load_split(
+        data.root, data.eval_split, boxes=False, limit_images=data.limit_eval_images, strict=data.strict
+    )
 
 
 def _check_towers(output: Path, made: TowerConfig, asked: TowerConfig) -> None:

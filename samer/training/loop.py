@@ -22,9 +22,10 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from samer import evaluation
 from samer.compressors import make_compressor
 from samer.config import Config, InputError, TrainConfig, dump_config
-from samer.data import reader_of
+from samer.data import reader_of, training_records
 from samer.data.records import ImageRecord, names_boxes
 from samer.features.read import open_encoder
+from samer.losses import midpoint_share
 from samer.retrievers.banks import FILE as BANK
 from samer.retrievers.banks import QueryStates, captions_of, query_states, save_bank
 from samer.retrievers.base import Encoder
@@ -142,15 +143,13 @@ def _bank_tokens(config: Config, retriever: Encoder, records: Sequence[ImageReco
 
 def _load_data(config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """Records to train on, with boxes, and to validate on, without; the latter may be none."""
-    reader, data = reader_of(config.data), config.data
-    records = reader.load_split(
-        data.root, data.train_split, boxes=True, limit_images=data.limit_train_images, strict=data.strict
-    )
+    data = config.data
+    records = training_records(data, boxes=True)
     if not names_boxes(records) and not any(record.things for record in records):
         print0(f"note: {data.train_split} of {data.root} has no boxes: trained without object labels")
     if not data.eval_split:
         return records, []
-    return records, reader.load_split(
+    return records, reader_of(data).load_split(
         data.root, data.eval_split, boxes=False, limit_images=data.limit_eval_images, strict=data.strict
     )
 
@@ -295,6 +294,8 @@ class Run:
         """
         number = self.state.step + 1
         self.module.diagnose = number % self.settings.logging_steps == 0
+        if self.settings.mixup == "midpoint":
+            self.module.mixup_share = midpoint_share(self.state.step / self.state.max_steps)
         for k, batch in enumerate(batches):
             gradients_meet = nullcontext() if k + 1 == len(rows) else self.accelerator.no_sync(self.model)
             with gradients_meet:
@@ -324,6 +325,8 @@ class Run:
         state = self.state
         values = {"loss": total / (state.step - state.logged_at), "grad_norm": norm, "learning_rate": rate}
         values |= self.module.diagnostics
+        if self.module.mixup_share is not None:
+            values["mixup_share"] = self.module.mixup_share
         state.logged_at = state.step
         self._record(values)
         pace = (time.monotonic() - self.began) / (state.step - self.first_step)

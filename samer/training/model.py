@@ -15,7 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from samer.compressors import Compressor, make_compressor
 from samer.config import Budget, MergeConfig
-from samer.losses import multi_positive_t2i_loss
+from samer.losses import (
+    alignment,
+    first_rows,
+    midpoint_mixup,
+    mixup_partners,
+    multi_positive_t2i_loss,
+    pooled,
+    uniformity,
+)
 from samer.objects import object_diagnostics
 from samer.retrievers.banks import QueryStates
 from samer.retrievers.base import Encoder, Projection
@@ -51,6 +59,7 @@ class ProjectorModel(nn.Module):
         self.queries = queries
         self.temperature = temperature
         self.gather_negatives = gather_negatives
+        self.mixup_share: float | None = None  # of an image's own vectors in what is scored; None: they alone
         self.diagnose = False
         self.diagnostics: dict[str, float] = {}
 
@@ -97,6 +106,7 @@ class ProjectorModel(nn.Module):
             visual = VisualTokens(tokens, coords[rows], some_mask, patches[rows], chosen, signals, views=views[rows])
             return compressor(visual, row_labels)
 
+        self.diagnostics = {}
         if self.diagnose and self.largest.uses_labels:
             with torch.no_grad():
                 some, some_labels = image_of[:DIAGNOSED], labels[:DIAGNOSED]
@@ -125,6 +135,11 @@ class ProjectorModel(nn.Module):
                 images, valid = gather_ragged(images, valid)
             if not scored.all():
                 images, valid = images[scored], valid[scored]
+            if self.diagnose and compressor is self.largest:
+                means = pooled(queries, query_mask), pooled(images, valid)
+                self.diagnostics |= _spread(*means, positives & real[:, None], numbers[scored])
+            if self.mixup_share is not None:
+                images = midpoint_mixup(images, mixup_partners(numbers[scored]), self.mixup_share, valid)
 
             def score(some: Tensor, some_mask: Tensor, images: Tensor = images, valid: Tensor = valid) -> tuple[Tensor]:
                 return (maxsim(some, images, some_mask, valid),)
@@ -166,6 +181,13 @@ def _in_chunks(function: Callable[..., tuple[Tensor, ...]], size: int, *rows: Te
         for start in range(0, len(rows[0]), size)
     ]
     return tuple(torch.cat(column) for column in zip(*parts))
+
+
+@torch.no_grad()
+def _spread(queries: Tensor, images: Tensor, positives: Tensor, numbers: Tensor) -> dict[str, float]:
+    """Alignment of pooled captions (B, D) with their pooled images (I, D), and uniformity of the distinct images."""
+    values = {"alignment": alignment(queries, images, positives), "uniformity": uniformity(images[first_rows(numbers)])}
+    return {name: float(value) for name, value in values.items() if value.isfinite()}
 
 
 def _diagnostics(biased: MergedTokens, free: MergedTokens, labels: Tensor, mask: Tensor | None) -> dict[str, float]:
