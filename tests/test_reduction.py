@@ -106,7 +106,7 @@ def test_neighbours_vote_by_nearness_and_an_image_is_not_its_own():
 def test_the_kind_of_an_image_is_what_its_largest_box_is_called(monkeypatch):
     def caption(*named):
         phrases = [Phrase(text, "1", ("x",), 0, 1, (box,) if box else ()) for text, box in named]
-        return Caption(" ".join(text for text, _ in named), tuple(phrases), True)
+        return Caption(" ".join(text for text, _ in named), tuple(phrases), related=True)
 
     small, large = (0.0, 0.0, 0.2, 0.2), (0.0, 0.0, 0.9, 0.9)
     images = [
