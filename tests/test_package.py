@@ -42,6 +42,7 @@ NAMES = (
     "tasks",
     "scale",
     "select_captions",
+    "choices",
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "assets").glob("*.md")), *sorted((ROOT / "assets/results").glob("*.md"))]

@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -34,7 +33,7 @@ from samer.evaluation import encode_texts
 from samer.features.read import open_encoder
 from samer.retrievers.base import Encoder
 from samer.runtime.progress import Progress, batched
-from samer.runtime.shards import finished_shard, load_shard, unreadable, write_shard
+from samer.runtime.shards import finished_shard, read_finished, write_shard
 from samer.runtime.signals import stop_here, stoppable
 from samer.scoring import maxsim
 from samer.selection.nonce import with_nonce
@@ -132,11 +131,7 @@ def score_captions(
                 rows = [(told.image, text) for told in part for text in _variants(told, substitute, replacements)]
                 scores = _scores(images, texts, own, rows, batch_size)
                 write_shard(path, _drops(part, scores, replacements), stamp, {"images": len(own)})
-            try:
-                tensors, _ = load_shard(path)
-            except (OSError, SafetensorError, ValueError) as error:
-                raise unreadable(path, error, "run again") from None
-            found += _read(own, part, tensors)
+            found += _read(own, part, read_finished(path))
     return found
 
 
