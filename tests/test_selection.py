@@ -19,6 +19,8 @@ from samer.selection.choose import choose, write_chosen
 from samer.selection.cpi import Scored, score_captions
 from samer.selection.nonce import with_nonce
 from samer.selection.phrases import Span, noun_chunks, phrases_of
+from samer.training import align
+from samer.training.align_settings import AlignConfig, AlignSettings
 
 
 def said(caption):
@@ -303,6 +305,14 @@ def test_training_and_banks_take_the_chosen_captions(base, world, chosen, tmp_pa
     bank = ["--data-root", str(world), "--out", str(tmp_path / "bank.safetensors"), f"model.name={base}"]
     assert script("bank").main([*bank, f"data.captions={chosen}"]).origin.count == 3
     assert script("bank").main([*bank, f"data.captions={chosen}", "--split", "test"]).origin.count > 3
+
+
+def test_an_alignment_takes_the_chosen_captions(world, chosen):
+    data = DataConfig(root=str(world), captions=str(chosen), eval_split="")
+    config = AlignConfig(data=data, align=AlignSettings(images_per_step=2))
+    records, validation = align._records(config)
+    assert [len(record.captions) for record in records] == [2, 1]
+    assert validation == []
 
 
 def test_the_script_scores_once_and_chooses_by_any_rule(base, world, tmp_path, script, monkeypatch, capsys):
