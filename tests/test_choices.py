@@ -192,8 +192,9 @@ def test_what_can_not_be_studied_is_refused(run):
 def test_the_script_writes_a_page(config, world, store, base, tmp_path, script):
     file = tmp_path / "config.yaml"
     file.write_text("train: {bf16: false, train_batch_size: 20, grad_accum_steps: 1, dataloader_num_workers: 0}\n")
-    words = ["--data-root", world, "--out", tmp_path / "out", "--config", file, "--features", store, "--seeds", 0]
+    words = ["--data-root", world, "--out", tmp_path / "out", "--config", file, "--features", store]
     words += [f"model.name={base}", "merge.num_regions=4", "data.limit_train_images=4", "data.limit_eval_images=4"]
+    words += ["--seeds", 0]
     results = script("choices").main([str(word) for word in words])
     assert (tmp_path / "out" / "results.md").read_text() == page(results)
 
