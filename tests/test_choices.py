@@ -98,7 +98,7 @@ def test_a_foil_has_one_phrase_of_another_image(world):
 def test_measures_equal_loops(world, retriever, tmp_path):
     records = training_records(DataConfig(root=str(world), limit_train_images=5), boxes=False)
     merge = MergeConfig(num_regions=6)
-    asked = foils.Asked(records, foils.foils(records, 0), tmp_path / "foils.safetensors", retriever, 3)
+    asked = foils.Asked(records, foils.foils(records, 0), tmp_path / "foils", retriever, 3)
     found = foils.measure(retriever, asked, merge)
     visual = [retriever.encode_images(retriever.record_inputs([record])) for record in records]
     images = [naive_merge(each.tokens[0], each.coords[0], merge)[0] for each in visual]

@@ -4,7 +4,7 @@
     DIR/scores/                                 of all captions (samer/selection/cpi.py)
     DIR/captions/<rule>.jsonl                   what each rule keeps; by lot, one per seed
     DIR/runs/<arm>-seed<s>/                     trained projectors
-    DIR/foils.safetensors                       hidden states of captions with a phrase of another image
+    DIR/foils/                                  hidden states of captions with a phrase of another image
     DIR/measured/<arm>-seed<s>.safetensors      per-query values
     DIR/results.json, results.md                of the seeds that all arms have finished
 
@@ -122,7 +122,8 @@ def study(
     images.check_records([*records, *pool])
     how = {"replacements": settings.replacements, "seed": settings.seed, "batch_size": batch_size}
     scored = score_captions(images, texts, pool, folder / "scores", **how)
-    asked = Asked(records, foils(records, settings.seed), folder / "foils.safetensors", texts, batch_size)
+    with stoppable():
+        asked = Asked(records, foils(records, settings.seed), folder / "foils", texts, batch_size)
     arms = [arm for arm in ARMS if arm.trained]
     left = [(arm.name, seed) for seed in seeds for arm in arms if not is_file(_run(folder, arm, seed) / "history.json")]
     pace = Pace(dict.fromkeys(left, 1), {})

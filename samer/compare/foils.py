@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,13 +26,14 @@ from samer.data.records import ImageRecord
 from samer.evaluation import compress_images, encode_texts, fitted_compressor, join_queries, relevance_metrics
 from samer.losses import alignment, pooled, uniformity
 from samer.retrievers.base import Encoder
-from samer.runtime.progress import batched
+from samer.runtime.progress import Progress, batched
 from samer.runtime.shards import finished_shard, read_finished, write_shard
 from samer.runtime.signals import stop_here
 from samer.scoring import maxsim
 from samer.selection.phrases import TYPES, WORD, phrases_of
 
 VERSION = 1
+PART = 256  # texts of a part
 RETRIEVAL = ("r@1", "r@5", "r@10", "ndcg@10")
 
 
@@ -75,35 +76,41 @@ def _words(text: str) -> str:
 
 
 class Asked:
-    """What every projector is asked: captions of the split, and foils, whose hidden states are kept in a file."""
+    """What every projector is asked: captions of the split, and foils, whose hidden states are kept in a folder."""
 
     def __init__(
-        self, records: Sequence[ImageRecord], asked: Sequence[Foil], path: Path, texts: Encoder, batch_size: int
+        self, records: Sequence[ImageRecord], asked: Sequence[Foil], folder: Path, texts: Encoder, batch_size: int
     ) -> None:
         self.records, self.foils, self.batch_size = records, asked, batch_size
         self.owner = own_images(records)
         self.lines = list(dict.fromkeys(text for foil in asked for text in (foil.text, foil.foil)))
-        stamp = {
-            "version": VERSION,
-            "texts": hashlib.sha256("\n".join(self.lines).encode()).hexdigest(),
-            "model": json.loads(json.dumps(asdict(texts.identity))),
-        }
-        self.stamp = {**stamp, "captions": hashlib.sha256(repr(records).encode()).hexdigest(), "batch": batch_size}
-        if finished_shard(path, stamp) is None:
-            hidden = list(_hidden(texts, self.lines, batch_size))
-            lengths = torch.tensor([len(each) for each in hidden])
-            write_shard(path, {"hidden": torch.cat(hidden), "lengths": lengths}, stamp, {"texts": len(hidden)})
-        tensors = read_finished(path)
-        self.hidden = dict(zip(self.lines, tensors["hidden"].split(tensors["lengths"].tolist())))
+        model = json.loads(json.dumps(asdict(texts.identity)))
+        self.stamp = {"version": VERSION, "model": model, "captions": _digest(records), "foils": _digest(asked)}
+        hidden = _hidden(texts, self.lines, folder, {"version": VERSION, "model": model}, batch_size)
+        self.hidden = dict(zip(self.lines, hidden))
 
 
-def _hidden(texts: Encoder, lines: Sequence[str], batch_size: int) -> Iterator[Tensor]:
-    """Hidden states (M, H) of each text."""
-    for batch in batched(lines, batch_size):
+def _digest(values: Sequence) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+@torch.no_grad()
+def _hidden(texts: Encoder, lines: Sequence[str], folder: Path, how: dict, batch_size: int) -> list[Tensor]:
+    """Hidden states (M, H) of each text; finished parts of `folder` are kept."""
+    found: list[Tensor] = []
+    parts = [lines[start : start + PART] for start in range(0, len(lines), PART)]
+    for number, part in enumerate(Progress(parts, "encoding foils", unit=f"parts of {PART} texts", leave=False)):
         stop_here()
-        inputs = texts.query_inputs(batch)
-        states = texts.hidden_states(inputs)
-        yield from (row[mask].cpu() for row, mask in zip(states, inputs["attention_mask"].bool().to(states.device)))
+        path, stamp = folder / f"part-{number:05d}.safetensors", {**how, "texts": _digest(part)}
+        if finished_shard(path, stamp) is None:
+            queries = [texts.query_inputs(batch) for batch in batched(part, batch_size)]
+            states = [(texts.hidden_states(each).cpu(), each["attention_mask"].bool().cpu()) for each in queries]
+            rows = [row[mask] for hidden, valid in states for row, mask in zip(hidden, valid)]
+            lengths = torch.tensor([len(row) for row in rows])
+            write_shard(path, {"hidden": torch.cat(rows), "lengths": lengths}, stamp, {"texts": len(rows)})
+        tensors = read_finished(path)
+        found += tensors["hidden"].split(tensors["lengths"].tolist())
+    return found
 
 
 @torch.no_grad()
