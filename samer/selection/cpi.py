@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from samer.config import InputError, ModelConfig
 from samer.data.records import ImageRecord
+from samer.data.stamps import FILE, Stamps
 from samer.evaluation import encode_texts
 from samer.features.read import open_encoder
 from samer.retrievers.base import Encoder
@@ -120,12 +121,16 @@ def score_captions(
         "replacements": [replacements, seed, hashlib.sha256(" ".join(sorted(known)).encode()).hexdigest()],
     }
     found: list[Scored] = []
+    stamps = Stamps(Path(folder) / FILE)
     with stoppable():
         for number, part in enumerate(Progress(parts, "scoring captions", unit=f"parts of {PART} images")):
             stop_here()
             own = records[number * PART : (number + 1) * PART]
             asked = [[own[told.image].image_id, told.text, *map(astuple, told.spans)] for told in part]
             stamp = {**how, "captions": hashlib.sha256(repr(asked).encode()).hexdigest()}
+            if images is texts:  # a store tells by itself whether pictures were replaced (`check_records`)
+                stamp["pictures"] = images.contents(own, stamps)
+                stamps.write()
             path = Path(folder) / f"part-{number:05d}.safetensors"
             if finished_shard(path, json.loads(json.dumps(stamp))) is None:
                 rows = [(told.image, text) for told in part for text in _variants(told, substitute, replacements)]
