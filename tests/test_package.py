@@ -47,6 +47,7 @@ NAMES = (
     "seps_train",
     "seps_eval",
     "describe",
+    "choices",
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "assets").glob("*.md")), *sorted((ROOT / "assets/results").glob("*.md"))]

@@ -19,6 +19,8 @@ from samer.selection.choose import choose, write_chosen
 from samer.selection.cpi import Scored, score_captions
 from samer.selection.nonce import with_nonce
 from samer.selection.phrases import Span, noun_chunks, phrases_of
+from samer.training import align
+from samer.training.align_settings import AlignConfig, AlignSettings
 
 
 def said(caption):
@@ -183,6 +185,18 @@ def test_finished_parts_are_kept_and_others_are_made_anew(retriever, records, tm
     assert [each.cpi for each in other] != [each.cpi for each in first]
 
 
+def test_a_replaced_picture_is_scored_anew(retriever, records, tmp_path):
+    copies = []
+    for record in records[1:3]:
+        copies.append(replace(record, image_path=tmp_path / record.image_path.name))
+        copies[-1].image_path.write_bytes(record.image_path.read_bytes())
+    first = score_captions(retriever, retriever, copies, tmp_path / "scores", **HOW)
+    copies[0].image_path.write_bytes(copies[1].image_path.read_bytes())
+    second = score_captions(retriever, retriever, copies, tmp_path / "scores", **HOW)
+    changed = [a.score != pytest.approx(b.score, abs=1e-6) for a, b in zip(first, second)]
+    assert changed == [True] * 5 + [False] * 5
+
+
 def test_a_store_gives_the_images(retriever, records, world, base, tmp_path):
     write_features(tmp_path / "store", world, ["train"], retriever, dtype="float32")
     store = FeatureStore(tmp_path / "store", str(base))
@@ -305,6 +319,14 @@ def test_training_and_banks_take_the_chosen_captions(base, world, chosen, tmp_pa
     assert script("bank").main([*bank, f"data.captions={chosen}", "--split", "test"]).origin.count > 3
 
 
+def test_an_alignment_takes_the_chosen_captions(world, chosen):
+    data = DataConfig(root=str(world), captions=str(chosen), eval_split="")
+    config = AlignConfig(data=data, align=AlignSettings(images_per_step=2))
+    records, validation = align._records(config)
+    assert [len(record.captions) for record in records] == [2, 1]
+    assert validation == []
+
+
 def test_the_script_scores_once_and_chooses_by_any_rule(base, world, tmp_path, script, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words = ["--data-root", str(world), "--batch-size", "8", f"model.name={base}", "data.limit_train_images=4"]
@@ -313,7 +335,7 @@ def test_the_script_scores_once_and_chooses_by_any_rule(base, world, tmp_path, s
     rows = [json.loads(line) for line in (tmp_path / "cpi.jsonl").read_text().splitlines()]
     assert [(row["image_id"], row["text"], row["cpi"]) for row in rows] == [(e.image_id, e.text, e.cpi) for e in kept]
     assert {"score", "object", "attribute", "relation"} <= rows[0].keys()
-    parts = sorted((tmp_path / "cpi_scores").iterdir())
+    parts = sorted((tmp_path / "cpi_scores").glob("part-*"))
     times = [part.stat().st_mtime_ns for part in parts]
     more = [*words, "--scores", str(tmp_path / "cpi_scores"), "--out", str(tmp_path / "other.jsonl")]
     aligned = script("select_captions").main([*more, "--by", "alignment", "--share", "0.25"])

@@ -166,6 +166,18 @@ def finished_shard(path: Path, stamp: dict, same: Callable[[dict, dict], bool] =
         raise trouble(path, error) from None
 
 
+def read_finished(path: Path) -> dict[str, Tensor]:
+    """The tensors of a shard that a run has found finished, or has just written.
+
+    Raises:
+        InputError: it can't be read any more; names the file.
+    """
+    try:
+        return load_shard(path)[0]
+    except (OSError, SafetensorError, ValueError) as error:
+        raise unreadable(path, error, "run again") from None
+
+
 def verify_shard(path: Path, sha256: str) -> int:
     """Reads a whole shard and compares its checksum; returns its bytes.
 

@@ -24,17 +24,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from samer.config import InputError, ModelConfig
 from samer.data.records import ImageRecord
+from samer.data.stamps import FILE, Stamps
 from samer.evaluation import encode_texts
 from samer.features.read import open_encoder
 from samer.retrievers.base import Encoder
 from samer.runtime.progress import Progress, batched
-from samer.runtime.shards import finished_shard, load_shard, unreadable, write_shard
+from samer.runtime.shards import finished_shard, read_finished, write_shard
 from samer.runtime.signals import stop_here, stoppable
 from samer.scoring import maxsim
 from samer.selection.nonce import with_nonce
@@ -121,22 +121,22 @@ def score_captions(
         "replacements": [replacements, seed, hashlib.sha256(" ".join(sorted(known)).encode()).hexdigest()],
     }
     found: list[Scored] = []
+    stamps = Stamps(Path(folder) / FILE)
     with stoppable():
         for number, part in enumerate(Progress(parts, "scoring captions", unit=f"parts of {PART} images")):
             stop_here()
             own = records[number * PART : (number + 1) * PART]
             asked = [[own[told.image].image_id, told.text, *map(astuple, told.spans)] for told in part]
             stamp = {**how, "captions": hashlib.sha256(repr(asked).encode()).hexdigest()}
+            if images is texts:  # a store tells by itself whether pictures were replaced (`check_records`)
+                stamp["pictures"] = images.contents(own, stamps)
+                stamps.write()
             path = Path(folder) / f"part-{number:05d}.safetensors"
             if finished_shard(path, json.loads(json.dumps(stamp))) is None:
                 rows = [(told.image, text) for told in part for text in _variants(told, substitute, replacements)]
                 scores = _scores(images, texts, own, rows, batch_size)
                 write_shard(path, _drops(part, scores, replacements), stamp, {"images": len(own)})
-            try:
-                tensors, _ = load_shard(path)
-            except (OSError, SafetensorError, ValueError) as error:
-                raise unreadable(path, error, "run again") from None
-            found += _read(own, part, tensors)
+            found += _read(own, part, read_finished(path))
     return found
 
 

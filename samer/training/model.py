@@ -89,8 +89,7 @@ class ProjectorModel(nn.Module):
         image_hidden, attention = self.retriever.image_states(image_inputs, needs)  # (U, N, H), distinct images
         query_hidden = self.retriever.hidden_states(query_inputs)  # (B, M, H)
         layout = self.retriever.image_layout(image_inputs)
-        coords, patches = layout.coords.to(image_hidden.device), layout.patches.to(image_hidden.device)
-        views = layout.views.to(image_hidden.device)
+        coords, patches, views = (x.to(image_hidden.device) for x in (layout.coords, layout.patches, layout.views))
         seeds = image_inputs.get("seeds")
         mask = image_inputs["attention_mask"].bool().to(image_hidden.device)  # (U, N)
         query_mask = query_inputs["attention_mask"].bool().to(image_hidden.device)
@@ -109,9 +108,9 @@ class ProjectorModel(nn.Module):
         self.diagnostics = {}
         if self.diagnose and self.largest.uses_labels:
             with torch.no_grad():
-                some, some_labels = image_of[:DIAGNOSED], labels[:DIAGNOSED]
-                biased, free = (compress(self.largest, some, use) for use in (some_labels, None))
-                self.diagnostics = _diagnostics(biased, free, some_labels, None if whole else mask[some])
+                some, own = image_of[:DIAGNOSED], labels[:DIAGNOSED]
+                biased, free = (compress(self.largest, some, use) for use in (own, None))
+                self.diagnostics = _diagnostics(biased, free, own, None if whole else mask[some])
         numbers = gather_with_grad(image_numbers) if self.gather_negatives else image_numbers
         counted = gather_with_grad(real.to(torch.uint8)).bool()  # of all processes
         scored = counted if self.gather_negatives else real if real.any() else torch.ones_like(real)
@@ -133,13 +132,10 @@ class ProjectorModel(nn.Module):
             images, valid = _in_chunks(regions, CHUNK_ELEMENTS // (count * width), image_of, labels)
             if self.gather_negatives:
                 images, valid = gather_ragged(images, valid)
-            if not scored.all():
-                images, valid = images[scored], valid[scored]
+            images, valid = (images, valid) if scored.all() else (images[scored], valid[scored])
             if self.diagnose and compressor is self.largest:
-                means = pooled(queries, query_mask), pooled(images, valid)
-                self.diagnostics |= _spread(*means, positives & real[:, None], numbers[scored])
-            if self.mixup_share is not None:
-                images = midpoint_mixup(images, mixup_partners(numbers[scored]), self.mixup_share, valid)
+                self._log_spread(pooled(queries, query_mask), pooled(images, valid), positives, numbers[scored], real)
+            images = self._mixed(images, valid, numbers[scored])
 
             def score(some: Tensor, some_mask: Tensor, images: Tensor = images, valid: Tensor = valid) -> tuple[Tensor]:
                 return (maxsim(some, images, some_mask, valid),)
@@ -148,6 +144,21 @@ class ProjectorModel(nn.Module):
             (scores,) = _in_chunks(score, CHUNK_ELEMENTS // pairs, queries, query_mask)  # (B, I)
             losses.append(multi_positive_t2i_loss(scores, positives, self.temperature))
         return {"loss": torch.stack(losses).mean() * (len(counted) / counted.sum())}
+
+    def _mixed(self, images: Tensor, valid: Tensor, numbers: Tensor) -> Tensor:
+        """The images (I, K, D), or what midpoint mixup makes of them; `numbers` (I,) tells which are one image."""
+        if self.mixup_share is None:
+            return images
+        return midpoint_mixup(images, mixup_partners(numbers), self.mixup_share, valid)
+
+    @torch.no_grad()
+    def _log_spread(self, queries: Tensor, images: Tensor, positives: Tensor, numbers: Tensor, real: Tensor) -> None:
+        """Alignment of pooled captions (B, D) with their pooled images (I, D), uniformity of the distinct images."""
+        values = {
+            "alignment": alignment(queries, images, positives & real[:, None]),
+            "uniformity": uniformity(images[first_rows(numbers)]),
+        }
+        self.diagnostics |= {name: float(value) for name, value in values.items() if value.isfinite()}
 
     @torch.no_grad()
     def _project_bank(self) -> None:
@@ -181,13 +192,6 @@ def _in_chunks(function: Callable[..., tuple[Tensor, ...]], size: int, *rows: Te
         for start in range(0, len(rows[0]), size)
     ]
     return tuple(torch.cat(column) for column in zip(*parts))
-
-
-@torch.no_grad()
-def _spread(queries: Tensor, images: Tensor, positives: Tensor, numbers: Tensor) -> dict[str, float]:
-    """Alignment of pooled captions (B, D) with their pooled images (I, D), and uniformity of the distinct images."""
-    values = {"alignment": alignment(queries, images, positives), "uniformity": uniformity(images[first_rows(numbers)])}
-    return {name: float(value) for name, value in values.items() if value.isfinite()}
 
 
 def _diagnostics(biased: MergedTokens, free: MergedTokens, labels: Tensor, mask: Tensor | None) -> dict[str, float]:
