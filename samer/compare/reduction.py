@@ -248,7 +248,7 @@ class _Reference:
                 held = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
                 held[rows] = value.half().cpu().numpy()
             else:
-                held = np.load(path, mmap_mode="r", allow_pickle=False)
+                held = np.lib.format.open_memmap(path, mode="r")
             found.append(torch.from_numpy(np.array(held[rows], dtype=np.float32)).to(value.device))
         return found[0], found[1]
 
