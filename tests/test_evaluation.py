@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -303,3 +304,25 @@ def test_prefetched_keeps_order_computes_one_ahead_and_raises_in_turn():
     assert found == [(1, 2), (2, 4), (3, 6)]
     assert all(ahead <= item + 1 for (item, _), ahead in zip(found, seen))
     assert list(prefetched(double, [])) == []
+
+
+def test_prefetched_closed_early_waits_for_no_thread():
+    """The garbage collector may close it where waiting would be for ever: while a thread is being started."""
+    entered, go_on, done = threading.Event(), threading.Event(), []
+
+    def slow(number):
+        if number == 2:
+            entered.set()
+            assert go_on.wait(60)
+        done.append(number)
+
+    stream = prefetched(slow, iter(range(1, 9)))
+    assert next(stream) == (1, None)
+    assert entered.wait(60)
+    stream.close()  # would not return before `go_on`
+    assert done == [1]
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(60)
+    assert done == [1, 2]

@@ -156,10 +156,10 @@ def test_cells_hold_what_the_towers_give_and_what_is_found(towers, world, tmp_pa
     owner = torch.tensor([n for n, record in enumerate(records) for _ in record.captions])
     metrics = query_metrics(scores, owner[:, None] == torch.arange(len(records)))
     assert values["r@1 all"].tolist() == metrics["r@1"].tolist()
-    before = (tmp_path / "adamerge-250.npz").read_bytes()
+    before = (tmp_path / "adamerge-250.safetensors").read_bytes()
     again = measure_cells(retriever, records, cells, [4], tmp_path, batch_size=3)
     assert again["adamerge-250"]["r@1 4"].tolist() == values["r@1 4"].tolist()
-    assert (tmp_path / "adamerge-250.npz").read_bytes() == before
+    assert (tmp_path / "adamerge-250.safetensors").read_bytes() == before
 
 
 def test_cells_of_another_model_or_method_are_refused(towers, tmp_path):

@@ -94,7 +94,7 @@ def test_help_of_train_lists_every_setting(script, capsys):
         script("train").main(["--help"])
     assert stopped.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out.partition("with its default:")[2])
-    assert list(shown) == ["model", "data", "merge", "objects", "train"]
+    assert list(shown) == ["model", "data", "merge", "objects", "train", "reduce"]
     assert shown["merge"]["num_regions"] == 64
     assert float(shown["train"]["learning_rate"]) == 2e-4
 

@@ -27,9 +27,10 @@ from samer.reducers.calibration import calibrate
 from samer.reducers.cost import TIERS, Meter, tiers
 from samer.reducers.running import Reduced
 from samer.retrievers.hf import Retriever
-from samer.runtime.files import atomic_path, is_file, read_json, write_json
+from samer.runtime.files import is_file, read_json, write_json
 from samer.runtime.processes import print0
 from samer.runtime.progress import Progress, batched, prefetched
+from samer.runtime.shards import finished_shard, load_shard, write_shard
 from samer.runtime.signals import stop_here
 from samer.scoring import maxsim
 from samer.tokens import QueryTokens
@@ -154,22 +155,20 @@ def measure_cells(
         "16") `r@1 K`, `r@5 K`, `ndcg@10 K` (Q,), `vectors K` (I,).
     """
     texts = [caption.text for record in records for caption in record.captions]
-    names = [record.image_id for record in records]
+    stamp = {"images": [record.image_id for record in records]}
     queries: QueryTokens | None = None
     found = {}
     for number, cell in enumerate(cells, 1):
-        path = folder / f"{cell.key}.npz"
-        if is_file(path):
-            with np.load(path, allow_pickle=False) as held:
-                values = {key: held[key] for key in held.files}
-            if values.pop("names").tolist() == names and all(f"r@1 {k}" in values for k in ("all", *regions)):
+        path = folder / f"{cell.key}.safetensors"
+        if finished_shard(path, stamp):
+            values = {key: value.numpy() for key, value in load_shard(path)[0].items()}
+            if all(f"r@1 {k}" in values for k in ("all", *regions)):
                 found[cell.key] = values
                 continue
         queries = queries or join_queries(list(encode_texts(retriever, texts, 64)))
         print0(f"[{number}/{len(cells)}] {cell.method}, {cell.saved:.1%} of FLOPs saved")
         values = _measure(retriever, records, cell, regions, folder, batch_size, queries)
-        with atomic_path(path) as temporary, open(temporary, "wb") as handle:
-            np.savez(handle, names=np.array(names), **values)
+        write_shard(path, {key: torch.from_numpy(value) for key, value in values.items()}, stamp, {})
         found[cell.key] = values
     return found
 
@@ -248,7 +247,7 @@ class _Reference:
                 held = np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
                 held[rows] = value.half().cpu().numpy()
             else:
-                held = np.load(path, mmap_mode="r", allow_pickle=False)
+                held = np.lib.format.open_memmap(path, mode="r")
             found.append(torch.from_numpy(np.array(held[rows], dtype=np.float32)).to(value.device))
         return found[0], found[1]
 

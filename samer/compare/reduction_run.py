@@ -26,7 +26,7 @@ from samer.metrics import bootstrap_intervals, query_metrics
 from samer.reducers.cost import TIERS
 from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector
-from samer.runtime.files import read_json, write_json
+from samer.runtime.files import is_file, read_json, write_json
 from samer.runtime.processes import print0
 from samer.runtime.signals import stoppable
 from samer.training.loop import train
@@ -92,7 +92,7 @@ def _tuned(
     for cell in cells:
         place = Path(asked.out) / "tuned" / cell.key
         done = place / "row.json"
-        if done.is_file():
+        if is_file(done):
             rows.append(read_json(done))
             images = rows[-1]["images"]
             continue
@@ -139,7 +139,7 @@ def _towers_tuned(
     for cell in cells:
         place = Path(asked.out) / "tower_tuned" / cell.key
         done = place / "row.json"
-        if not done.is_file():
+        if not is_file(done):
             where = {"local_files_only": model.local_files_only, "revision": model.revision}
             retriever = open_encoder(model.name, device, **where)
             losses = tune_tower(retriever, cell.settings, images, asked.batch_size)

@@ -289,7 +289,7 @@ class _Update:
         """Encodes pictures, or looks up whose vectors they get, and writes them."""
         names, contents, parts, copies = [], [], [], {}
         batches = batched(chunk, self.writer.batch_size)
-        with closing(prefetched(self._prepared, batches)) as stream:  # no thread is left behind if this is interrupted
+        with closing(prefetched(self._prepared, batches)) as stream:  # nothing more is read if this is interrupted
             for batch, ready in stream:
                 if ready.names:
                     with torch.no_grad():

@@ -47,7 +47,9 @@ def prefetched(function: Callable[[Any], Any], items: Iterable) -> Iterator[tupl
     Also the other way round: where `items` is the work, `function` may store each result while the next is made. For
     what waits or releases Python's lock, such as decoding images; an error is raised at its item.
     """
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    pool = ThreadPoolExecutor(max_workers=1)
+    abandoned = False
+    try:
         waiting: tuple[Any, Future] | None = None
         for item in items:
             upcoming = item, pool.submit(function, item)
@@ -56,6 +58,13 @@ def prefetched(function: Callable[[Any], Any], items: Iterable) -> Iterator[tupl
             waiting = upcoming
         if waiting:
             yield waiting[0], waiting[1].result()
+    except GeneratorExit:
+        abandoned = True
+        raise
+    finally:
+        # Closed early, perhaps by the garbage collector, which may run where a thread is being started and locks are
+        # held: to wait for a thread there would be to wait for ever. It ends by itself after the item it is at.
+        pool.shutdown(wait=not abandoned, cancel_futures=abandoned)
 
 
 def batched(items: Sequence, size: int) -> Iterable[Sequence]:

@@ -13,18 +13,16 @@ from samer.config import InputError
 from samer.data.pictures import one_line
 from samer.runtime.files import check_writable, exists
 from samer.vectors.parts import Parts
-from samer.vectors.rows import ID, Row
-from samer.vectors.stores import Plan, Store, split_table
-from samer.vectors.tables import arrow, batch_of, columns_left_out, columns_wanted, ids_of, rows_of, schema_of
+from samer.vectors.stores import Plan, split_table
+from samer.vectors.tables import IDS, ROWS, TableStore, arrow, batch_of, schema_of
 
-ROWS = 64
 TABLE = "embeddings"
 # how its columns are declared, by the names that Arrow gives the types
 _TYPES = {"string": "VARCHAR", "bool": "BOOLEAN", "int64": "BIGINT", "double": "DOUBLE", "float": "FLOAT"}
 _NUMBERS = {"float32": "FLOAT", "int8": "TINYINT", "binary": "UTINYINT"}
 
 
-class DuckStore(Store):
+class DuckStore(TableStore):
     """A table."""
 
     form = "FILE.duckdb or FILE.duckdb#TABLE"
@@ -62,24 +60,13 @@ class DuckStore(Store):
     def _name(self) -> str:
         return quoted(self.table)
 
-    def _batches(self, ids_only: bool) -> Iterator[tuple[Any, int]]:
+    def _batches(self, ids_only: bool) -> Iterator[tuple[str, Any]]:
         with self._opened() as connection:
             held = connection.sql(f"SELECT * FROM {self._name} LIMIT 0").to_arrow_table().schema
-            wanted, self.left_out = columns_wanted(self.place, held), columns_left_out(held)
-            names = [ID] if ids_only else wanted
+            names = self._names(self.place, held, ids_only)
             query = f"SELECT {', '.join(map(quoted, names))} FROM {self._name}"
-            first = 0
-            for batch in connection.sql(query).to_arrow_reader(4096 if ids_only else ROWS):
-                yield batch, first
-                first += batch.num_rows
-
-    def ids(self) -> Iterator[str]:
-        for batch, _ in self._batches(ids_only=True):
-            yield from ids_of(batch.column(ID))
-
-    def rows(self) -> Iterator[Row]:
-        for batch, first in self._batches(ids_only=False):
-            yield from rows_of(self.place, batch, first)
+            for batch in connection.sql(query).to_arrow_reader(IDS if ids_only else ROWS):
+                yield self.place, batch
 
     def check_target(self, plan: Plan) -> None:
         super().check_target(plan)

@@ -13,14 +13,12 @@ from samer.config import InputError
 from samer.data.pictures import one_line
 from samer.runtime.files import check_writable, exists
 from samer.vectors.parts import Parts
-from samer.vectors.rows import EMBEDDING, ID, Row
-from samer.vectors.stores import Plan, Store
-from samer.vectors.tables import arrow, batch_of, columns_left_out, columns_wanted, ids_of, rows_of, schema_of
-
-ROWS = 64
+from samer.vectors.rows import EMBEDDING
+from samer.vectors.stores import Plan
+from samer.vectors.tables import IDS, ROWS, TableStore, arrow, batch_of, schema_of
 
 
-class LanceStore(Store):
+class LanceStore(TableStore):
     """A table."""
 
     form = "FOLDER/TABLE.lance"
@@ -51,22 +49,11 @@ class LanceStore(Store):
         except (ValueError, RuntimeError, OSError) as error:
             raise InputError(f"{self.place}: LanceDB says: {one_line(error)[:200]}; restore the table") from None
 
-    def _batches(self, ids_only: bool) -> Iterator[tuple[Any, int]]:
+    def _batches(self, ids_only: bool) -> Iterator[tuple[str, Any]]:
         table = self._table()
-        names, self.left_out = columns_wanted(self.place, table.schema), columns_left_out(table.schema)
-        query = table.search().select([ID] if ids_only else names)
-        first = 0
-        for batch in query.to_batches(4096 if ids_only else ROWS):
-            yield batch, first
-            first += batch.num_rows
-
-    def ids(self) -> Iterator[str]:
-        for batch, _ in self._batches(ids_only=True):
-            yield from ids_of(batch.column(ID))
-
-    def rows(self) -> Iterator[Row]:
-        for batch, first in self._batches(ids_only=False):
-            yield from rows_of(self.place, batch, first)
+        query = table.search().select(self._names(self.place, table.schema, ids_only))
+        for batch in query.to_batches(IDS if ids_only else ROWS):
+            yield self.place, batch
 
     def check_target(self, plan: Plan) -> None:
         super().check_target(plan)

@@ -13,14 +13,11 @@ from samer.config import InputError
 from samer.data.parquet import opened_table
 from samer.runtime.files import atomic_path, check_writable, exists, is_dir, listing
 from samer.vectors.parts import Parts
-from samer.vectors.rows import ID, Row
-from samer.vectors.stores import Plan, Store
-from samer.vectors.tables import arrow, batch_of, columns_left_out, columns_wanted, ids_of, rows_of, schema_of
-
-ROWS = 64  # read at once: 34 MB of ColPali's vectors
+from samer.vectors.stores import Plan
+from samer.vectors.tables import IDS, ROWS, TableStore, arrow, batch_of, schema_of
 
 
-class ParquetStore(Store):
+class ParquetStore(TableStore):
     """A file, or a folder of files."""
 
     form = "FILE.parquet, or a folder of such files"
@@ -29,27 +26,15 @@ class ParquetStore(Store):
     def takes(cls, place: str) -> bool:
         return place.lower().endswith(".parquet") or (is_dir(place) and bool(_files(place)))
 
-    def _batches(self, ids_only: bool) -> Iterator[tuple[str, Any, int]]:
-        """File, record batch and number of its first row in the file."""
+    def _batches(self, ids_only: bool) -> Iterator[tuple[str, Any]]:
         if not _files(self.place):
             raise InputError(f"{self.place}: no such file; name a parquet file with --in")
         arrow(self.place)
         for path in _files(self.place):
             with opened_table(path) as file:
-                names = columns_wanted(str(path), file.schema_arrow)
-                self.left_out = columns_left_out(file.schema_arrow)
-                first = 0
-                for batch in file.iter_batches(4096 if ids_only else ROWS, columns=[ID] if ids_only else names):
-                    yield str(path), batch, first
-                    first += batch.num_rows
-
-    def ids(self) -> Iterator[str]:
-        for _, batch, _ in self._batches(ids_only=True):
-            yield from ids_of(batch.column(ID))
-
-    def rows(self) -> Iterator[Row]:
-        for path, batch, first in self._batches(ids_only=False):
-            yield from rows_of(path, batch, first)
+                names = self._names(str(path), file.schema_arrow, ids_only)
+                for batch in file.iter_batches(IDS if ids_only else ROWS, columns=names):
+                    yield str(path), batch
 
     def check_target(self, plan: Plan) -> None:
         super().check_target(plan)

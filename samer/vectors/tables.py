@@ -7,6 +7,7 @@ truth values and dates (as texts) are metadata.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,8 +18,37 @@ from samer.config import InputError
 from samer.data.parquet import is_plain, plain, values_of
 from samer.vectors.parts import Parts
 from samer.vectors.rows import COORDS, EMBEDDING, GRID, ID, OWN, SCALE, Merged, Row, pair, places_of
+from samer.vectors.stores import Store
 
+ROWS, IDS = 64, 4096  # read at once; 64 rows of ColPali's vectors are 34 MB
 REMEDY = "install it: pip install pyarrow, or pip install 'samer[parquet]'"
+
+
+class TableStore(Store):
+    """A store of Arrow's tables: kinds differ in where batches come from, and in how they are written."""
+
+    def _batches(self, ids_only: bool) -> Iterator[tuple[str, Any]]:
+        """Record batches in order, `IDS` ids or `ROWS` rows at once, each with what messages call its table."""
+        raise NotImplementedError
+
+    def _names(self, where: str, schema: Any, ids_only: bool) -> list[str]:
+        """The columns to read; notes which are not carried along.
+
+        Raises:
+            InputError: as `columns_wanted`.
+        """
+        wanted, self.left_out = columns_wanted(where, schema), columns_left_out(schema)
+        return [ID] if ids_only else wanted
+
+    def ids(self) -> Iterator[str]:
+        for _, batch in self._batches(ids_only=True):
+            yield from ids_of(batch.column(ID))
+
+    def rows(self) -> Iterator[Row]:
+        before = Counter()  # rows of each table
+        for where, batch in self._batches(ids_only=False):
+            yield from rows_of(where, batch, before[where])
+            before[where] += batch.num_rows
 
 
 def arrow(place: str) -> Any:
