@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import math
-import os
 import re
-import reprlib
-import types
 import typing
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,64 +13,19 @@ from typing import Any
 
 import yaml
 
+from samer.settings import (
+    Budget,
+    InputError,
+    as_budget,
+    build_dataclass,
+    kinds_of,
+    load_yaml,
+    parse_yaml,
+    require,
+    settle,
+)
 
-class InputError(ValueError):
-    """Bad input from outside (a file, a key, a value): one line that names it and says what to do.
-
-    Entry points print the message and exit with status 2; any other exception is a defect of SaMer.
-    """
-
-
-Budget = int | str  # K, or "1/16": the share of an image's N tokens that K is, in lowest terms
-_SHARE = re.compile(r"([0-9]{1,9}) ?/ ?([0-9]{1,9})")
 MIXUPS = ("none", "midpoint")  # of train.mixup
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 120, 120
-
-
-def _shown(value: object) -> str:
-    """A value as messages show it: short, however much it holds; nested YAML aliases can stand for gigabytes."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # more digits than Python writes
-        return "a number too long to show"
-
-
-def whole_number(key: str, value: object) -> int:
-    """`value` as an int, where it is one exactly: 64.0 and numpy's numbers are, True and "64" are not.
-
-    Raises:
-        InputError: it is none; names it by `key`.
-    """
-    return _coerce(value, int, key)
-
-
-def as_budget(key: str, value: object) -> Budget:
-    """`value` as K, or as a share of N: 64 and 64.0, "1/16" and "2/32" are some; "64", 0.0625 and "16/16" are none.
-
-    Raises:
-        InputError: it is none; names it by `key`.
-    """
-    if isinstance(value, str) and (share := _SHARE.fullmatch(value.strip())):
-        part, whole = map(int, share.groups())
-        _require(0 < part < whole, key, "a share above 0 and below 1, such as 1/16, or a whole number", value)
-        return str(Fraction(part, whole))
-    try:
-        found = whole_number(key, value)
-    except InputError as error:
-        raise InputError(f"{error}; a share of an image's tokens is written as 1/16") from None
-    _require(found >= 1, key, "at least 1", found)
-    return found
-
-
-def vectors_of(regions: Budget, tokens: int) -> int:
-    """K of an image of so many tokens: `regions` itself, or that share of them, rounded up."""
-    return regions if isinstance(regions, int) else math.ceil(tokens * Fraction(regions))
-
-
-def _require(holds: bool, key: str, rule: str, value: object) -> None:
-    if not holds:
-        raise InputError(f"{key} must be {rule}; it is {_shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -113,22 +63,22 @@ class MergeConfig:
     global_view: str = "joined"
 
     def __post_init__(self) -> None:
-        _settle(self, "merge.")
-        _require(self.bank_size >= 1, "merge.bank_size", "at least 1", self.bank_size)
-        _require(self.cluster_iters >= 1, "merge.cluster_iters", "at least 1", self.cluster_iters)
+        settle(self, "merge.")
+        require(self.bank_size >= 1, "merge.bank_size", "at least 1", self.bank_size)
+        require(self.cluster_iters >= 1, "merge.cluster_iters", "at least 1", self.cluster_iters)
         for name in ("spatial_weight", "object_penalty"):
             value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, f"merge.{name}", "a finite number >= 0", value)
+            require(math.isfinite(value) and value >= 0, f"merge.{name}", "a finite number >= 0", value)
         value = self.assignment_temperature
-        _require(math.isfinite(value) and value > 0, "merge.assignment_temperature", "a finite number > 0", value)
+        require(math.isfinite(value) and value > 0, "merge.assignment_temperature", "a finite number > 0", value)
         ends = re.fullmatch(r"([0-9]{1,4})-([0-9]{1,4})", self.sap_layers)
         rule = "first and last layer, such as 11-14, or empty"
         right = not self.sap_layers or (bool(ends) and int(ends[1]) <= int(ends[2]))
-        _require(right, "merge.sap_layers", rule, self.sap_layers)
+        require(right, "merge.sap_layers", rule, self.sap_layers)
         rule = "'raster' or 'farthest'"
-        _require(self.center_init in ("raster", "farthest"), "merge.center_init", rule, self.center_init)
+        require(self.center_init in ("raster", "farthest"), "merge.center_init", rule, self.center_init)
         rule = "'joined' or 'apart'"
-        _require(self.global_view in ("joined", "apart"), "merge.global_view", rule, self.global_view)
+        require(self.global_view in ("joined", "apart"), "merge.global_view", rule, self.global_view)
 
 
 @dataclass(frozen=True)
@@ -162,14 +112,14 @@ class ReduceConfig:
     deviation: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        _settle(self, "reduce.")
-        _require(0 <= self.r < 1 or self.r in range(10**6), "reduce.r", "a whole number, or a share below 1", self.r)
-        _require(self.r == 0 or self.method != "none", "reduce.method", "given where reduce.r is", self.method)
-        _require(all(n >= 0 for n in self.layers), "reduce.layers", "numbers from 0 on", list(self.layers))
+        settle(self, "reduce.")
+        require(0 <= self.r < 1 or self.r in range(10**6), "reduce.r", "a whole number, or a share below 1", self.r)
+        require(self.r == 0 or self.method != "none", "reduce.method", "given where reduce.r is", self.method)
+        require(all(n >= 0 for n in self.layers), "reduce.layers", "numbers from 0 on", list(self.layers))
         for name, words in (("order", ("salient", "inverse")), ("batch", ("masked", "shared"))):
-            _require(getattr(self, name) in words, f"reduce.{name}", " or ".join(map(repr, words)), getattr(self, name))
+            require(getattr(self, name) in words, f"reduce.{name}", " or ".join(map(repr, words)), getattr(self, name))
         for name in ("temperature", "alpha"):
-            _require(0 < getattr(self, name) < math.inf, f"reduce.{name}", "a finite number > 0", getattr(self, name))
+            require(0 < getattr(self, name) < math.inf, f"reduce.{name}", "a finite number > 0", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -181,10 +131,10 @@ class ObjectsConfig:
     max_phrases: int = 4
 
     def __post_init__(self) -> None:
-        _settle(self, "objects.")
+        settle(self, "objects.")
         rule = "0 <= objects.min_area <= objects.max_area <= 1"
-        _require(0 <= self.min_area <= self.max_area <= 1, "objects", rule, (self.min_area, self.max_area))
-        _require(self.max_phrases >= 1, "objects.max_phrases", "at least 1", self.max_phrases)
+        require(0 <= self.min_area <= self.max_area <= 1, "objects", rule, (self.min_area, self.max_area))
+        require(self.max_phrases >= 1, "objects.max_phrases", "at least 1", self.max_phrases)
 
 
 @dataclass(frozen=True)
@@ -196,7 +146,7 @@ class ModelConfig:
     local_files_only: bool = False
 
     def __post_init__(self) -> None:
-        _settle(self, "model.")
+        settle(self, "model.")
 
 
 @dataclass(frozen=True)
@@ -223,17 +173,17 @@ class DataConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        _settle(self, "data.")
+        settle(self, "data.")
         if self.reader:
             rule = f"what data.name says, {self.name!r}, or left out"
-            _require(self.name in ("", self.reader), "data.reader", rule, self.reader)
+            require(self.name in ("", self.reader), "data.reader", rule, self.reader)
             object.__setattr__(self, "name", self.reader)
             object.__setattr__(self, "reader", "")
         most = self.max_megapixels
-        _require(math.isfinite(most) and most > 0, "data.max_megapixels", "a finite number > 0", most)
+        require(math.isfinite(most) and most > 0, "data.max_megapixels", "a finite number > 0", most)
         for name in ("limit_train_images", "limit_eval_images"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"data.{name}", "at least 1, or null for all", value)
+            require(value is None or value >= 1, f"data.{name}", "at least 1, or null for all", value)
 
 
 @dataclass(frozen=True)
@@ -273,22 +223,22 @@ class TrainConfig:
     early_stop_patience: int | None = None
 
     def __post_init__(self) -> None:
-        _settle(self, "train.")
+        settle(self, "train.")
         alike = len({type(k) for k in self.budgets}) < 2
-        _require(alike, "merge.num_regions", "a list of whole numbers or one of shares", list(self.budgets))
+        require(alike, "merge.num_regions", "a list of whole numbers or one of shares", list(self.budgets))
         patience = self.early_stop_patience
-        _require(patience is None or patience >= 1, "train.early_stop_patience", "at least 1, or null", patience)
-        _require(self.mixup in MIXUPS, "train.mixup", f"one of {', '.join(MIXUPS)}", self.mixup)
+        require(patience is None or patience >= 1, "train.early_stop_patience", "at least 1, or null", patience)
+        require(self.mixup in MIXUPS, "train.mixup", f"one of {', '.join(MIXUPS)}", self.mixup)
         at_least_one = ("train_batch_size", "eval_batch_size", "grad_accum_steps", "logging_steps", "save_steps")
         for name in at_least_one:
-            _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
         for name in ("learning_rate", "num_train_epochs", "temperature", "max_grad_norm"):
             value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, f"train.{name}", "a finite number > 0", value)
+            require(math.isfinite(value) and value > 0, f"train.{name}", "a finite number > 0", value)
         for name in ("weight_decay", "dataloader_num_workers", "seed"):
             value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, f"train.{name}", "a finite number >= 0", value)
-        _require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", "in [0, 1)", self.warmup_ratio)
+            require(math.isfinite(value) and value >= 0, f"train.{name}", "a finite number >= 0", value)
+        require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", "in [0, 1)", self.warmup_ratio)
 
 
 @dataclass(frozen=True)
@@ -303,142 +253,15 @@ class Config:
     reduce: ReduceConfig = field(default_factory=ReduceConfig)
 
     def __post_init__(self) -> None:
-        _settle(self, "")
+        settle(self, "")
         budgets = self.train.budgets
         rule = "the largest of train.budgets; give the list as merge.num_regions instead"
-        _require(
+        require(
             not budgets or max(budgets, key=Fraction) == self.merge.num_regions,
             "merge.num_regions",
             rule,
             self.merge.num_regions,
         )
-
-
-def _settle(settings: Any, prefix: str) -> None:
-    """Gives every field of new settings its own type, whoever made them and of what: numpy's numbers, 64.0, a `Path`.
-
-    Raises:
-        InputError: a value that is not of its field's type; names it.
-    """
-    for name, kind in _kinds(type(settings)).items():
-        object.__setattr__(settings, name, _coerce(getattr(settings, name), kind, prefix + name))
-
-
-@functools.cache
-def _kinds(settings: type) -> dict[str, Any]:
-    """The types of a dataclass's fields."""
-    return typing.get_type_hints(settings)
-
-
-def _coerce(value: Any, kind: Any, key: str) -> Any:
-    """`value` as type `kind`, or InputError; numbers written as text (PyYAML reads 5e-5 so) are read as numbers."""
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a number of numpy's or torch's
-        value = value.item()
-    if kind == Budget:
-        return as_budget(key, value)
-    if isinstance(kind, types.UnionType):
-        inner = [k for k in typing.get_args(kind) if k is not type(None)]
-        return None if value is None else _coerce(value, inner[0], key)
-    if dataclasses.is_dataclass(kind):
-        return value if isinstance(value, kind) else build_dataclass(kind, value, key)
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)[0]
-        if not isinstance(value, (list, tuple)):
-            raise InputError(
-                f"{key} must be a list{' of whole numbers' if inner == Budget else ''}; it is {_shown(value)}"
-            )
-        return tuple(_coerce(item, inner, key) for item in value)
-    if typing.get_origin(kind) is dict:
-        if not isinstance(value, dict):
-            raise InputError(f"{key} must be a mapping; it is {_shown(value)}")
-        return {str(name): _coerce(item, typing.get_args(kind)[1], f"{key}.{name}") for name, item in value.items()}
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind in (bool, str) and isinstance(value, kind):
-        return value
-    if kind is str and isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if kind is int and number and abs(value) < 2**63 and value == int(value):  # neither NaN nor infinity is below
-        return int(value)
-    if (kind is float and (number or isinstance(value, str))) or (kind is str and number):
-        try:
-            return kind(value)
-        except (ValueError, OverflowError):  # no number, or more digits than a float holds or Python writes
-            pass
-    raise InputError(f"{key} must be {wanted}; it is {_shown(value)}")
-
-
-def build_dataclass(cls: type, values: Any, where: str, prefix: str = "") -> Any:
-    """A dataclass from nested dicts, what they lack by its defaults; `where` names the file in messages.
-
-    Raises:
-        InputError: an unknown key, a wrong type, or a value out of range, named.
-    """
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise InputError(
-            f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys; it is {_shown(values)}"
-        )
-    hints = _kinds(cls)
-    fields = {f.name for f in dataclasses.fields(cls)}
-    arguments = {}
-    for name, value in values.items():
-        if name not in fields:
-            name = name[:120] if isinstance(name, str) else _shown(name)
-            close = difflib.get_close_matches(name, fields, 1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(sorted(fields))}"
-            raise InputError(f"{where}: unknown key {prefix}{name}; {hint}")
-        if dataclasses.is_dataclass(hints[name]):
-            arguments[name] = build_dataclass(hints[name], value, where, f"{prefix}{name}.")
-        else:
-            arguments[name] = _coerce(value, hints[name], f"{where}: {prefix}{name}")
-    try:
-        return cls(**arguments)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-class _OnceLoader(yaml.SafeLoader):
-    """SafeLoader, which builds no objects, that also refuses a key given twice instead of taking the last."""
-
-    def compose_mapping_node(self, anchor):
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.YAMLError(f"key {key.value!r} stands twice, {str(key.start_mark).strip()}")
-                seen.add(key.value)
-        return node
-
-
-def _parse_yaml(text: str) -> Any:
-    """`text` as plain YAML values; whatever PyYAML raises on bad text comes out as `yaml.YAMLError`."""
-    try:
-        return yaml.load(text, Loader=_OnceLoader)
-    except (ValueError, OverflowError, LookupError, AttributeError, RecursionError) as error:
-        raise yaml.YAMLError(error) from error  # e.g. the date 2024-13-45, `!!int x`
-
-
-def load_yaml(path: str | Path) -> Any:
-    """Reads a YAML file without building any object from it.
-
-    Raises:
-        InputError: the file is missing, not UTF-8 or not YAML.
-    """
-    try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise ValueError("not a regular file")
-        return _parse_yaml(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; name a YAML config, for example one from configs/") from None
-    except OSError as error:
-        raise InputError(
-            f"{path}: can't be read ({error.strerror or error}); allow this user to read it, or name another"
-        ) from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())[:200]})") from None
 
 
 def _spread_budgets(values: Any, where: str) -> Any:
@@ -484,7 +307,7 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = (), k
             value = text  # a path stays as it was typed, whatever YAML would make of it
         else:
             try:
-                value = _parse_yaml(text) if text else ""
+                value = parse_yaml(text) if text else ""
             except yaml.YAMLError:
                 raise InputError(f"override {override!r}: the value is not valid YAML") from None
         values[section] = {**(values.get(section) or {}), name: value}
@@ -497,8 +320,8 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = (), k
 
 def _is_text(settings: type, section: str, name: str) -> bool:
     """Whether a setting is plain text."""
-    kind = _kinds(settings).get(section)
-    return kind is not None and _kinds(kind).get(name) is str
+    kind = kinds_of(settings).get(section)
+    return kind is not None and kinds_of(kind).get(name) is str
 
 
 def dump_config(config: Any) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samer.config import InputError, whole_number
+from samer.config import InputError
+from samer.settings import whole_number
 from samer.tokens import ImageLayout
 
 

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samer.config import InputError, MergeConfig, vectors_of
+from samer.config import InputError, MergeConfig
 from samer.objects import instance_inconsistency
+from samer.settings import vectors_of
 from samer.tokens import MergedTokens, check_tensor
 
 LENGTH_ERROR = 0.05  # unit tokens may be off so much; in bfloat16 they are off by 0.004

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samer.config import InputError, whole_number
+from samer.config import InputError
+from samer.settings import whole_number
 from samer.tokens import check_tensor
 
 _RECALL_CUTOFFS = (1, 5, 10)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samer.config import InputError, whole_number
+from samer.config import InputError
+from samer.settings import whole_number
 from samer.tokens import MergedTokens, check_tensor
 
 EPS = 1e-6

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from samer.config import InputError, whole_number
+from samer.config import InputError
 from samer.products import (
     ReusedProduct,
     as_columns,
@@ -24,6 +24,7 @@ from samer.products import (
     int8_product_works,
     int_product,
 )
+from samer.settings import whole_number
 from samer.tokens import QueryTokens, check_tensor
 
 # One block's token products. On a CPU they should stay in cache between the matrix product and the maximum

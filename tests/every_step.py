@@ -8,13 +8,13 @@ import torch
 from oracle import naive_merge
 from PIL import Image
 
-from samer.config import vectors_of
 from samer.data import flickr
 from samer.data.records import ImageRecord
 from samer.features.read import FeatureStore
 from samer.index.read import Index
 from samer.retrievers.attention import ATTENTION
 from samer.retrievers.hf import Retriever
+from samer.settings import vectors_of
 
 SHAPES = [(96, 60), (40, 90), (50, 50), (90, 96)]
 

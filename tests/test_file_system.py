@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from samer.compare.indexes import read_metrics
-from samer.config import InputError, MergeConfig, load_yaml
+from samer.config import InputError, MergeConfig
 from samer.data.pictures import find_pictures
 from samer.features.read import FeatureStore
 from samer.features.write import write_features
@@ -37,6 +37,7 @@ from samer.retrievers.projectors import load_projector, read_projector, save_pro
 from samer.runtime import commands, files, shards
 from samer.search.models import Models
 from samer.search.open_index import SearchIndex
+from samer.settings import load_yaml
 from samer.tokens import QueryTokens
 from samer.training import checkpoints
 from samer.world.write import write_world

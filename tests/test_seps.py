@@ -181,8 +181,10 @@ def test_drawn_decisions_are_those_of_loops(dense):
 @pytest.mark.parametrize(("variant", "dense"), MODES)
 def test_slices_change_neither_scores_nor_gradients(monkeypatch, variant, dense):
     found = []
-    for elements in (module.BLOCK_ELEMENTS, 1):
-        monkeypatch.setattr(module, "BLOCK_ELEMENTS", elements)
+    usual = module.SLICE_ELEMENTS, module.HELD_ELEMENTS
+    for slice_elements, held_elements in (usual, (1, usual[1]), (1, 1)):  # whole; in slices; computed again
+        monkeypatch.setattr(module, "SLICE_ELEMENTS", slice_elements)
+        monkeypatch.setattr(module, "HELD_ELEMENTS", held_elements)
         head = made(variant=variant, dense=dense)
         images, texts = pairs(dense, noise=variant == "paper")
         images.tokens.requires_grad_(True), texts.tokens.requires_grad_(True)
@@ -190,8 +192,19 @@ def test_slices_change_neither_scores_nor_gradients(monkeypatch, variant, dense)
         (scores.square().sum() + shares.sum()).backward()
         grown = [images.tokens.grad, texts.tokens.grad, *(p.grad for p in head.parameters())]
         found.append([scores, shares, *(torch.zeros(()) if g is None else g for g in grown)])
-    for one, other in zip(*found):
-        assert torch.allclose(one, other, atol=1e-5)
+    for one, *others in zip(*found):
+        assert all(torch.allclose(one, other, atol=1e-5) for other in others)
+
+
+def test_decisions_with_and_without_a_gradient_merge_alike():
+    """Logits far apart, too: what is kept is as a softmax over it says, whatever is dropped beside it."""
+    tokens, logits = torch.randn(P, 12, D), torch.randn(P, 12, 3) * torch.tensor([1.0, 10.0, 20.0])
+    decisions = (torch.rand(T, P, 12) < 0.4).float()
+    decisions[..., 0] = 1
+    found = [selection.aggregate(tokens, logits, decisions.clone().requires_grad_(grad)) for grad in (True, False)]
+    weights = logits.transpose(1, 2).expand(T, -1, -1, -1).masked_fill(decisions[:, :, None] == 0, -math.inf)
+    wanted = weights.double().softmax(-1) @ tokens.double()
+    assert all(torch.allclose(each.double(), wanted, atol=1e-5) for each in found)
 
 
 @pytest.mark.parametrize(

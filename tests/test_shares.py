@@ -11,8 +11,9 @@ from oracle import naive_merge
 from test_compressors import NAMES, TOKENS, close, make, padded, partition, scene
 
 from samer.compressors import make_compressor
-from samer.config import Config, InputError, MergeConfig, TrainConfig, dump_config, load_config, vectors_of
+from samer.config import Config, InputError, MergeConfig, TrainConfig, dump_config, load_config
 from samer.merging import merge_tokens
+from samer.settings import vectors_of
 
 COUNTS = (TOKENS, 12, 65, 40, 12, 1)  # tokens of the images of a ragged batch
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from samer.compare.queries import CAPTIONS_ONLY, Asked, own_images
 from samer.compressors import make_compressor
-from samer.config import Budget, MergeConfig
+from samer.config import MergeConfig
 from samer.data.records import ImageRecord
 from samer.evaluation import encode_texts, fitted_compressor, join_queries, relevance_metrics
 from samer.grounding import PhraseIndex, ground
@@ -25,6 +25,7 @@ from samer.retrievers.base import Encoder
 from samer.runtime.progress import Progress, batched
 from samer.runtime.shards import joined
 from samer.scoring import maxsim
+from samer.settings import Budget
 from samer.tokens import MergedTokens, QueryTokens
 
 MEASURED = ("box_mass", "iou", "mixed_clusters", "purity", "vectors")  # per phrase or image

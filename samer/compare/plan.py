@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from samer.compressors import COMPRESSORS
-from samer.config import Budget, InputError, MergeConfig, as_budget
+from samer.config import InputError, MergeConfig
 from samer.report.gallery import Shown
 from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import load_projector
+from samer.settings import Budget, as_budget
 
 SHARES = (2, 4, 8, 16, 32)  # budgets are N / share
 SECTIONS = ("untouched", "adapted", "budgets", "components", "crossed", "banks", "phrases", "cost")

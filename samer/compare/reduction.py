@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samer.compressors import make_compressor
-from samer.config import InputError, MergeConfig, ReduceConfig, build_dataclass
+from samer.config import InputError, MergeConfig, ReduceConfig
 from samer.data.records import ImageRecord
 from samer.evaluation import encode_texts, join_queries
 from samer.metrics import query_metrics
@@ -33,6 +33,7 @@ from samer.runtime.progress import Progress, batched, prefetched
 from samer.runtime.shards import finished_shard, load_shard, write_shard
 from samer.runtime.signals import stop_here
 from samer.scoring import maxsim
+from samer.settings import build_dataclass
 from samer.tokens import QueryTokens
 
 METHODS = {

@@ -30,7 +30,7 @@ from samer.compare.queries import CAPTIONS_ONLY, RARE, Asked, caption_positives,
 from samer.compare.significance import significance
 from samer.compare.summarise import Measured, Values, summarise
 from samer.compressors import COMPRESSORS, make_compressor
-from samer.config import Budget, Config, InputError, MergeConfig
+from samer.config import Config, InputError, MergeConfig
 from samer.data import reader_of, training_records
 from samer.data.records import ImageRecord, names_boxes
 from samer.data.stamps import Stamps
@@ -47,6 +47,7 @@ from samer.runtime.files import is_file, write_json
 from samer.runtime.processes import print0
 from samer.runtime.shards import finished_shard, load_header, load_shard, unreadable, write_shard
 from samer.runtime.signals import stop_here, stoppable
+from samer.settings import Budget
 from samer.training.loop import train
 
 VERSION = 1

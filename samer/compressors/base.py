@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samer.config import InputError, MergeConfig, vectors_of
+from samer.config import InputError, MergeConfig
 from samer.merging import check_tokens, check_unit, each_budget, keep_short, keep_tokens
+from samer.settings import vectors_of
 from samer.tokens import MergedTokens, VisualTokens, check_tensor
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from samer.config import InputError, ReduceConfig, build_dataclass
+from samer.config import InputError, ReduceConfig
 from samer.reducers import settings_used
 from samer.retrievers.identity import ModelIdentity
 from samer.runtime.shards import bare_name, read_manifest
+from samer.settings import build_dataclass
 
 FORMAT = "samer_features"
 FORMAT_VERSION = 4  # 1 had neither attention nor offsets, 2 no checksum of the manifest, 3 one square grid for all

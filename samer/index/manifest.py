@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from samer.compressors import settings_used, settings_written
-from samer.config import InputError, MergeConfig, ReduceConfig, build_dataclass
+from samer.config import InputError, MergeConfig, ReduceConfig
 from samer.reducers import settings_used as reduction_used
 from samer.retrievers.identity import ModelIdentity
 from samer.runtime.shards import bare_name, read_manifest, whole_number, write_manifest
+from samer.settings import build_dataclass
 
 FORMAT = "samer_cache"  # its first name; on disk it stays
 # 1 had no projector, no int8, no signs and no deletions, 2 no checksum of the manifest; 3, with one int8 scale for all

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from samer.compressors import settings_used
-from samer.config import Config, InputError, ModelConfig, ReduceConfig, load_config, load_yaml, vectors_of
+from samer.config import Config, InputError, ModelConfig, ReduceConfig, load_config
 from samer.features.read import open_encoder
 from samer.index.manifest import FLOATS, NO_REGION
 from samer.index.read import Index
@@ -22,6 +22,7 @@ from samer.retrievers.identity import model_folder
 from samer.retrievers.projectors import load_projector
 from samer.runtime.files import exists, is_file, lookup, read_json
 from samer.runtime.hub import model_name, projector_place
+from samer.settings import load_yaml, vectors_of
 
 FARTHEST = (
     "clusters start from tokens far apart (merge.center_init=farthest): with an untouched projector that found 54 % "

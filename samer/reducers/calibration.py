@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samer.config import InputError, ReduceConfig, build_dataclass
+from samer.config import InputError, ReduceConfig
 from samer.reducers.running import reduced
 from samer.reducers.towers import find_tower, tower_digest
 from samer.runtime.files import read_json, write_json
+from samer.settings import build_dataclass
 
 ALIKE = ("order", "batch", "temperature", "alpha", "proportional", "layers")  # settings that statistics depend on, too
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from samer.config import Budget
 from samer.report.cells import budget_words, difference, label, markdown_table, named, number, recall
+from samer.settings import Budget
 
 SETS = {"captions": "captions", "phrases": "phrases", "rare_phrases": "rare phrases"}
 PLAIN = tuple[str, str, list[str], list[list[str]]]  # title, note, head, rows

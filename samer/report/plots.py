@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 
-from samer.config import vectors_of
 from samer.report.cells import budget_words, label
 from samer.report.tables import budget_lines, budgets_of, stored_bytes
+from samer.settings import vectors_of
 
 # Okabe and Ito's colours, told apart with the common colour vision deficiencies; and markers, for print
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#7F7F7F", "#B8A000")

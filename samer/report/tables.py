@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from samer.config import Budget, vectors_of
 from samer.report.cells import budget_words, difference, label, markdown_table, named, number, recall
 from samer.report.findings import PLAIN, against_controls, findings, lines_of, phrase_tables, size_tables
+from samer.settings import Budget, vectors_of
 
 # METHOD section 5: ColPali, K = 64 of 1,030, Flickr30K 1K; by (section, compressor) where the rows are the paper's
 PUBLISHED_UNTOUCHED = {

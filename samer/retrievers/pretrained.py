@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from samer.config import InputError, build_dataclass
+from samer.config import InputError
 from samer.retrievers.identity import fingerprint, model_folder
 from samer.runtime.files import is_dir, read_json
 from samer.runtime.hub import hub_folder
+from samer.settings import build_dataclass
 
 MODEL_TYPE = "samer_towers"
 NO_BOUND = 1_000_000

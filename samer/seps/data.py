@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from samer.config import InputError
-from samer.data import reader_of
+from samer.data import reader_of, tell_once
 from samer.data.chosen import only_chosen
 from samer.data.dense import dense_texts
 from samer.data.parts import split_part
-from samer.data.reader import tell_once
 from samer.data.records import ImageRecord
 from samer.seps.settings import SepsData
 

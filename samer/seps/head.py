@@ -5,6 +5,7 @@ Shape letters: T texts, I pictures, D dense texts, N tokens, M words, K merged v
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from samer.seps.settings import HeadSettings
 SLOPE = 0.1  # of the leaky ReLU
 NARROW = 0.2  # hidden width of the aggregation network, of d
 TOP = 5  # best matches that the paper's MLPs see
-BLOCK_ELEMENTS = 2**25  # floats of the largest of a slice's tensors: 128 MB
+SLICE_ELEMENTS = 2**23  # floats of the largest of a slice's tensors, 32 MB: larger ones are slower on a CPU
+HELD_ELEMENTS = 2**26  # floats that such tensors of all slices may be for the backward pass not to compute them again
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Head(nn.Module):
         return self.settings.variant == "paper"
 
     def forward(self, images: Images, texts: Texts) -> tuple[Tensor, Tensor]:
-        """Computes the pairs in slices of texts, so that memory is bounded; the backward pass computes them again.
+        """Computes the pairs in slices of texts, so that memory is bounded; the backward pass computes many again.
 
         Returns:
             Scores (T, I), and of each text the tokens kept as a share, (T,): the mean over both texts' decisions, or
@@ -113,13 +115,12 @@ class Head(nn.Module):
         self._check(images, texts)
         score = self._code if self.settings.variant == "code" else self._paper
         logits = [aggregator(self._chosen(images.tokens)) for aggregator in self.aggregators]
-        rows = self._rows(images, texts)
-        if len(texts.tokens) <= rows:
+        rows, count = self._rows(images, texts, SLICE_ELEMENTS), len(texts.tokens)
+        if count <= rows:
             return score(images, texts, logits)
-        parts = [
-            checkpoint(score, images, texts.some(slice(start, start + rows)), logits, use_reentrant=False)
-            for start in range(0, len(texts.tokens), rows)
-        ]
+        again = torch.is_grad_enabled() and count > self._rows(images, texts, HELD_ELEMENTS)
+        part = partial(checkpoint, score, use_reentrant=False) if again else score
+        parts = [part(images, texts.some(slice(start, start + rows)), logits) for start in range(0, count, rows)]
         return tuple(torch.cat(column) for column in zip(*parts))
 
     def _check(self, images: Images, texts: Texts) -> None:
@@ -129,11 +130,11 @@ class Head(nn.Module):
         if mode == "image" and images.guide is None:
             raise InputError("seps.dense=image needs the dense text of each picture")
 
-    def _rows(self, images: Images, texts: Texts) -> int:
-        """Texts of a slice."""
+    def _rows(self, images: Images, texts: Texts, elements: int) -> int:
+        """Texts whose largest tensor is of so many floats."""
         words = max(texts.tokens.shape[1], 0 if texts.dense is None else texts.dense.tokens.shape[1])
         largest = max(self.count * self.tokens, (self.count + 2) * max(words, images.tokens.shape[2]))
-        return max(1, BLOCK_ELEMENTS // (len(images.tokens) * largest))
+        return max(1, elements // (len(images.tokens) * largest))
 
     def _chosen(self, tokens: Tensor) -> Tensor:
         """The tokens as what follows the selection sees them."""

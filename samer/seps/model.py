@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from samer.config import InputError, build_dataclass
+from samer.config import InputError
 from samer.data.records import ImageRecord
 from samer.retrievers.base import Projector
 from samer.retrievers.pretrained import TowerConfig, load_towers, text_positions, tower_grid, tower_hash, tower_width
@@ -28,6 +28,7 @@ from samer.runtime.shards import mapped, unreadable
 from samer.seps.head import Head, Images, Texts
 from samer.seps.inputs import LiveInputs, StoredInputs
 from samer.seps.settings import HeadSettings, SepsConfig, SepsTowers
+from samer.settings import build_dataclass
 
 MODEL_TYPE = "samer_seps"
 WHERE = ("vision", "text", "vision_revision", "text_revision", "image_size")  # of towers, as TowerConfig has them

@@ -233,7 +233,7 @@ class SepsRun:
         scores, shares = self.model.head(Images(*parts), texts)
         scores, shares = gather_with_grad(scores), gather_with_grad(shares)
         hardest = number >= self.steps * self.settings.sum_epochs
-        align = similarity.alignment_loss(scores, gather_with_grad(numbers), self.config.seps.margin, hardest=hardest)
+        align = similarity.alignment_loss(scores, numbers, self.config.seps.margin, hardest=hardest)
         return {"hinge": align, "ratio": similarity.ratio_loss(shares, self.config.seps.sparse_ratio), **spread}
 
     def mixed(self, parts: list[Tensor | None], numbers: Tensor, number: int) -> list[Tensor | None]:

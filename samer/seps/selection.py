@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HIGHEST, LOWEST = 60.0, -87.0  # a vector's greatest logit is moved to, and the least told apart: e^88 is float32's end
 STEEPEST = 20.0  # exponent of a dropped token's weight, which counts for the decisions' gradient only
 LEAST_SHARE = 1e-4  # a draw's probability is that far from 0 and 1
 
@@ -106,6 +107,8 @@ def aggregate(tokens: Tensor, logits: Tensor, decisions: Tensor) -> Tensor:
         logits: (I, N, K).
         decisions: (t, I, N), 1 kept, 0 dropped, with a gradient or without.
     """
+    if not decisions.requires_grad:
+        return _aggregate_decided(tokens, logits, decisions)
     logits = logits.transpose(1, 2)[None]  # (1, I, K, N)
     decisions = decisions[:, :, None]
     top = logits.detach().masked_fill(decisions.detach() <= 0, -math.inf).amax(-1, keepdim=True)
@@ -114,3 +117,17 @@ def aggregate(tokens: Tensor, logits: Tensor, decisions: Tensor) -> Tensor:
     t, images, count, width = weights.shape
     flat = weights.transpose(0, 1).reshape(images, t * count, width)
     return (flat @ tokens).reshape(images, t, count, -1).transpose(0, 1)
+
+
+def _aggregate_decided(tokens: Tensor, logits: Tensor, decisions: Tensor) -> Tensor:
+    """As `aggregate`, of decisions without a gradient: exponentials once for a picture, not for every pair.
+
+    What is kept does not vanish beside a dropped token's, as long as 147 is not between their logits.
+    """
+    logits = logits.transpose(1, 2)  # (I, K, N)
+    top = logits.detach().amax(-1, keepdim=True)
+    decisions = decisions.transpose(0, 1).contiguous()  # (I, t, N), in the order in which they are multiplied
+    weights = (logits - top + HIGHEST).clamp(min=LOWEST).exp()[:, None] * decisions[:, :, None]
+    t, count = weights.shape[1:3]
+    summed = weights.flatten(1, 2) @ F.pad(tokens, (0, 1), value=1.0)  # the last column: the sum of the weights
+    return (summed[..., :-1] / summed[..., -1:]).unflatten(1, (t, count)).transpose(0, 1)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 def alike(words: Tensor, vectors: Tensor) -> Tensor:
     """Cosines of words (T, M, d) with vectors (t, I, K, d), (T, I, M, K)."""
-    words, vectors = F.normalize(words, dim=-1), F.normalize(vectors, dim=-1)
+    words = F.normalize(words, dim=-1)
+    lengths = vectors.norm(dim=-1).clamp(min=1e-12)[:, :, None]  # products are fewer than a text's vectors have numbers
     if len(vectors) == 1:
         found = words.flatten(0, 1) @ vectors[0].flatten(0, 1).T
-        return found.reshape(*words.shape[:2], *vectors.shape[1:3]).transpose(1, 2)
-    found = words @ vectors.flatten(1, 2).transpose(1, 2)
-    return found.reshape(*words.shape[:2], *vectors.shape[1:3]).transpose(1, 2)
+    else:
+        found = words @ vectors.flatten(1, 2).transpose(1, 2)
+    return found.reshape(*words.shape[:2], *vectors.shape[1:3]).transpose(1, 2) / lengths
 
 
 def best_matches(cosines: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

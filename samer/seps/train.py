@@ -16,7 +16,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from samer.config import InputError, build_dataclass, load_yaml
+from samer.config import InputError
 from samer.data.parts import split_part
 from samer.runtime.files import atomic_path, is_file, only_writer, write_json
 from samer.runtime.processes import gather_objects, print0, rank
@@ -25,6 +25,7 @@ from samer.seps.data import SplitData, read_split
 from samer.seps.model import make_model
 from samer.seps.run import SepsRun, best_epoch, result_settings
 from samer.seps.settings import SepsConfig
+from samer.settings import build_dataclass, load_yaml
 from samer.training.checks import check_trackers
 
 

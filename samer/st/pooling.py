@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from samer.compressors import make_compressor
-from samer.config import InputError, MergeConfig, whole_number
+from samer.config import InputError, MergeConfig
 from samer.coords import visual_coords
 from samer.retrievers import Family
+from samer.settings import whole_number
 from samer.st.families import repair
 from samer.tokens import MergedTokens, VisualTokens, regions_of_patches
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from samer.config import InputError, build_dataclass, load_yaml
+from samer.config import InputError
 from samer.data import reader_of, training_records
 from samer.data.parts import split_part
 from samer.data.records import ImageRecord, phrase_texts
@@ -30,6 +30,7 @@ from samer.retrievers.towers import TowerProcessor, TowerRetriever, without_adap
 from samer.runtime.files import atomic_path, is_dir, is_file, listing, only_writer, write_json
 from samer.runtime.processes import gather_objects, print0, rank
 from samer.runtime.signals import stoppable
+from samer.settings import build_dataclass, load_yaml
 from samer.training.align_settings import AlignConfig
 from samer.training.alignment import Alignment
 

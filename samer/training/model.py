@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from samer.compressors import Compressor, make_compressor
-from samer.config import Budget, MergeConfig
+from samer.config import MergeConfig
 from samer.losses import (
     alignment,
     first_rows,
@@ -29,6 +29,7 @@ from samer.retrievers.banks import QueryStates
 from samer.retrievers.base import Encoder, Projection
 from samer.runtime.gather import gather_ragged, gather_with_grad
 from samer.scoring import maxsim
+from samer.settings import Budget
 from samer.tokens import MergedTokens, VisualTokens
 
 CHUNK_ELEMENTS = 2**27  # floats that one slice of merging or scoring may take: 512 MB
@@ -107,10 +108,7 @@ class ProjectorModel(nn.Module):
 
         self.diagnostics = {}
         if self.diagnose and self.largest.uses_labels:
-            with torch.no_grad():
-                some, own = image_of[:DIAGNOSED], labels[:DIAGNOSED]
-                biased, free = (compress(self.largest, some, use) for use in (own, None))
-                self.diagnostics = _diagnostics(biased, free, own, None if whole else mask[some])
+            self._log_objects(compress, image_of[:DIAGNOSED], labels[:DIAGNOSED], None if whole else mask)
         numbers = gather_with_grad(image_numbers) if self.gather_negatives else image_numbers
         counted = gather_with_grad(real.to(torch.uint8)).bool()  # of all processes
         scored = counted if self.gather_negatives else real if real.any() else torch.ones_like(real)
@@ -150,6 +148,12 @@ class ProjectorModel(nn.Module):
         if self.mixup_share is None:
             return images
         return midpoint_mixup(images, mixup_partners(numbers), self.mixup_share, valid)
+
+    @torch.no_grad()
+    def _log_objects(self, compress: Callable, rows: Tensor, labels: Tensor, mask: Tensor | None) -> None:
+        """How whole the objects of some captions (b,) are after merging, with their labels and without."""
+        biased, free = (compress(self.largest, rows, use) for use in (labels, None))
+        self.diagnostics |= _diagnostics(biased, free, labels, None if mask is None else mask[rows])
 
     @torch.no_grad()
     def _log_spread(self, queries: Tensor, images: Tensor, positives: Tensor, numbers: Tensor, real: Tensor) -> None:

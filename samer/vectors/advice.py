@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from samer.compressors import Compressor, make_compressor
-from samer.config import Budget, InputError, MergeConfig
+from samer.config import InputError, MergeConfig
 from samer.metrics import bootstrap_intervals, graded_metrics, query_metrics
 from samer.report.cells import budget_words, markdown_table
 from samer.report.plots import COLOURS, MARKERS, plot
 from samer.runtime.files import atomic_path, write_json
 from samer.runtime.progress import Progress
 from samer.scoring import StoredImages, maxsim, pack_signs, quantise_images, score_stored
+from samer.settings import Budget
 from samer.tokens import QueryTokens
 from samer.vectors.merge import Grid, checked_rows, compressor_for, merge_rows, stored_bytes
 from samer.vectors.queries import Queries, held_out, own_queries, pseudo_queries, read_queries
