@@ -47,7 +47,7 @@ def main(argv=None):
     parser.add_argument("--train-split", default="train[50%:]", help="photos: not aligned on (train[50%%:])")
     parser.add_argument("--regions", nargs="+", type=int, default=[16, 32, 64], help="photos: K (16 32 64)")
     parser.add_argument("--batch-size", type=int, default=64, help="photos: captions of a step (64)")
-    parser.add_argument("--limit-images", type=int, help="photos: the first so many of each split")
+    parser.add_argument("--limit-images", type=int, help="photos: the first so many of val and of test")
     parser.add_argument("--page", default="assets/results/seps.md", help="page: the file")
     add_compute_options(parser)
     options = parser.parse_args(argv)
@@ -149,9 +149,8 @@ def late(place, options, device, name, regions, seed):
     from samer.training.loop import train
 
     folder = place / f"late_{regions or 'all'}_{seed}"
-    limit = "null" if options.limit_images is None else options.limit_images
     words = [f"data.root={options.data_root}", f"data.features={options.features}", f"model.name={options.model}"]
-    words += [f"data.train_split={options.train_split}", f"data.limit_train_images={limit}", f"train.seed={seed}"]
+    words += [f"data.train_split={options.train_split}", f"train.seed={seed}"]
     words.append(f"train.train_batch_size={options.batch_size}")
     words += [f"merge.compressor={'samer' if regions else 'none'}", f"merge.num_regions={regions or 16}"]
     config = load_config(CONFIG, [*words, f"train.output_dir={folder}"])
@@ -184,9 +183,12 @@ def pairwise(place, options, device, name, kind, regions, seed):
 
     folder, settings = place / f"{kind}_{regions}_{seed}", HEADS[kind]
     width = len(read_projector(Path(options.features) / "base.safetensors").weight)
-    limits = {"limit_train_images": options.limit_images, "limit_eval_images": options.limit_images}
     data = SepsData(
-        options.data_root, train_split=options.train_split, eval_split="val", features=options.features, **limits
+        options.data_root,
+        train_split=options.train_split,
+        eval_split="val",
+        features=options.features,
+        limit_eval_images=options.limit_images,
     )
     patches = stored_patches(data, device)
     merged = regions if kind == "paper" else regions - 1  # and the dropped ones' mean

@@ -96,11 +96,11 @@ def photos_section(photos: dict) -> list[str]:
         cost = [f"{first['bytes_per_image']:,}", f"{mean(paces):,.1f}" if paces else ""]
         vectors = "all" if first["k"] is None else str(first["k"])
         table.append([first["name"], vectors, *(spread_cell(group, key) for key in RECALLS), *cost])
-    limit = "" if photos["limit_images"] is None else f" (the first {photos['limit_images']:,} of each split)"
+    limit = "" if photos["limit_images"] is None else f" ; of val and test the first {photos['limit_images']:,}"
     return [
         "## Photographs: pair-wise scores beside an index",
         "",
-        f"One retriever's features, the same half of train{limit} for all, the same start; mean, lowest and highest",
+        f"One retriever's features, trained on {photos['train_split']} alike{limit}; mean, lowest and highest",
         f"of the seeds. SEPS without dense text, {photos['epochs']} epochs, its towers frozen. Vectors: those that a",
         "pair is scored by. Bytes in halves: a pair-wise scorer keeps every patch, as each text chooses anew. Seconds:",
         "of one query against a million pictures, scaled from what was measured on the machine that ran it.",
