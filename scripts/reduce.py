@@ -43,10 +43,11 @@ def main(argv=None):
         "--calibrate", type=int, default=35, help="pictures of train that AdaMerge is calibrated on (35)"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="images per forward pass (8)")
-    parser.add_argument("--tune", action="store_true", help="also train the projection for an epoch, with each method")
+    parser.add_argument("--tune", action="store_true", help="also train the projection for an epoch, variants left out")
     parser.add_argument("--tune-tower", action="store_true", help="also train the tower itself for an epoch, likewise")
     parser.add_argument("--tune-tier", type=float, default=0.25, help="at this share of FLOPs saved (0.25)")
     parser.add_argument("--page", help="write the page from what is in --out, and measure nothing")
+    parser.add_argument("--also", nargs="+", default=[], help="folders of other models' --out, for the page")
     parser.add_argument("--speed", nargs="+", default=[], help="files of scripts/bench.py reduce --json, for the page")
     add_compute_options(parser)
     parser.add_argument("--config", help="YAML file with model settings")
@@ -64,8 +65,8 @@ def main(argv=None):
     if options.page:
         from samer.report.reducers import page
 
-        results = read_json(out / "results.json")
-        text = page(results, [read_json(path) for path in options.speed], results["about"]["command"])
+        results, *also = (read_json(Path(folder) / "results.json") for folder in (out, *options.also))
+        text = page(results, [read_json(path) for path in options.speed], also)
         with atomic_path(options.page) as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(f"-> {options.page}")

@@ -20,6 +20,7 @@ from samer.data.records import Caption, ImageRecord, Phrase
 from samer.metrics import query_metrics
 from samer.reducers.cost import Meter, flops, pace, tiers
 from samer.reducers.running import reduced
+from samer.report.reducers import distinct, findings
 from samer.retrievers.hf import Retriever
 
 WIDTH, MLP, HEADS, BLOCKS = 24, 48, 2, 5
@@ -191,13 +192,16 @@ def test_reduce_from_the_command_line(towers, world, script, tmp_path, capsys):
     speed["rows"] = [{"method": "plain", "saved": 0.0, "r": 0.0, "seconds": 2.0, "speedup": 1.0}]
     (tmp_path / "speed.json").write_text(json.dumps(speed))
     page = tmp_path / "page.md"
-    script("reduce").main(
-        ["--out", str(tmp_path / "out"), "--page", str(page), "--speed", str(tmp_path / "speed.json")]
-    )
+    out = str(tmp_path / "out")
+    script("reduce").main(["--out", out, "--page", str(page), "--speed", str(tmp_path / "speed.json"), "--also", out])
     text = page.read_text()
     assert "| plain | 0.0% | 0 | 2.00 | 1.00 |" in text
     assert "| tome | " in text
     assert "before block" in text  # cubist's
+    size = results["about"]["picture_size"]
+    assert text.count("| tome | ") == 4 + text.count(
+        f"## What is kept at {size} pixels"
+    )  # kept, crossed, trained twice
     assert "## The projection after one epoch" in text
     assert "| tome, trained | " in text
 
@@ -222,6 +226,25 @@ def test_a_tower_learns_to_give_what_it_gave_without(towers, world):
 
     assert 0 < distance(retriever.tower) < distance(plain)
     assert not any(weight.requires_grad for weight in retriever.tower.parameters())
+
+
+def test_findings_compare_methods_at_like_shares_of_flops():
+    def row(method, saved, r, *ndcg):
+        retrieval = {k: {"ndcg@10": {"value": value}} for k, value in zip(("all", "4"), ndcg)}
+        return {"method": method, "saved": saved, "r": r, "layers": [], "retrieval": retrieval}
+
+    rows = [row("none", 0.0, 0, 30.0, 29.5), row("tome", 0.1, 4, 29.0, 28.0), row("tome", 0.1, 4, 29.0, 28.0)]
+    rows += [
+        row("tome", 0.26, 9, 28.0, 27.0),
+        row("adamerge", 0.24, 20, 25.5, 25.0),
+        row("adamerge", 0.5, 50, 9.0, 9.0),
+    ]
+    rows = distinct(rows)
+    assert len(rows) == 5
+    lines = findings(rows)
+    assert any("AdaMerge - ToMe" in line and line.endswith(": -2.5 at 24%.") for line in lines)
+    assert any(line.endswith("plain -0.5, tome -1.0, adamerge -0.5.") for line in lines)
+    assert not any("Cubist" in line for line in lines)
 
 
 def test_reduce_needs_data_or_a_page(script, capsys):

@@ -48,6 +48,7 @@ METHODS = {
 METHODS |= {f"{name}, unmerged": replace(METHODS[name], unmerge=True) for name in ("tome", "adamerge", "cubist")}
 USUAL = tuple(name for name in METHODS if not METHODS[name].unmerge)
 PLAIN = "none"
+WHOLE = (PLAIN, *(name for name in USUAL if "," not in name))  # without variants: what is trained
 NEIGHBOURS = 10
 LEAST_OF_A_KIND = 20  # images, for a kind to be one
 

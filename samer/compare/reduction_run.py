@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from samer.compare.reduction import USUAL, Cell, choose_cells, measure_cells
+from samer.compare.reduction import USUAL, WHOLE, Cell, choose_cells, measure_cells
 from samer.compare.reduction_table import kinds_said, table
 from samer.compare.tower_tuning import tune_tower
 from samer.compressors import make_compressor
@@ -73,11 +73,11 @@ def measure_reduction(config: Config, asked: argparse.Namespace, device: torch.d
         }
         write_json(out / "results.json", results)
         if asked.tune:
-            few = [cell for cell in cells if cell.asked in (0, asked.tune_tier)]
+            few = [cell for cell in cells if cell.asked in (0, asked.tune_tier) and cell.method in WHOLE]
             results["tuned"] = _tuned(config, asked, retriever, records, few)
             write_json(out / "results.json", results)
         if asked.tune_tower:
-            few = [cell for cell in cells if cell.asked == asked.tune_tier]
+            few = [cell for cell in cells if cell.asked == asked.tune_tier and cell.method in WHOLE]
             results["tower_tuned"] = _towers_tuned(config, asked, records, few, results["rows"], device)
             write_json(out / "results.json", results)
     print0(f"{time.monotonic() - started:.0f} s; wrote {out / 'results.json'}")

@@ -7,21 +7,22 @@ from typing import Any
 
 from samer.report.cells import difference, markdown_table
 
+LIKE = 0.04  # shares of FLOPs so far apart are compared
 NOTE = """AdaMerge's formula merges the most salient tokens first, against the principle that its paper states;
 `inverse` (ours) merges the least salient first. `shared` merges as many in every image of a batch; `proportional` adds
 token sizes to the attention, as ToMe does. CubistMerge merges once, before the block named. What the papers do not say
 is in `samer/reducers/`, marked OURS."""
 
 
-def page(results: Mapping[str, Any], speed: Sequence[Mapping[str, Any]], run: str) -> str:
+def page(results: Mapping[str, Any], speed: Sequence[Mapping[str, Any]], also: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page.
 
     Args:
         results: of scripts/reduce.py.
         speed: of `scripts/bench.py reduce --json`, one for each size that was timed.
-        run: the command that measured the results.
+        also: results of other models, of which features and retrieval are shown.
     """
-    about, rows = results["about"], results["rows"]
+    about, rows = results["about"], distinct(results["rows"])
     lines = [
         "# Fewer tokens inside the tower",
         "",
@@ -29,8 +30,9 @@ def page(results: Mapping[str, Any], speed: Sequence[Mapping[str, Any]], run: st
         f"{about['images']:,} photographs with {about['captions']:,} captions, text to image; 95 % bootstrap intervals "
         "over images, differences paired. FLOPs are counted, of one image at a time, the reducer's own among them.",
         "",
-        f"    {run}",
+        f"    {about['command']}",
         "",
+        *findings(rows),
         *speed_tables(speed),
         "## What is kept",
         "",
@@ -43,6 +45,7 @@ def page(results: Mapping[str, Any], speed: Sequence[Mapping[str, Any]], run: st
         "",
         NOTE,
         "",
+        *(line for each in also for line in other_model(each)),
         "## Tower reduced, index merged",
         "",
         "R@1 with all tokens and with SaMer's K (farthest centres), projection untouched.",
@@ -55,10 +58,67 @@ def page(results: Mapping[str, Any], speed: Sequence[Mapping[str, Any]], run: st
     return "\n".join(lines).rstrip() + "\n"
 
 
+def distinct(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows without those of a method whose r was measured for another share already."""
+    seen: dict[tuple, Mapping[str, Any]] = {}
+    for row in rows:
+        seen.setdefault((row["method"], row["r"], *row["layers"]), row)
+    return list(seen.values())
+
+
+PAIRS = (
+    ("adamerge", "tome", "AdaMerge - ToMe, which the paper puts below it at every tier (ImageNet, ViT-B)"),
+    ("cubist", "tome", "CubistMerge - ToMe"),
+    ("adamerge, inverse", "adamerge", "`inverse`, which merges the least salient first - the formula"),
+    ("adamerge, shared", "adamerge", "One r for all images of a batch - each image's own"),
+    ("adamerge, proportional", "adamerge", "Sizes in the attention - none"),
+)
+
+
+def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the tables say: methods against each other at like shares of FLOPs, and what merging the index adds."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row)
+    ndcg = lambda row, k="all": row["retrieval"][k]["ndcg@10"]["value"]
+    lines = []
+    for one, other, words in PAIRS:
+        parts = []
+        for row in found.get(one, ()):
+            near = min(found.get(other, ()), key=lambda each, at=row["saved"]: abs(each["saved"] - at), default=None)
+            if near is not None and abs(near["saved"] - row["saved"]) < LIKE:
+                parts.append(f"{ndcg(row) - ndcg(near):+.1f} at {row['saved']:.0%}")
+        if parts:
+            lines.append(f"- {words}: {', '.join(parts)}.")
+    smallest = list(rows[0]["retrieval"])[-1]
+    ends = [(name, min(each, key=lambda row: abs(row["saved"] - 0.25))) for name, each in found.items()]
+    added = [
+        f"{'plain' if name == 'none' else name} {ndcg(row, smallest) - ndcg(row):+.1f}"
+        for name, row in ends
+        if name == "none" or abs(row["saved"] - 0.25) < LIKE
+    ]
+    lines.append(f"- K = {smallest} - all tokens, of towers with a quarter of FLOPs saved: {', '.join(added)}.")
+    return ["## What is found", "", "nDCG@10, at like shares of FLOPs saved:", "", *lines, ""]
+
+
 def _where(row: Mapping[str, Any]) -> str:
     """r, and the block where it is not every one."""
     r = f"{row['r']:g}"
     return f"{r} before block {row['layers'][0]}" if row["layers"] else r
+
+
+def other_model(results: Mapping[str, Any]) -> list[str]:
+    """What is kept of another model, such as one of larger pictures."""
+    about = results["about"]
+    return [
+        f"## What is kept at {about['picture_size']} pixels",
+        "",
+        f"A retriever of its own ({about['patches']:,} patches), {about['images']:,} photographs with "
+        f"{about['captions']:,} captions.",
+        "",
+        *kept_table(distinct(results["rows"])),
+        "",
+    ]
 
 
 def kept_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
