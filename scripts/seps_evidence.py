@@ -8,7 +8,7 @@ leak: captions that leave out most of what is there, so that the best that a cap
 without dense text, with the candidates' own, with that of the answer. photos: an aligned retriever's stored features
 (bash/photos.sh makes both), on which SEPS's heads, and projectors of late interaction through SaMer or nothing, are
 trained alike; pair-wise scores take every pair, an index does not. Results are in OUT/seps.json; run again, each goes
-on where it stopped. How long is left is shown; --seeds, --epochs and --regions make it shorter.
+on where it stopped. How long a run took is shown; --seeds, --epochs and --regions make it shorter.
 """
 
 import sys
@@ -79,9 +79,11 @@ def keep(out, part, facts, rows):
 
 
 def announce(number, of, began, name):
-    left = (time.monotonic() - began) / number * (of - number) if number else 0
-    about = f", about {left / 60:.0f} min left" if number else ""
-    print(f"\n== {number + 1} of {of}: {name}{about}, {time.strftime('%H:%M')}", flush=True)
+    """Says which run begins, how long the one before took, and gives back when this one began."""
+    now = time.monotonic()
+    took = f"; the one before took {(now - began) / 60:.1f} min" if number else ""
+    print(f"\n== {number + 1} of {of}: {name}{took}, {time.strftime('%H:%M')}", flush=True)
+    return now
 
 
 # --- the leak -------------------------------------------------------------------------------------------------------
@@ -105,7 +107,7 @@ def leak(out, options, device):
     runs = [(variant, mode, seed) for variant in VARIANTS for mode in MODES for seed in options.seeds]
     rows, began = [], time.monotonic()
     for number, (variant, mode, seed) in enumerate(runs):
-        announce(number, len(runs), began, f"{variant}, dense text {mode}, seed {seed}")
+        began = announce(number, len(runs), began, f"{variant}, dense text {mode}, seed {seed}")
         folder = place / f"{variant}_{mode}_{seed}"
         rates = {"learning_rate": 5e-4, "tower_rate": 1.0, "decay_epochs": (epochs * 3 // 4,)}
         training = SepsTraining(str(folder), epochs, 32, sum_epochs=epochs, seed=seed, **rates)
@@ -129,7 +131,7 @@ def photos(out, options, device):
     runs += [(pairwise, (*each, seed)) for each in heads for seed in options.seeds]
     facts = {"train_split": options.train_split, "epochs": options.epochs or 4, "limit_images": options.limit_images}
     for number, (measure, words) in enumerate(runs):
-        announce(number, len(runs), began, ", ".join(map(str, words)))
+        began = announce(number, len(runs), began, ", ".join(map(str, words)))
         rows.append(measure(out / "photos", options, device, *words))
         keep(out, "photos", facts, rows)
 
