@@ -11,6 +11,8 @@ MODES = {
     "image": "the candidate's own",
     "query": "**the answer's (leak)**",
 }
+PAIRWISE = ("LAPS", "SEPS")  # how names of what scores pairs begin
+COCO_PAIRS = 5_000 * 25_000
 RECALLS = ("t2i_r@1", "t2i_r@5", "t2i_r@10", "i2t_r@1", "i2t_r@5", "i2t_r@10", "rsum")
 HEAD = ("T2I R@1", "R@5", "R@10", "I2T R@1", "R@5", "R@10", "rSum")
 
@@ -107,4 +109,17 @@ def photos_section(photos: dict) -> list[str]:
         "",
         *markdown_table(["system", "vectors", *HEAD, "bytes a picture", "s a query, 1 M"], table),
         "",
+        *whole_coco(photos["rows"]),
     ]
+
+
+def whole_coco(rows: Sequence[dict]) -> list[str]:
+    """How long a pair-wise scorer takes for COCO 5K, from what a pair took here."""
+    taken = {}
+    for row in rows:
+        if row["name"].startswith(PAIRWISE) and row["seconds_per_query_1m"] is not None:
+            taken.setdefault(row["k"], []).append(row["seconds_per_query_1m"] / 1e6)
+    if not taken:
+        return []
+    hours = [f"{mean(paces) * COCO_PAIRS / 3600:.1f} hours by {k} vectors" for k, paces in sorted(taken.items())]
+    return [f"COCO 5K is {COCO_PAIRS:,} pairs: at this pace {', '.join(hours)}.", ""]
