@@ -198,10 +198,8 @@ def test_reduce_from_the_command_line(towers, world, script, tmp_path, capsys):
     assert "| plain | 0.0% | 0 | 2.00 | 1.00 |" in text
     assert "| tome | " in text
     assert "before block" in text  # cubist's
-    size = results["about"]["picture_size"]
-    assert text.count("| tome | ") == 4 + text.count(
-        f"## What is kept at {size} pixels"
-    )  # kept, crossed, trained twice
+    about = results["about"]
+    assert f"### {about['picture_size']} pixels, {about['patches']} patches" in text
     assert "## The projection after one epoch" in text
     assert "| tome, trained | " in text
 

@@ -108,13 +108,12 @@ def _where(row: Mapping[str, Any]) -> str:
 
 
 def other_model(results: Mapping[str, Any]) -> list[str]:
-    """What is kept of another model, such as one of larger pictures."""
+    """What is kept elsewhere: by a retriever of larger pictures, or by other methods."""
     about = results["about"]
     return [
-        f"## What is kept at {about['picture_size']} pixels",
+        f"### {about['picture_size']} pixels, {about['patches']:,} patches",
         "",
-        f"A retriever of its own ({about['patches']:,} patches), {about['images']:,} photographs with "
-        f"{about['captions']:,} captions.",
+        f"{about['images']:,} photographs with {about['captions']:,} captions, and the retriever of these pictures.",
         "",
         *kept_table(distinct(results["rows"])),
         "",
