@@ -507,7 +507,7 @@ def test_an_index_needs_no_good_boxes(bench):
         (InputError("a.txt: bad; mend it"), 2, "error: a.txt: bad; mend it\n"),
         (InputError("a.txt: two\n  lines"), 2, "error: a.txt: two lines\n"),
         (
-            InputError("Caught InputError in worker 0.\nTraceback ...\nsamer.config.InputError: a.txt: bad\n"),
+            InputError("Caught InputError in worker 0.\nTraceback ...\nsamer.settings.InputError: a.txt: bad\n"),
             2,
             "error: a.txt: bad\n",
         ),

@@ -887,7 +887,7 @@ def shelf(base, world, tmp_path):
 # --- the source -------------------------------------------------------------------------------------------------------
 
 # may ask the file system themselves: rooms below `runtime.files`, and what walks folders of pictures
-THEMSELVES = {"samer/config.py", "samer/runtime/files.py", "samer/runtime/commands.py"}
+THEMSELVES = {"samer/settings.py", "samer/runtime/files.py", "samer/runtime/commands.py"}
 WALKERS = ("samer/data/", "samer/index/pictures.py")
 QUESTIONS = {"is_file", "is_dir", "exists", "isfile", "isdir", "iterdir", "glob", "rglob", "scandir", "listdir"}
 

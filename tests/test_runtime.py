@@ -174,12 +174,15 @@ def test_a_command_that_shares_no_work_refuses_several_processes(monkeypatch, ca
     assert called == [2, 3]
 
 
+SHARED = ("train", "align", "features", "cache", "seps_train", "seps_eval")
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py")))
-def test_only_train_align_features_and_cache_share_their_work(name):
+def test_only_these_share_their_work(name):
     tree = ast.parse((ROOT / "scripts" / f"{name}.py").read_text())
     calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     runs = [call for call in calls if call.startswith("run(main")]
-    assert runs == ["run(main, shared=True)" if name in ("train", "align", "features", "cache") else "run(main)"]
+    assert runs == ["run(main, shared=True)" if name in SHARED else "run(main)"]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
