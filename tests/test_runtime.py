@@ -167,7 +167,7 @@ def test_a_command_that_shares_no_work_refuses_several_processes(monkeypatch, ca
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: this command runs in one process, and WORLD_SIZE is 2")
-    assert "train, features and cache" in line
+    assert "only train, align, features, cache and SEPS" in line
     commands.run(lambda: called.append(2), shared=True)
     monkeypatch.setenv("WORLD_SIZE", "1")
     commands.run(lambda: called.append(3))

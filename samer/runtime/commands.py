@@ -147,7 +147,7 @@ def _check_alone() -> None:
     if world_size() > 1:
         raise InputError(
             f"this command runs in one process, and WORLD_SIZE is {world_size()}; start it without torchrun "
-            "(unset WORLD_SIZE): only train, features and cache share their work between processes"
+            "(unset WORLD_SIZE): only train, align, features, cache and SEPS share it between processes"
         )
 
 
