@@ -239,7 +239,9 @@ def test_findings_compare_methods_at_like_shares_of_flops():
     ]
     rows = distinct(rows)
     assert len(rows) == 5
-    lines = findings(rows)
+    after = {"name": "tome", "before": {"value": 12.0}, "after": {"value": 12.75}}
+    lines = findings(rows, {"rows": [after]})
+    assert any(line.endswith("gives: tome 12.0 to 12.8.") for line in lines)
     assert any("AdaMerge - ToMe" in line and line.endswith(": -2.5 at 24%.") for line in lines)
     assert any(line.endswith("plain -0.5, tome -1.0, adamerge -0.5.") for line in lines)
     assert not any("Cubist" in line for line in lines)

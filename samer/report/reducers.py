@@ -32,7 +32,7 @@ def page(results: Mapping[str, Any], speed: Sequence[Mapping[str, Any]], also: S
         "",
         f"    {about['command']}",
         "",
-        *findings(rows),
+        *findings(rows, results.get("tuned", {})),
         *speed_tables(speed),
         "## What is kept",
         "",
@@ -75,8 +75,9 @@ PAIRS = (
 )
 
 
-def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the tables say: methods against each other at like shares of FLOPs, and what merging the index adds."""
+def findings(rows: Sequence[Mapping[str, Any]], tuned: Mapping[str, Any]) -> list[str]:
+    """What the tables say: methods against each other at like shares of FLOPs, what merging the index adds, and what a
+    trained projection makes good."""
     found = {}
     for row in rows:
         found.setdefault(row["method"], []).append(row)
@@ -98,6 +99,14 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if name == "none" or abs(row["saved"] - 0.25) < LIKE
     ]
     lines.append(f"- K = {smallest} - all tokens, of towers with a quarter of FLOPs saved: {', '.join(added)}.")
+    if tuned:
+        parts = []
+        for row in tuned["rows"]:
+            name = "plain" if row["name"] == "none" else row["name"]
+            parts.append(f"{name} {row['before']['value']:.1f} to {row['after']['value']:.1f}")
+        lines.append(
+            f"- R@1 where the projection is trained for an epoch on what the reduced tower gives: {', '.join(parts)}."
+        )
     return ["## What is found", "", "nDCG@10, at like shares of FLOPs saved:", "", *lines, ""]
 
 
