@@ -71,6 +71,9 @@ def leak_section(leak: dict) -> list[str]:
         + "; ".join(said)
         + ".",
         "",
+        "`code` compares the dense text's words with the picture, too; `paper` only chooses patches by it, so the leak",
+        "can come through the choice alone. The candidate's own description says nothing of what is asked.",
+        "",
         *beyond(by_key, best["r@1"]),
         *markdown_table(["system", "dense text", *HEAD], table),
         "",
@@ -84,7 +87,7 @@ def beyond(found: dict[tuple[str, str], float], best: float) -> list[str]:
         return []
     return [
         f"Above what captions allow: {', '.join(above)}. What goes beyond it comes out of the dense text, not of the",
-        "captions. A candidate's own description only helps to choose its patches.",
+        "captions.",
         "",
     ]
 
