@@ -209,6 +209,8 @@ def test_the_page_says_what_the_rows_hold():
     assert "| LAPS-like | 16 | 30.0 |" in page
     assert "| late | all | 40.0 |" in page
     assert "| 65,536 | 1,234.5 |" in page
+    assert "Best rSum of an index late: 40.0, 65,536 bytes" in page
+    assert "; of what scores pairs LAPS-like, 16 vectors: 30.0, 65,536 bytes" in page
     assert "COCO 5K is 125,000,000 pairs: at this pace 42.9 hours by 16 vectors." in page  # 1,234.5e-6 s a pair
     poor = [{**each, "t2i_r@1": 20.0} for each in leaky]
     page = seps_page({"leak": {"train": 2000, "test": 300, "epochs": 4, "ceiling": best, "rows": poor}})

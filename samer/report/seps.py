@@ -105,6 +105,7 @@ def photos_section(photos: dict) -> list[str]:
     return [
         "## Photographs: pair-wise scores beside an index",
         "",
+        *beside_index(photos["rows"]),
         f"One retriever's features, trained on {photos['train_split']} alike{limit}; mean, lowest and highest",
         f"of the seeds. SEPS without dense text, {photos['epochs']} epochs, its towers frozen. Vectors: those that a",
         "pair is scored by. Bytes in halves: a pair-wise scorer keeps every patch, as each text chooses anew. Seconds:",
@@ -114,6 +115,25 @@ def photos_section(photos: dict) -> list[str]:
         "",
         *whole_coco(photos["rows"]),
     ]
+
+
+def beside_index(rows: Sequence[dict]) -> list[str]:
+    """The best of both by rSum, and what they cost."""
+    groups = grouped(rows, "name", "k")
+    pairs = [group for group in groups if group[0]["name"].startswith(PAIRWISE)]
+    indexed = [group for group in groups if not group[0]["name"].startswith(PAIRWISE)]
+    if not pairs or not indexed:
+        return []
+    figure = lambda group, key: mean([row[key] for row in group])
+    words = []
+    for some, kind in ((indexed, "of an index"), (pairs, "of what scores pairs")):
+        best = max(some, key=lambda group: figure(group, "rsum"))
+        vectors = "" if best[0]["k"] is None else f", {best[0]['k']} vectors"
+        cost = (
+            f"{best[0]['bytes_per_image']:,} bytes a picture, {number(figure(best, 'seconds_per_query_1m'))} s a query"
+        )
+        words.append(f"{kind} {best[0]['name']}{vectors}: {number(figure(best, 'rsum'))}, {cost}")
+    return [f"Best rSum {'; '.join(words)}.", ""]
 
 
 def whole_coco(rows: Sequence[dict]) -> list[str]:
