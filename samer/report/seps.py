@@ -101,7 +101,7 @@ def photos_section(photos: dict) -> list[str]:
         cost = [f"{first['bytes_per_image']:,}", f"{mean(paces):,.1f}" if paces else ""]
         vectors = "all" if first["k"] is None else str(first["k"])
         table.append([first["name"], vectors, *(spread_cell(group, key) for key in RECALLS), *cost])
-    limit = "" if photos["limit_images"] is None else f" ; of val and test the first {photos['limit_images']:,}"
+    limit = "" if photos["limit_images"] is None else f", of val and test the first {photos['limit_images']:,} pictures"
     return [
         "## Photographs: pair-wise scores beside an index",
         "",
