@@ -37,8 +37,8 @@ def main(argv=None):
     parser.add_argument("--split", default="test", help="what is measured on (test)")
     parser.add_argument("--limit-images", type=int, help="the first so many images of it")
     parser.add_argument("--methods", nargs="+", default=[], help="by name (all but those unmerged)")
-    parser.add_argument("--tiers", nargs="+", type=float, default=[], help="shares of FLOPs to save, e.g. 0.25 (all)")
-    parser.add_argument("--regions", nargs="+", type=int, default=[64, 16, 4], help="K of the index (64 16 4)")
+    parser.add_argument("--tiers", nargs="+", default=[], help="shares of FLOPs to save, e.g. 0.25 (all)")
+    parser.add_argument("--regions", nargs="+", default=["64", "16", "4"], help="K of the index (64 16 4)")
     parser.add_argument(
         "--calibrate", type=int, default=35, help="pictures of train that AdaMerge is calibrated on (35)"
     )
@@ -55,8 +55,14 @@ def main(argv=None):
         "overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=checkpoints/towers_224"
     )
     options = parser.parse_args(argv)
-    words = [word for word in options.methods if "=" in word]
-    options.methods = [word for word in options.methods if "=" not in word]
+    words = []
+    for name, kind in (("methods", str), ("tiers", float), ("regions", int)):
+        given = getattr(options, name)
+        words += [word for word in given if "=" in word]  # overrides right behind a list
+        try:
+            setattr(options, name, [kind(word) for word in given if "=" not in word])
+        except ValueError:
+            parser.error(f"--{name} {' '.join(given)}: give numbers")
     if not options.page and not options.data_root:
         parser.error("give --data-root, or --page to write the page of what was measured")
     from samer.runtime.files import atomic_path, only_writer, read_json

@@ -174,7 +174,7 @@ def test_cells_of_another_model_or_method_are_refused(towers, tmp_path):
 
 def test_reduce_from_the_command_line(towers, world, script, tmp_path, capsys):
     words = ["--data-root", str(world), "--out", str(tmp_path / "out"), "--methods", "tome", "cubist", "adamerge"]
-    words += ["--tiers", "0.25", "--regions", "4", "--calibrate", "6", f"model.name={towers}"]
+    words += ["--calibrate", "6", "--regions", "4", "--tiers", "0.25", f"model.name={towers}"]
     results = script("reduce").main([*words, "--tune", "--tune-tower"])
     assert [row["method"] for row in results["rows"]] == ["none", "tome", "cubist", "adamerge"]
     assert all(abs(row["saved"] - 0.25) < 0.1 for row in results["rows"][1:])
@@ -251,3 +251,6 @@ def test_reduce_needs_data_or_a_page(script, capsys):
     with pytest.raises(SystemExit):
         script("reduce").main(["--out", "x"])
     assert "give --data-root, or --page" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script("reduce").main(["--out", "x", "--data-root", "y", "--tiers", "0.25", "many"])
+    assert "--tiers 0.25 many: give numbers" in capsys.readouterr().err
