@@ -209,6 +209,11 @@ def test_the_page_says_what_the_rows_hold():
     assert "| LAPS-like | 16 | 30.0 |" in page
     assert "| late | all | 40.0 |" in page
     assert "| 65,536 | 1,234.5 |" in page
+    assert "seeds, " not in page
+    more = {
+        "photos": {"train_split": "train", "epochs": 4, "limit_images": 9, "rows": [*photos, {**photos[1], "seed": 1}]}
+    }
+    assert "Of 2 seeds, LAPS-like, 16 vectors: 1." in seps_page(more)
     assert "Best rSum of an index late: 40.0, 65,536 bytes" in page
     assert "; of what scores pairs LAPS-like, 16 vectors: 30.0, 65,536 bytes" in page
     assert "COCO 5K is 125,000,000 pairs: at this pace 42.9 hours by 16 vectors." in page  # 1,234.5e-6 s a pair

@@ -113,8 +113,17 @@ def photos_section(photos: dict) -> list[str]:
         "",
         *markdown_table(["system", "vectors", *HEAD, "bytes a picture", "s a query, 1 M"], table),
         "",
+        *fewer_seeds(photos["rows"]),
         *whole_coco(photos["rows"]),
     ]
+
+
+def fewer_seeds(rows: Sequence[dict]) -> list[str]:
+    """Which rows have fewer seeds than others."""
+    groups = grouped(rows, "name", "k")
+    most = max(len(group) for group in groups)
+    few = [f"{group[0]['name']}, {group[0]['k']} vectors: {len(group)}" for group in groups if len(group) < most]
+    return [f"Of {most} seeds, {'; '.join(few)}.", ""] if few else []
 
 
 def beside_index(rows: Sequence[dict]) -> list[str]:
