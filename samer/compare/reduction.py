@@ -9,7 +9,7 @@ Shape letters: I images, Q captions, P patches, W width, N tokens."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -96,13 +96,11 @@ def choose_cells(
     held = read_json(path) if is_file(path) else {"model": model, "methods": {}}
     if held["model"] != model:
         raise InputError(f"{path}: cells of another model; name another folder")
-    batches, few = list(batched(records, batch_size)), records[:4]
-    inputs = [retriever.record_inputs([record]) for record in few]
-    meter = None
+    batches, meter = list(batched(records, batch_size)), None
     for name in methods:
         if {f"{share:g}" for share in asked} <= held["methods"].get(name, {}).keys():
             continue
-        base, meter = METHODS[name], meter or Meter(retriever.tower, [_Seer(retriever, each) for each in inputs])
+        meter = meter or Meter(retriever.tower, [_seen(retriever, record) for record in records[:4]])
 
         def calibrated(settings: ReduceConfig) -> ReduceConfig:
             if settings.method != "adamerge":
@@ -111,7 +109,7 @@ def choose_cells(
             found = calibrate(retriever.tower, retriever.name, settings, batches, retriever.see)
             return replace(settings, mean=found.mean, deviation=found.deviation)
 
-        found = tiers(meter, base, calibrated, asked)
+        found = tiers(meter, METHODS[name], calibrated, asked)
         entries = {f"{tier.asked:g}": {"saved": tier.saved, "settings": asdict(tier.settings)} for tier in found}
         held["methods"][name] = {**held["methods"].get(name, {}), **entries}
         write_json(path, held)
@@ -119,14 +117,10 @@ def choose_cells(
     return [Cell(PLAIN, 0.0, 0.0, ReduceConfig()), *(_cell(held, path, name, s) for name in methods for s in asked)]
 
 
-class _Seer:
-    """A picture's pass through the tower."""
-
-    def __init__(self, retriever: Retriever, inputs: dict[str, Tensor]) -> None:
-        self.retriever, self.inputs = retriever, inputs
-
-    def __call__(self) -> Tensor:
-        return self.retriever.family.see(self.inputs)
+def _seen(retriever: Retriever, record: ImageRecord) -> Callable[[], Tensor]:
+    """A picture's pass through the tower, its pixels read once."""
+    inputs = retriever.record_inputs([record])
+    return lambda: retriever.family.see(inputs)
 
 
 def _cell(held: dict, path: Path, name: str, share: float) -> Cell:

@@ -94,20 +94,24 @@ def findings(rows: Sequence[Mapping[str, Any]], tuned: Mapping[str, Any]) -> lis
     smallest = list(rows[0]["retrieval"])[-1]
     ends = [(name, min(each, key=lambda row: abs(row["saved"] - 0.25))) for name, each in found.items()]
     added = [
-        f"{'plain' if name == 'none' else name} {ndcg(row, smallest) - ndcg(row):+.1f}"
+        f"{_named(name)} {ndcg(row, smallest) - ndcg(row):+.1f}"
         for name, row in ends
         if name == "none" or abs(row["saved"] - 0.25) < LIKE
     ]
     lines.append(f"- K = {smallest} - all tokens, of towers with a quarter of FLOPs saved: {', '.join(added)}.")
     if tuned:
-        parts = []
-        for row in tuned["rows"]:
-            name = "plain" if row["name"] == "none" else row["name"]
-            parts.append(f"{name} {row['before']['value']:.1f} to {row['after']['value']:.1f}")
+        parts = [
+            f"{_named(row['name'])} {row['before']['value']:.1f} to {row['after']['value']:.1f}"
+            for row in tuned["rows"]
+        ]
         lines.append(
             f"- R@1 where the projection is trained for an epoch on what the reduced tower gives: {', '.join(parts)}."
         )
     return ["## What is found", "", "nDCG@10, at like shares of FLOPs saved:", "", *lines, ""]
+
+
+def _named(method: str) -> str:
+    return "plain" if method == "none" else method
 
 
 def _where(row: Mapping[str, Any]) -> str:
@@ -148,7 +152,7 @@ def kept_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         knn = row.get("knn")
         cells.append(
             [
-                "plain" if row["method"] == "none" else row["method"],
+                _named(row["method"]),
                 f"{row['saved']:.1%}",
                 _where(row) if row["r"] else "",
                 f"{row['layer_tokens'][-1]:.0f}",
@@ -169,7 +173,7 @@ def crossed_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = []
     for row in rows:
         found = [row["retrieval"][k]["r@1"] for k in budgets]
-        cells.append(["plain" if row["method"] == "none" else row["method"], f"{row['saved']:.1%}"])
+        cells.append([_named(row["method"]), f"{row['saved']:.1%}"])
         cells[-1] += [_interval(each) for each in found]
     return markdown_table(head, cells)
 
