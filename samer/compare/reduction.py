@@ -30,7 +30,7 @@ from samer.retrievers.hf import Retriever
 from samer.runtime.files import is_file, read_json, write_json
 from samer.runtime.processes import print0
 from samer.runtime.progress import Progress, batched, prefetched
-from samer.runtime.shards import finished_shard, load_shard, write_shard
+from samer.runtime.shards import finished_shard, read_finished, write_shard
 from samer.runtime.signals import stop_here
 from samer.scoring import maxsim
 from samer.settings import build_dataclass
@@ -157,7 +157,7 @@ def measure_cells(
     for number, cell in enumerate(cells, 1):
         path = folder / f"{cell.key}.safetensors"
         if finished_shard(path, stamp):
-            values = {key: value.numpy() for key, value in load_shard(path)[0].items()}
+            values = {key: value.numpy() for key, value in read_finished(path).items()}
             if all(f"r@1 {k}" in values for k in ("all", *regions)):
                 found[cell.key] = values
                 continue

@@ -21,7 +21,7 @@ from samer.evaluation import both_directions, check_described, recall_sum
 from samer.runtime.files import file_hash, only_writer, read_json, write_json
 from samer.runtime.processes import gather_objects, rank, world_size
 from samer.runtime.progress import Progress, batched
-from samer.runtime.shards import finished_shard, load_shard, write_shard
+from samer.runtime.shards import finished_shard, read_finished, write_shard
 from samer.runtime.signals import stop_here, stoppable
 from samer.seps.data import SplitData, read_split
 from samer.seps.head import Images, Texts
@@ -150,7 +150,7 @@ def _kept(blocks: Sequence[range], folder: Path | None, stamp: dict | None) -> I
     """This process's blocks that lie in the folder, whole and of the same stamp."""
     for number in range(rank(), len(blocks), world_size()) if folder is not None else ():
         if finished_shard(_file(folder, number), stamp):
-            yield number, load_shard(_file(folder, number))[0]["scores"]
+            yield number, read_finished(_file(folder, number))["scores"]
 
 
 def split_metrics(scores: Tensor, image_of: Tensor, folds: int = 1) -> dict:
