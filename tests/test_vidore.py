@@ -19,7 +19,7 @@ from samer.compare.measure import measure
 from samer.compare.queries import Asked, caption_positives
 from samer.compressors import make_compressor
 from samer.config import InputError, MergeConfig, ObjectsConfig
-from samer.data import guess_name, make_reader
+from samer.data import guess_name, make_reader, parquet
 from samer.data.records import LONGEST_CAPTION
 from samer.data.survey import Survey, survey
 from samer.evaluation import caption_grades, evaluate_records, grade_matrix, score_records
@@ -177,6 +177,22 @@ def test_several_processes_unpack_at_once(v3):
         with Image.open(record.image_path) as picture:
             assert picture.size == page(number).size
     assert not [p for p in (v3 / "pages").rglob("*") if p.name.endswith("samer-tmp")]
+
+
+def test_what_another_process_has_begun_is_not_removed(v3, monkeypatch):
+    first = load(v3)  # by the other process, just after this one has asked whether the folder is there
+    place = first[0].image_path.parent
+    begun, is_dir = iter([False]), parquet.is_dir
+    monkeypatch.setattr(parquet, "is_dir", lambda path: next(begun, True) if path == place else is_dir(path))
+    writes, atomic_path = [], parquet.atomic_path
+
+    def seen(path):
+        writes.append(place.is_dir())
+        return atomic_path(path)
+
+    monkeypatch.setattr(parquet, "atomic_path", seen)
+    assert load(v3) == first
+    assert writes and all(writes)
 
 
 def test_a_long_query_is_cut_and_told(tmp_path, capsys):

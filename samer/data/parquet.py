@@ -192,7 +192,7 @@ def _place(path: Path, folder: Path) -> tuple[Path, dict[int, Path]]:
     if is_dir(folder):
         state = re.compile(re.escape(path.stem) + "-[0-9a-f]{16}")
         for older in listing(folder):
-            if state.fullmatch(older.name):
+            if older != place and state.fullmatch(older.name):  # another process may just have begun on ours
                 shutil.rmtree(older, ignore_errors=True)
     return place, {}
 
