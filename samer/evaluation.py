@@ -6,6 +6,7 @@ Shape letters: Q queries, I images.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from samer.data.records import ImageRecord
 from samer.metrics import bootstrap_intervals, graded_metrics, query_metrics, summary
 from samer.retrievers.banks import Bank, query_states
 from samer.retrievers.base import Encoder
+from samer.retrievers.stream import read_images
 from samer.runtime.processes import from_first, gather_objects, rank, world_size
 from samer.runtime.progress import batched, prefetched
 from samer.scoring import maxsim
@@ -78,14 +80,15 @@ def fitted_compressor(
 def compress_images(
     retriever: Encoder, batches: Iterable[Sequence[ImageRecord]], compressor: Compressor
 ) -> Iterator[tuple[Sequence[ImageRecord], VisualTokens, MergedTokens]]:
-    """Encodes and compresses batches of images, without boxes; the next batch is read meanwhile.
+    """Encodes and compresses batches of images, without boxes; the next ones are read meanwhile.
 
     Yields:
         (records of the batch, their tokens before and after, on the retriever's device).
     """
-    for batch, inputs in prefetched(retriever.record_inputs, batches):
-        visual = retriever.encode_images(inputs, compressor.needs)
-        yield batch, visual, compressor(visual)
+    with closing(read_images(retriever, list(batches))) as stream:
+        for batch, (_, inputs) in stream:
+            visual = retriever.encode_images(inputs, compressor.needs)
+            yield batch, visual, compressor(visual)
 
 
 @torch.no_grad()

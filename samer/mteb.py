@@ -92,7 +92,8 @@ class _Corpus:
         held = self._pictures[self._rows[record.image_id]]["image"] or {}
         return held.get("bytes"), held.get("path")
 
-    def _picture(self, record: ImageRecord) -> Image.Image:
+    def picture(self, record: ImageRecord) -> Image.Image:
+        """The page, decoded no larger than the processor asks for."""
         inside, path = self._source(record)
         if inside is None and path is None:
             raise InputError(
@@ -105,10 +106,12 @@ class _Corpus:
         except RefusedError as error:
             raise InputError(f"page {record.image_id!r} of the corpus: {error}") from None
 
-    def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, torch.Tensor]:
+    def record_inputs(
+        self, records: Sequence[ImageRecord], pictures: Sequence[Image.Image] | None = None
+    ) -> dict[str, torch.Tensor]:
         """As `Retriever.record_inputs`, of the corpus' pictures."""
         try:
-            inputs = self._retriever.image_inputs([self._picture(record) for record in records])
+            inputs = self._retriever.image_inputs(pictures or [self.picture(record) for record in records])
         except RefusedPicture as error:
             raise InputError(f"page {records[error.number].image_id!r} of the corpus {error.reason}") from None
         return {**inputs, "seeds": image_seeds(records)}

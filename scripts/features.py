@@ -37,6 +37,9 @@ def main(argv=None):
     parser.add_argument("--limit-images", type=int, help="the first so many images of each split")
     parser.add_argument("--towers", help="store of the towers' outputs (scripts/align.py), for a tower retriever")
     parser.add_argument("--phrases", action="store_true", help="also of boxed phrases, which scripts/compare.py asks")
+    parser.add_argument(
+        "--no-signals", action="store_true", help="without the attention that SAP compressors ask for: quicker"
+    )
     add_compute_options(parser)
     parser.add_argument("--config", help="YAML file with model settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=assets/retriever")
@@ -79,6 +82,7 @@ def main(argv=None):
             reader=options.reader or config.data.name,
             strict=config.data.strict,
             phrases=options.phrases,
+            signals=not options.no_signals,
         )
         for split, entry in entries.items():
             images, texts = (sum(shard.count for shard in shards) for shards in (entry.images, entry.texts))

@@ -39,7 +39,7 @@ class StoredSplit:
 
 @dataclass(frozen=True)
 class StoreManifest:
-    """What made a store (all but the last four: its shards carry it, too), and what is in it.
+    """What made a store, and what is in it; its shards carry all but `base_model` to `processing`, and `splits`, too.
 
     Attributes:
         architecture, weights, processor, base_projector: as in `ModelIdentity`. In format 3 there is no architecture,
@@ -52,6 +52,7 @@ class StoreManifest:
         base_model, revision: name of the model.
         processing: as `Family.processing` says.
         reduce: how the vision tower ran on fewer tokens.
+        signals: False where no attention signals were asked for (they are NaN then), else None.
         splits: by name; a split appears when it is complete.
     """
 
@@ -72,6 +73,7 @@ class StoreManifest:
     revision: str = "main"
     processing: dict[str, str] = field(default_factory=dict)
     reduce: ReduceConfig = field(default_factory=ReduceConfig)
+    signals: bool | None = None
     splits: dict[str, StoredSplit] = field(default_factory=dict)
 
     @property

@@ -266,7 +266,7 @@ class FeatureStore(Encoder):
                 rows[key] = rows[key].long()
         return rows
 
-    def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
+    def record_inputs(self, records: Sequence[ImageRecord], pictures: None = None) -> dict[str, Tensor]:
         """Stored hidden states of images (B, N, H), right-padded, with layout, attention (B, N, 3), mask, seeds."""
         rows = self._rows("images", [record.image_id for record in records])
         return {**rows, "seeds": image_seeds(records)}
@@ -295,7 +295,10 @@ class FeatureStore(Encoder):
             )
         attention = inputs["attention"].to(self.device) if needs else None
         if needs and bool(attention[inputs["attention_mask"].bool().to(self.device)].isnan().any()):
-            raise NoSignals(f"{self.folder}: {self.manifest.base_model} gave no attention over the whole picture")
+            why = (
+                "gave no attention over the whole picture" if self.manifest.signals is None else "was not asked for it"
+            )
+            raise NoSignals(f"{self.folder}: {self.manifest.base_model} {why}")
         return self.hidden_states(inputs), {name: attention[..., ATTENTION.index(name)] for name in needs}
 
 

@@ -90,7 +90,10 @@ class StoredTowers(Retriever):
     def contents(self, records: Sequence[ImageRecord], stamps: Stamps) -> list[str | None]:
         return self.store.contents(records, stamps)
 
-    def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
+    def picture(self, record: ImageRecord) -> None:
+        """None: no picture is looked at."""
+
+    def record_inputs(self, records: Sequence[ImageRecord], pictures: None = None) -> dict[str, Tensor]:
         return self.store.record_inputs(records)
 
     def query_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -39,9 +39,10 @@ from samer.features.manifest import DTYPES, StoredShard, StoredSplit, StoreManif
 from samer.retrievers.attention import ATTENTION, NoSignals
 from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import write_projector
+from samer.retrievers.stream import read_images
 from samer.runtime.files import about, exists, is_dir, is_file, listing, only_writer
 from samer.runtime.processes import print0, rank
-from samer.runtime.progress import Progress, batched
+from samer.runtime.progress import Progress, batched, prefetched
 from samer.runtime.shards import finished_shard, in_order, shared_out, write_manifest, write_shard
 from samer.runtime.signals import stop_here, stoppable
 
@@ -72,6 +73,7 @@ def write_features(
     reader: str = "",
     strict: bool = False,
     phrases: bool = False,
+    signals: bool = True,
 ) -> dict[str, StoredSplit]:
     """Computes the hidden states of splits once and keeps them; complete shards of an earlier try are kept.
 
@@ -90,6 +92,8 @@ def write_features(
         strict: refuse what a reader otherwise leaves out of the data and tells.
         phrases: also of the phrases that have boxes, as somebody types them (`Phrase.typed`), in shards of their own
             behind those of the captions.
+        signals: also the attention that SAP compressors ask for; it is read while the model runs, and takes time. A
+            store that has it keeps it.
 
     Returns:
         The manifest's entry of each split.
@@ -105,7 +109,7 @@ def write_features(
         raise InputError(f"batch size must be at least 1; it is {batch_size}")
     if len(set(splits)) != len(splits):
         raise InputError(f"splits {' '.join(splits)}: a split is named twice")
-    made = _made_now(retriever, dtype)
+    made = _made_now(retriever, dtype, signals)
     kind = make_reader(reader, data_root)
     records = {
         split: kind.load_split(data_root, split, boxes=phrases, limit_images=limit_images, strict=strict)
@@ -115,14 +119,14 @@ def write_features(
     _open_for_writing(folder, made)  # before anything is made in a foreign folder
     with only_writer(folder), stoppable():
         manifest = _open_for_writing(folder, made)
+        made = replace(made, signals=manifest.signals)
         _announce(folder, records, texts, retriever, dtype)
         if rank() == 0:
             write_projector(folder / "base.safetensors", retriever.base_projector)
         for split, rows in records.items():
             contents = Contents(folder / split, retriever.contents)
-            images = _write_shards(
-                folder / split, list(batched(rows, IMAGES_PER_SHARD)), retriever, batch_size, made, contents
-            )
+            jobs = list(batched(rows, IMAGES_PER_SHARD))
+            images = _write_shards(folder / split, jobs, retriever, batch_size, made, contents)
             contents.tell("their features were computed")
             jobs = [job for kind in texts[split] for job in batched(kind, TEXTS_PER_SHARD)]
             written = _write_shards(folder / split, jobs, retriever, batch_size, made)
@@ -141,7 +145,7 @@ def _texts(records: Sequence[ImageRecord]) -> tuple[list[str], list[str]]:
     return list(captions), [text for text in phrase_texts(records) if text not in captions]
 
 
-def _made_now(retriever: Retriever, dtype: str) -> StoreManifest:
+def _made_now(retriever: Retriever, dtype: str, signals: bool) -> StoreManifest:
     """The manifest, without a split, of a store that is made by this retriever with the libraries that are here."""
     identity = retriever.identity
     if not (identity.weights and identity.processor):
@@ -164,11 +168,12 @@ def _made_now(retriever: Retriever, dtype: str) -> StoreManifest:
         revision=retriever.revision,
         processing=dict(retriever.processing),
         reduce=retriever.reduction,
+        signals=None if signals else False,
     )
 
 
 def _as_written(manifest: StoreManifest) -> dict:
-    """A manifest's values for its file; those of older formats only are left out, and a reduction that there is not."""
+    """A manifest's values for its file; left out are those of older formats only, and what is as it always was."""
     found = {**asdict(manifest), "reduce": manifest.reduced_by}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -186,6 +191,13 @@ def _open_for_writing(folder: Path, made: StoreManifest) -> StoreManifest:
             raise InputError(
                 f"{folder} holds features of format {found.format_version}, which are read but not added to; "
                 "name another folder"
+            )
+        if made.signals is not None:  # not asked for; where they are, they stay
+            made = replace(made, signals=found.signals)
+        elif found.signals is not None:
+            raise InputError(
+                f"{folder} holds features without attention signals (--no-signals), which SAP compressors ask for; name "
+                "another folder, or remove it to compute them anew"
             )
         before, after = found.stamp(), made.stamp()
         for key in {**after, **before}:
@@ -270,24 +282,52 @@ def _write_shards(
 ) -> tuple[StoredShard, ...]:
     """Writes this process's share of the shards and returns the manifest entries of all of them.
 
-    Jobs are of images, with their `contents`, or without of captions.
+    Pictures are read by threads ahead of the model, and a shard is written in one while the next is encoded. Jobs are
+    of images, with their `contents`, or without of captions.
     """
-    own, kind = [], "images" if contents else "texts"
-    for number, items in Progress(shared_out(jobs), f"{folder.name} {kind}", unit="shards"):
+    kind, shards, own = "images" if contents else "texts", dict(shared_out(jobs)), {}
+    place = lambda number: folder / f"{kind}-{number:05d}.safetensors"
+    names = lambda number: [item.image_id if contents else item for item in shards[number]]
+    mark = lambda number: {**made.stamp(), "names": names(number)}
+    left = {}
+    for number, items in shards.items():
         stop_here()
-        path = folder / f"{kind}-{number:05d}.safetensors"
-        names = [item if kind == "texts" else item.image_id for item in items]
-        mark = {**made.stamp(), "names": names}
-        entry = finished_shard(path, mark, partial(_as_now, contents, items))
+        entry = finished_shard(place(number), mark(number), partial(_as_now, contents, items))
         if entry is None:
-            batches = []
-            for batch in batched(items, batch_size):
-                if contents:  # hashed before it is decoded: if it is replaced in between, the next run sees it
-                    mark["contents"] = [*mark.get("contents", []), *contents.of(batch)]
-                batches.append((_encode_images if contents else _encode_texts)(batch, retriever))
-            entry = write_shard(path, _stored(batches, made.dtype), mark, {"count": len(names)})
-        own.append((number, StoredShard(**entry)))
-    return tuple(entry for _, entry in in_order(own))
+            left[number] = list(batched(items, batch_size))
+        else:
+            own[number] = entry
+
+    def encoded(stream: Iterator) -> Iterator[tuple[int, list[dict[str, Tensor]], list[str | None]]]:
+        bar = Progress(desc=f"{folder.name} {kind}", total=len(shards), initial=len(own), unit="shards")
+        with bar:
+            for number, batches in left.items():
+                stop_here()
+                parts, hashes = [], []
+                for _, ready in itertools.islice(stream, len(batches)):
+                    if contents:
+                        hashes += ready[0]
+                        found = _encode_images(ready[1], retriever, made.signals is None)
+                    else:
+                        found = _encode_texts(ready, retriever)
+                    parts.append(_stored(found, made.dtype))
+                yield number, parts, hashes
+                bar.update()
+
+    def write(job: tuple[int, list[dict[str, Tensor]], list[str | None]]) -> dict:
+        number, parts, hashes = job
+        stamp = {**mark(number), **({"contents": hashes} if contents else {})}
+        tensors = {name: [part[name] for part in parts] for name in parts[0]}
+        parts.clear()  # the shard is in memory once, and no longer than until it is written
+        return write_shard(place(number), tensors, stamp, {"count": len(shards[number])})
+
+    batches = [batch for rows in left.values() for batch in rows]
+    ahead = read_images(retriever, batches, contents) if contents else prefetched(retriever.query_inputs, batches)
+    with closing(ahead) as stream:
+        for (number, *_), entry in prefetched(write, encoded(stream)):
+            own[number] = entry
+    rows = [(number, StoredShard(**entry)) for number, entry in own.items()]
+    return tuple(entry for _, entry in in_order(rows))
 
 
 def _as_now(contents: Contents | None, records: Sequence[ImageRecord], found: dict, mark: dict) -> bool:
@@ -298,12 +338,14 @@ def _as_now(contents: Contents | None, records: Sequence[ImageRecord], found: di
     return rest == mark and contents.same(found.get("contents"), records)
 
 
-def _encode_images(records: Sequence[ImageRecord], retriever: Retriever) -> dict[str, Tensor]:
+def _encode_images(inputs: dict[str, Tensor], retriever: Retriever, signals: bool) -> dict[str, Tensor]:
     """What a shard holds of a batch of images: per token (sum N, ...), per patch (sum P,), per image (B, ...)."""
-    inputs = retriever.reduced(retriever.record_inputs(records))
-    try:
-        hidden, attention = retriever.image_states(inputs, ATTENTION)
-    except NoSignals:
+    inputs = retriever.reduced(inputs)
+    attention = None
+    if signals:
+        with suppress(NoSignals):
+            hidden, attention = retriever.image_states(inputs, ATTENTION)
+    if attention is None:
         hidden = retriever.hidden_states(inputs)
         attention = dict.fromkeys(ATTENTION, torch.full(hidden.shape[:2], torch.nan, device=hidden.device))
     layout = retriever.image_layout(inputs)
@@ -326,9 +368,8 @@ def _encode_images(records: Sequence[ImageRecord], retriever: Retriever) -> dict
     }
 
 
-def _encode_texts(texts: Sequence[str], retriever: Retriever) -> dict[str, Tensor]:
+def _encode_texts(inputs: dict[str, Tensor], retriever: Retriever) -> dict[str, Tensor]:
     """What a shard holds of a batch of captions, per token (sum M, ...)."""
-    inputs = retriever.query_inputs(texts)
     mask = inputs["attention_mask"].bool().cpu()
     return {
         "hidden": retriever.hidden_states(inputs).cpu()[mask],
@@ -337,11 +378,9 @@ def _encode_texts(texts: Sequence[str], retriever: Retriever) -> dict[str, Tenso
     }
 
 
-def _stored(batches: list[dict[str, Tensor]], dtype: str) -> dict[str, Tensor]:
-    """A shard's tensors: those of its batches together, hidden states in `dtype`."""
-    tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+def _stored(batch: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """What a shard keeps of a batch: hidden states in `dtype`."""
     if dtype == "int8":
-        tensors["hidden"], tensors["scales"] = quantise(tensors["hidden"])
-    else:
-        tensors["hidden"] = tensors["hidden"].to(DTYPES[dtype])
-    return tensors
+        hidden, scales = quantise(batch["hidden"])
+        return {**batch, "hidden": hidden, "scales": scales}
+    return {**batch, "hidden": batch["hidden"].to(DTYPES[dtype])}

@@ -37,7 +37,7 @@ from samer.retrievers.base import Encoder, image_seeds
 from samer.retrievers.identity import ModelIdentity
 from samer.runtime.commands import pick_device
 from samer.runtime.files import file_hash, is_dir, is_file, listing, read_json, write_json
-from samer.runtime.processes import print0
+from samer.runtime.processes import print0, use_threads
 from samer.runtime.progress import Progress, batched, prefetched
 from samer.runtime.signals import stop_here
 
@@ -237,7 +237,7 @@ class Worker:
                 f"{task.folder}: not there on {os.uname().nodename}; name a folder that all machines share"
             )
         if task.threads:
-            torch.set_num_threads(task.threads)
+            use_threads(task.threads)
         with chdir(task.home if is_dir(task.home) else "."):
             settings = settings_for(task.folder, task.asked, "int8")
             limit_pixels(settings.config.data.max_megapixels)

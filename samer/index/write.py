@@ -75,7 +75,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -114,6 +114,7 @@ from samer.retrievers.banks import FILE as BANK
 from samer.retrievers.banks import Bank
 from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import read_projector, write_projector
+from samer.retrievers.stream import read_images
 from samer.runtime.files import FileTrouble, exists, is_dir, is_file, listing, lookup, only_writer
 from samer.runtime.processes import from_first, gather_objects, print0, rank
 from samer.runtime.progress import Progress, batched, prefetched
@@ -353,9 +354,8 @@ class _Writer:
         jobs = {number: list(batched(shards[number], self.batch_size)) for number in shards if number not in reused}
         # one row of batches over all shards: reading ahead does not start anew with each
         batches = [batch for rows in jobs.values() for batch in rows]
-        results = self._compressed(batches, compressor)
 
-        def encoded() -> Iterator[tuple[int, list[Part], list[str | None]]]:
+        def encoded(results: Iterator) -> Iterator[tuple[int, list[Part], list[str | None]]]:
             with Progress(desc=f"{split} images", total=len(batches), unit="batches") as bar:
                 for number, ours in jobs.items():
                     stop_here()
@@ -371,25 +371,20 @@ class _Writer:
             number, parts, contents = job
             return self.write_shard(split, number, shards[number], parts, contents=contents)
 
-        for (number, *_), entry in prefetched(write, encoded()):
-            own[number] = entry
+        with closing(self._compressed(batches, compressor)) as results:
+            for (number, *_), entry in prefetched(write, encoded(results)):
+                own[number] = entry
         return _collect([(number, entry, number in reused) for number, entry in own.items()])
 
     @torch.no_grad()
     def _compressed(
         self, batches: Sequence[Sequence[ImageRecord]], compressor: Compressor
     ) -> Iterator[tuple[Part, list[str | None]]]:
-        """What shards keep of batches, and what is in the files; the next batch is read meanwhile.
-
-        A file is hashed before it is decoded: if it is replaced in between, the next run sees it.
-        """
-
-        def read(batch: Sequence[ImageRecord]) -> tuple[list[str | None], dict[str, Tensor]]:
-            return self.contents.of(batch), self.retriever.record_inputs(batch)
-
-        for _, (contents, inputs) in prefetched(read, batches):
-            visual = self.retriever.encode_images(inputs, compressor.needs)
-            yield kept_part(self.making, visual, compressor(visual)), contents
+        """What shards keep of batches, and what is in the files; the next batches are read meanwhile."""
+        with closing(read_images(self.retriever, batches, self.contents)) as stream:
+            for _, (contents, inputs) in stream:
+                visual = self.retriever.encode_images(inputs, compressor.needs)
+                yield kept_part(self.making, visual, compressor(visual)), contents
 
     def finished(self, split: str, number: int, records: Sequence[ImageRecord]) -> Shard | None:
         """The manifest entry of a shard that is there, whole, made of these records."""

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from samer.config import InputError, ReduceConfig
@@ -138,8 +139,20 @@ class Encoder:
         """What is to be said once a long job is done, such as how many texts were cut."""
         return []
 
-    def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
+    def picture(self, record: ImageRecord) -> Image | None:
+        """An image's picture, which `record_inputs` may be given; None: this encoder reads none. Several at a time.
+
+        Raises:
+            InputError: it can't be read.
+        """
+        return None
+
+    def record_inputs(
+        self, records: Sequence[ImageRecord], pictures: Sequence[Image] | None = None
+    ) -> dict[str, Tensor]:
         """What `hidden_states` needs of a batch of images; has `attention_mask` (B, N) and `seeds` (B,).
+
+        `pictures` are those of the records as `picture` gives them, where somebody has read them already.
 
         The mask is 0 at padding, and at prompt tokens where a family keeps patches alone.
 

@@ -205,11 +205,16 @@ class Retriever(Encoder):
         """As `Family.processing`."""
         return self.family.processing
 
-    def record_inputs(self, records: Sequence[ImageRecord]) -> dict[str, Tensor]:
+    def picture(self, record: ImageRecord) -> Image.Image | None:
+        """The image, decoded no larger than the processor asks for."""
+        return load_image(record.image_path, self.picture_size)
+
+    def record_inputs(
+        self, records: Sequence[ImageRecord], pictures: Sequence[Image.Image] | None = None
+    ) -> dict[str, Tensor]:
         """Loads and prepares a batch of images, everything the model needs."""
-        images = [load_image(record.image_path, self.picture_size) for record in records]
         try:
-            inputs = self.image_inputs(images)
+            inputs = self.image_inputs(pictures or [self.picture(record) for record in records])
         except RefusedPicture as error:
             raise InputError(f"{records[error.number].image_path}: it {error.reason}") from None
         return {**inputs, "seeds": image_seeds(records)}

@@ -82,9 +82,9 @@ def compute_device(options: argparse.Namespace) -> torch.device:
             from samer.config import InputError
 
             raise InputError(f"--threads is {options.threads}; it must be at least 1")
-        import torch
+        from samer.runtime.processes import use_threads
 
-        torch.set_num_threads(options.threads)
+        use_threads(options.threads)
     return pick_device(options.device)
 
 

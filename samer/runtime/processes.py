@@ -42,6 +42,25 @@ def world_size() -> int:
     return dist.get_world_size() if dist else int(os.environ.get("WORLD_SIZE", 1))
 
 
+_threads: dict[str, int] = {}  # "asked": how many the user allows
+
+
+def use_threads(count: int) -> None:
+    """Has this process compute, and decode pictures, with so many threads."""
+    import torch
+
+    torch.set_num_threads(count)
+    _threads["asked"] = count
+
+
+def threads() -> int:
+    """Threads for what runs beside the model, such as decoding: as asked, else this process's share of the cores."""
+    if "asked" in _threads:
+        return _threads["asked"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
 def print0(*words: object) -> None:
     """Prints on the first process only, at once."""
     if rank() == 0:

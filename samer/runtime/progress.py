@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -47,24 +48,51 @@ def prefetched(function: Callable[[Any], Any], items: Iterable) -> Iterator[tupl
     Also the other way round: where `items` is the work, `function` may store each result while the next is made. For
     what waits or releases Python's lock, such as decoding images; an error is raised at its item.
     """
-    pool = ThreadPoolExecutor(max_workers=1)
-    abandoned = False
+    return prepared(function, items, 1)
+
+
+def prepared(
+    function: Callable[[Any], Any], items: Iterable, workers: int, ahead: int | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """Pairs (item, function(item)) in order, computed by a pool of threads while the caller uses those before.
+
+    An error of `function` is raised at its item, and what has not begun by then is dropped. Where `items` itself fails,
+    all that it gave before is finished first. `items` is only ever run by the caller's thread.
+
+    Args:
+        function: what is done with an item; waits, or releases Python's lock.
+        items: may be endless; read no further than `ahead`.
+        workers: threads, at least 1.
+        ahead: how many results beyond the one in the caller's hands may be there or at work; None: one a thread.
+    """
+    pool = ThreadPoolExecutor(max_workers=workers)
+    ahead = workers if ahead is None else max(ahead, workers)
+    waiting: deque[tuple[Any, Future]] = deque()
+    wait, drop = True, False
     try:
-        waiting: tuple[Any, Future] | None = None
         for item in items:
-            upcoming = item, pool.submit(function, item)
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = upcoming
-        if waiting:
-            yield waiting[0], waiting[1].result()
+            waiting.append((item, pool.submit(function, item)))
+            del item  # it may be large, and the caller's by then
+            if len(waiting) > ahead:
+                drop = True
+                yield _first(waiting)
+                drop = False
+        drop = True
+        while waiting:
+            yield _first(waiting)
     except GeneratorExit:
-        abandoned = True
+        wait = False
         raise
     finally:
         # Closed early, perhaps by the garbage collector, which may run where a thread is being started and locks are
-        # held: to wait for a thread there would be to wait for ever. It ends by itself after the item it is at.
-        pool.shutdown(wait=not abandoned, cancel_futures=abandoned)
+        # held: to wait for a thread there would be to wait for ever. Each ends by itself after the item it is at.
+        pool.shutdown(wait=wait, cancel_futures=drop)
+
+
+def _first(waiting: deque[tuple[Any, Future]]) -> tuple[Any, Any]:
+    """The longest waiting item and its result, which are held nowhere else then."""
+    item, future = waiting.popleft()
+    return item, future.result()
 
 
 def batched(items: Sequence, size: int) -> Iterable[Sequence]:

@@ -8,24 +8,36 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from samer.config import InputError
 from samer.runtime.files import DiskError, atomic_path, file_hash, opened, read_json, trouble, write_json
 from samer.runtime.processes import gather_objects, rank, world_size
 
+# of the kinds of numbers here the name in a safetensors file, in the order in which that library lays tensors out
+_KINDS = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _NUMBER = re.compile(r"\((?:os error )?(\d+)\)\s*$")  # ends what torch and safetensors say of a system call
 
 
@@ -68,16 +80,47 @@ def bare_name(name: Any) -> bool:
     return right and Path(name).name == name and name not in (".", "..")
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor], stamp: dict, facts: dict) -> dict:
-    """Writes a shard and returns its manifest entry: file name, `facts` and SHA-256 of the file."""
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    header = {"stamp": stamp, "entry": facts, "checksum": tensors_checksum(tensors)}
+def write_shard(path: Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], stamp: dict, facts: dict) -> dict:
+    """Writes a shard and returns its manifest entry: file name, `facts` and SHA-256 of the file.
+
+    A tensor may be given as the parts (n, ...) that it is made of, which are never held as one.
+    """
+    parts = {name: [value] if isinstance(value, Tensor) else list(value) for name, value in tensors.items()}
+    parts = {name: [part.contiguous() for part in own] for name, own in parts.items()}
+    header = {"stamp": stamp, "entry": facts, "checksum": _checksum_of(parts)}
     # one key only: safetensors writes several in an order that differs from run to run
-    metadata = {"samer": json.dumps(header, ensure_ascii=False)}
-    content = save(tensors, metadata=metadata)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
-    return {"file": path.name, **facts, "sha256": hashlib.sha256(content).hexdigest()}
+    head, order = _head(parts, {"samer": json.dumps(header, ensure_ascii=False)})
+    digest = hashlib.sha256(head)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(head)
+        for part in itertools.chain.from_iterable(parts[name] for name in order):
+            content = memoryview(_bytes(part))
+            digest.update(content)
+            file.write(content)
+    return {"file": path.name, **facts, "sha256": digest.hexdigest()}
+
+
+def _head(parts: Mapping[str, list[Tensor]], metadata: dict[str, str]) -> tuple[bytes, list[str]]:
+    """What stands before the tensors in a safetensors file, and their order in it, as that library's `save` has them.
+
+    That is: by their kinds, then by name; and the header filled up with blanks to a multiple of 8 bytes.
+    """
+    order = sorted(parts, key=lambda name: (list(_KINDS).index(parts[name][0].dtype), name))
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in order:
+        first, start = parts[name][0], end
+        end += sum(part.nbytes for part in parts[name])
+        shape = [sum(map(len, parts[name])), *first.shape[1:]] if first.dim() else []
+        entries[name] = {"dtype": _KINDS[first.dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """A tensor's bytes, as numpy sees them."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 @contextmanager
@@ -204,11 +247,15 @@ def in_order(own: list[tuple]) -> list[tuple]:
     return sorted((row for part in gather_objects(own) for row in part), key=lambda row: row[0])
 
 
-def tensors_checksum(tensors: dict[str, Tensor]) -> str:
+def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the contents of tensors, in the order of their names."""
+    return _checksum_of({name: [tensor.contiguous()] for name, tensor in tensors.items()})
+
+
+def _checksum_of(parts: Mapping[str, list[Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    for part in itertools.chain.from_iterable(parts[name] for name in sorted(parts)):
+        digest.update(_bytes(part))
     return digest.hexdigest()
 
 
