@@ -295,10 +295,9 @@ class FeatureStore(Encoder):
             )
         attention = inputs["attention"].to(self.device) if needs else None
         if needs and bool(attention[inputs["attention_mask"].bool().to(self.device)].isnan().any()):
-            why = (
-                "gave no attention over the whole picture" if self.manifest.signals is None else "was not asked for it"
-            )
-            raise NoSignals(f"{self.folder}: {self.manifest.base_model} {why}")
+            if self.manifest.signals is not None:
+                raise NoSignals(f"{self.folder}: its attention signals were not asked for (--no-signals)")
+            raise NoSignals(f"{self.folder}: {self.manifest.base_model} gave no attention over the whole picture")
         return self.hidden_states(inputs), {name: attention[..., ATTENTION.index(name)] for name in needs}
 
 

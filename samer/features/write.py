@@ -196,7 +196,7 @@ def _open_for_writing(folder: Path, made: StoreManifest) -> StoreManifest:
             made = replace(made, signals=found.signals)
         elif found.signals is not None:
             raise InputError(
-                f"{folder} holds features without attention signals (--no-signals), which SAP compressors ask for; name "
+                f"{folder} holds features without the attention that SAP compressors ask for (--no-signals); name "
                 "another folder, or remove it to compute them anew"
             )
         before, after = found.stamp(), made.stamp()

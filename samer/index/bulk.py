@@ -8,15 +8,18 @@ pictures the index is the one that `samer.index.sync` makes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import chdir, suppress
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import chdir, closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from PIL.Image import Image
 
 from samer.compressors import make_compressor
 from samer.config import InputError, MergeConfig
@@ -35,10 +38,11 @@ from samer.index.write import IMAGES_PER_SHARD, check_settings, making_of, write
 from samer.retrievers.banks import Bank
 from samer.retrievers.base import Encoder, image_seeds
 from samer.retrievers.identity import ModelIdentity
+from samer.retrievers.stream import in_batches
 from samer.runtime.commands import pick_device
 from samer.runtime.files import file_hash, is_dir, is_file, listing, read_json, write_json
 from samer.runtime.processes import print0, use_threads
-from samer.runtime.progress import Progress, batched, prefetched
+from samer.runtime.progress import Progress, prefetched
 from samer.runtime.signals import stop_here
 
 CHUNKS = 10_000  # shards of a file, at most
@@ -223,6 +227,18 @@ def shard_of(done: Done) -> Shard:
     return Shard(**{**done.shard, "exact": exact and ExactFile(**exact)})
 
 
+@dataclass
+class _Chunk:
+    """A chunk at work: how many batches are left, and what came of the others."""
+
+    chunk: Chunk
+    left: int
+    names: list[str] = field(default_factory=list)
+    contents: list[str] = field(default_factory=list)
+    parts: list = field(default_factory=list)
+    skipped: list[list] = field(default_factory=list)
+
+
 class Worker:
     """What makes shards of chunks: the model, opened once."""
 
@@ -256,40 +272,77 @@ class Worker:
         if task.stamp and stamp_of(self.making) != task.stamp:
             raise InputError(f"{os.uname().nodename}: its model is another than where this began; install the same")
 
-    @torch.no_grad()
     def encode(self, chunk: Chunk) -> Done:
-        """Writes a chunk's shard, and what came of it.
+        """Writes a chunk's shard, and what came of it; raises as `encode_all`."""
+        return next(self.encode_all([chunk]))
+
+    @torch.no_grad()
+    def encode_all(self, chunks: Iterable[Chunk]) -> Iterator[Done]:
+        """As `encode`, of many chunks in order; the pictures of one are read while those before are encoded.
 
         Raises:
             InputError: what stops all work; a picture that can't be read is skipped.
         """
+        begun: deque[_Chunk] = deque()
+
+        def batches() -> Iterator[list[tuple[str, bytes]]]:
+            for chunk in chunks:
+                rows = [] if chunk.done else list(zip(chunk.names, chunk.files))
+                begun.append(_Chunk(chunk, -(-len(rows) // self.task.batch_size)))
+                chunk.files.clear()
+                while rows:  # files are held until their pictures are read
+                    batch, rows = rows[: self.task.batch_size], rows[self.task.batch_size :]
+                    yield batch
+
+        with closing(in_batches(self._look, self._prepared, batches(), self.task.batch_size)) as stream:
+            for _, (inputs, names, contents, skipped) in stream:
+                while not begun[0].left:
+                    yield self._finish(begun.popleft())
+                chunk = begun[0]
+                if names:
+                    visual = self.encoder.encode_images(inputs, self.compressor.needs)
+                    chunk.parts.append(kept_part(self.making, visual, self.compressor(visual)))
+                chunk.names += names
+                chunk.contents += contents
+                chunk.skipped += skipped
+                chunk.left -= 1
+                if not chunk.left:
+                    yield self._finish(begun.popleft())
+        while begun:
+            yield self._finish(begun.popleft())
+
+    def _finish(self, made: _Chunk) -> Done:
+        """Writes what came of a chunk."""
+        chunk = made.chunk
         if chunk.done:
             return Done(**chunk.done)
-        names, contents, parts, skipped = [], [], [], list(chunk.skipped)
-        rows = list(zip(chunk.names, chunk.files))
-        for _, (inputs, own, hashes, bad) in prefetched(self._prepared, batched(rows, self.task.batch_size)):
-            if own:
-                visual = self.encoder.encode_images(inputs, self.compressor.needs)
-                parts.append(kept_part(self.making, visual, self.compressor(visual)))
-            names, contents, skipped = names + own, contents + hashes, skipped + bad
-        entry = self._write(chunk.number, names, contents, parts) if names else None
+        skipped = [*chunk.skipped, *made.skipped]
+        entry = self._write(chunk.number, made.names, made.contents, made.parts) if made.names else None
         count = len(chunk.names) + len(chunk.skipped)
         done = Done(chunk.number, chunk.last, chunk.mark, count, entry and asdict(entry), skipped)
         write_json(self.task.note(chunk.number), asdict(done))
         return done
 
-    def _prepared(self, rows: Sequence[tuple[str, bytes]]) -> tuple[dict, list[str], list[str], list[list]]:
+    def _look(self, row: tuple[str, bytes]) -> tuple[Image, str] | PictureError:
+        """A picture and its file's content, or why there is none."""
+        name, file = row
+        try:
+            return picture_of(name, file, getattr(self.encoder, "picture_size", None))
+        except PictureError as error:
+            return error
+
+    def _prepared(
+        self, rows: Sequence[tuple[str, bytes]], found: Sequence[tuple[Image, str] | PictureError]
+    ) -> tuple[dict, list[str], list[str], list[list]]:
         """What the model needs of a batch, the ids and contents in it, and what can't be read."""
         images, names, contents, bad = [], [], [], []
-        for name, file in rows:
-            try:
-                image, content = picture_of(name, file, getattr(self.encoder, "picture_size", None))
-            except PictureError as error:
-                bad.append(list(asdict(error.skipped(name)).values()))
-            else:
-                images.append(image)
-                names.append(name)
-                contents.append(content)
+        for (name, _), each in zip(rows, found):
+            if isinstance(each, PictureError):
+                bad.append(list(asdict(each.skipped(name)).values()))
+                continue
+            images.append(each[0])
+            names.append(name)
+            contents.append(each[1])
         if not names:
             return {}, names, contents, bad
         seeds = image_seeds([ImageRecord(name, Path(name), ()) for name in names])
@@ -313,10 +366,23 @@ class InProcess:
     def run(self, task: Task, jobs: Sequence[Job]) -> Iterator[Done]:
         """As `Engine.run`; in order."""
         self._worker.task = task
-        for job in jobs:
-            for chunk in chunks_of(task, job):
+        with closing(self._worker.encode_all(_read_ahead(task, jobs))) as stream:
+            for done in stream:
+                yield done
                 stop_here()
-                yield self._worker.encode(chunk)
+
+
+def _read_ahead(task: Task, jobs: Sequence[Job]) -> Iterator[Chunk]:
+    """The chunks of all jobs, the next of which is read in a thread; nothing but that thread runs what reads them."""
+    chunks = (chunk for job in jobs for chunk in chunks_of(task, job))
+
+    def following(_: None) -> Chunk | None:
+        return next(chunks, None)
+
+    for _, chunk in prefetched(following, itertools.repeat(None)):
+        if chunk is None:
+            return
+        yield chunk
 
 
 def index_source(

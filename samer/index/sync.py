@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from samer.compressors import Compressor, make_compressor
 from samer.config import InputError, MergeConfig
 from samer.data import stamps
-from samer.data.pictures import Found, PictureError, Skipped, read_picture
+from samer.data.pictures import Found, Picture, PictureError, Skipped, read_picture
 from samer.data.records import ImageRecord
 from samer.index import pictures
 from samer.index.banks import GIVE, held_bank
@@ -35,8 +36,9 @@ from samer.index.write import check_settings, writing
 from samer.retrievers.banks import Bank
 from samer.retrievers.base import Encoder, image_seeds
 from samer.retrievers.family import RefusedPicture
+from samer.retrievers.stream import in_batches
 from samer.runtime.files import atomic_path, is_dir
-from samer.runtime.progress import Progress, batched, prefetched
+from samer.runtime.progress import Progress, batched
 from samer.runtime.signals import stop_here
 
 NAMED = 3  # skipped files of a kind that are named; the others are counted
@@ -280,51 +282,58 @@ class _Update:
         todo = [name for name in self.listed if name not in self.rows or name in self.changed]
         if not todo:
             return
-        with Progress(total=len(todo), desc="images", unit="images") as progress:
-            for chunk in batched(todo, pictures.PICTURES_PER_SHARD):
+        chunks = [list(batched(chunk, self.writer.batch_size)) for chunk in batched(todo, pictures.PICTURES_PER_SHARD)]
+        every = [batch for chunk in chunks for batch in chunk]
+        # nothing more is read if this is interrupted
+        with (
+            Progress(total=len(todo), desc="images", unit="images") as progress,
+            closing(in_batches(self._look, self._prepared, every, self.writer.batch_size)) as stream,
+        ):
+            for chunk in chunks:
                 stop_here()
-                self._fill_shard(chunk, moved, progress)
+                self._fill_shard(islice(stream, len(chunk)), moved, progress)
 
-    def _fill_shard(self, chunk: Sequence[str], moved: dict[str, list[str]], progress: Progress) -> None:
+    def _fill_shard(self, stream: Iterable, moved: dict[str, list[str]], progress: Progress) -> None:
         """Encodes pictures, or looks up whose vectors they get, and writes them."""
         names, contents, parts, copies = [], [], [], {}
-        batches = batched(chunk, self.writer.batch_size)
-        with closing(prefetched(self._prepared, batches)) as stream:  # nothing more is read if this is interrupted
-            for batch, ready in stream:
-                if ready.names:
-                    with torch.no_grad():
-                        visual = self.writer.retriever.encode_images(ready.inputs, self.compressor.needs)
-                        parts.append(kept_part(self.writer.making, visual, self.compressor(visual)))
-                names += ready.names
-                contents += ready.contents
-                copies |= ready.copies
-                self.skipped += ready.skipped
-                progress.update(len(batch))
+        for batch, ready in stream:
+            if ready.names:
+                with torch.no_grad():
+                    visual = self.writer.retriever.encode_images(ready.inputs, self.compressor.needs)
+                    parts.append(kept_part(self.writer.making, visual, self.compressor(visual)))
+            names += ready.names
+            contents += ready.contents
+            copies |= ready.copies
+            self.skipped += ready.skipped
+            progress.update(len(batch))
         self._write(names, contents, parts, copies, moved)
 
-    def _prepared(self, batch: Sequence[str]) -> _Ready:
+    def _look(self, name: str) -> str | Picture | Skipped:
+        """The content of a picture that the index has, or else the picture, or why there is none."""
+        file = Path(self.root, name)
+        try:
+            name.encode()
+            return self._held_content(name, file) or read_picture(
+                file, getattr(self.writer.retriever, "picture_size", None)
+            )
+        except UnicodeEncodeError:
+            return Skipped(name, "name is not UTF-8", f"{name!a}: its name is not UTF-8; rename it")
+        except PictureError as error:
+            return error.skipped(name)
+
+    def _prepared(self, batch: Sequence[str], found: Sequence[str | Picture | Skipped]) -> _Ready:
         """What is to be done with pictures, by what is in their files."""
         ready, images = _Ready([], [], {}, {}, []), []
-        needs = getattr(self.writer.retriever, "picture_size", None)
-        for name in batch:
-            file = Path(self.root, name)
-            try:
-                name.encode()
-                content = self._held_content(name, file)
-                if content:
-                    ready.copies[name] = content
-                    continue
-                picture = read_picture(file, needs)
-            except UnicodeEncodeError:
-                detail = f"{name!a}: its name is not UTF-8; rename it"
-                ready.skipped.append(Skipped(name, "name is not UTF-8", detail))
-            except PictureError as error:
-                ready.skipped.append(error.skipped(name))
+        for name, each in zip(batch, found):
+            if isinstance(each, str):
+                ready.copies[name] = each
+            elif isinstance(each, Skipped):
+                ready.skipped.append(each)
             else:
-                self.stamps.note(name, picture.about, picture.content)
-                images.append(picture.image)
+                self.stamps.note(name, each.about, each.content)
+                images.append(each.image)
                 ready.names.append(name)
-                ready.contents.append(picture.content)
+                ready.contents.append(each.content)
         ready.inputs.update(self._inputs(ready, images))
         return ready
 

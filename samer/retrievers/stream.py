@@ -4,7 +4,8 @@ All of a run's batches are one row, so that no thread waits at the end of a shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any, TypeVar
@@ -23,7 +24,8 @@ Item, Read, Ready = TypeVar("Item"), TypeVar("Read"), TypeVar("Ready")
 def in_batches(
     read: Callable[[Item], Read],
     prepare: Callable[[Sequence[Item], list[Read]], Ready],
-    batches: Sequence[Sequence[Item]],
+    batches: Iterable[Sequence[Item]],
+    ahead: int,
 ) -> Iterator[tuple[Sequence[Item], Ready]]:
     """Pairs (batch, what `prepare` makes of it and of what was read for each of its items), in order.
 
@@ -32,7 +34,8 @@ def in_batches(
     Args:
         read: of one item, in one of as many threads as `samer.runtime.processes.threads` says.
         prepare: of a batch, in a thread of its own, one batch at a time; an error of either is raised at its batch.
-        batches: as many items as the largest of them are read ahead, and one batch is prepared.
+        batches: none is empty; they are asked for by the caller's thread.
+        ahead: how many items are read ahead of the batch that is prepared meanwhile, such as those of one batch.
     """
 
     def attempt(item: Item) -> tuple[Read | None, BaseException | None]:
@@ -50,13 +53,24 @@ def in_batches(
         rows.clear()  # pictures are held no longer than they must be
         return prepare(batch, values)
 
-    every = (item for batch in batches for item in batch)
-    ahead = max(map(len, batches), default=1)
-    with closing(prepared(attempt, every, threads(), ahead)) as reading:
-        groups = ((batch, [value for _, value in islice(reading, len(batch))]) for batch in batches)
-        with closing(prefetched(make, groups)) as stream:
-            for (batch, _), ready in stream:
-                yield batch, ready
+    begun: deque[Sequence[Item]] = deque()
+
+    def every() -> Iterator[Item]:
+        for batch in batches:
+            begun.append(batch)
+            yield from batch
+
+    def groups(reading: Iterator) -> Iterator[tuple[Sequence[Item], list]]:
+        for _, first in reading:
+            batch = begun.popleft()
+            yield batch, [first, *(value for _, value in islice(reading, len(batch) - 1))]
+
+    with (
+        closing(prepared(attempt, every(), threads(), ahead)) as reading,
+        closing(prefetched(make, groups(reading))) as stream,
+    ):
+        for (batch, _), ready in stream:
+            yield batch, ready
 
 
 def read_images(
@@ -81,4 +95,4 @@ def read_images(
         given = () if None in pictures else (pictures,)
         return hashes, encoder.record_inputs(batch, *given)
 
-    return in_batches(read, prepare, batches)
+    return in_batches(read, prepare, batches, max(map(len, batches), default=1))
