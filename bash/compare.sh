@@ -2,6 +2,7 @@
 # Compares every compressor at one budget and with the same training. Variables (default) and any flag or override:
 #   DATA_ROOT (the built-in world, generated)   CONFIG (configs/demo.yaml; with DATA_ROOT configs/samer_k64_colpali.yaml)
 #   OUTPUT_DIR (outputs/compare)   FEATURES_DIR (computed into OUTPUT_DIR/features)   SEEDS ("0 1 2")
+#   NPROC_PER_NODE (1; more: torchrun, and a step has as many times the captions)   NNODES and so on as in bash/cache.sh
 # e.g. DATA_ROOT=/data/flickr30k_entities FEATURES_DIR=features/flickr_colpali bash bash/compare.sh
 # or fewer tables: bash bash/compare.sh --sections untouched adapted --methods none samer kmeans --budgets 64 16
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh, dash, zsh
@@ -20,5 +21,5 @@ else
 fi
 words "${SEEDS:-0 1 2}"
 # the list of seeds comes first: overrides that follow it would be taken for seeds
-exec "$PYTHON" "${REPO}scripts/compare.py" --seeds "${WORDS[@]}" --data-root="$DATA_ROOT" --out="$out" \
+launch "${REPO}scripts/compare.py" --seeds "${WORDS[@]}" --data-root="$DATA_ROOT" --out="$out" \
     ${FEATURES_DIR:+--features="$FEATURES_DIR"} --config="$config" ${model[@]+"${model[@]}"} "$@"

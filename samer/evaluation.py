@@ -5,8 +5,10 @@ Shape letters: Q queries, I images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -34,7 +36,6 @@ def fit_records(records: Sequence[ImageRecord]) -> list[ImageRecord]:
     return [records[k] for k in steps]
 
 
-@torch.no_grad()
 def fitted_compressor(
     retriever: Encoder,
     records: Sequence[ImageRecord],
@@ -59,21 +60,51 @@ def fitted_compressor(
     Raises:
         InputError: an unknown compressor, or one that needs queries and gets none.
     """
-    compressor = make_compressor(merge)
+    banks = {} if bank is None else {"": bank}
+    return fitted_compressors(retriever, records, {"": merge}, batch_size, bank_texts, banks)[""]
 
-    def learned() -> dict[str, Tensor]:
+
+@torch.no_grad()
+def fitted_compressors(
+    retriever: Encoder,
+    records: Sequence[ImageRecord],
+    merges: Mapping[str, MergeConfig],
+    batch_size: int,
+    bank_texts: Sequence[str] = (),
+    banks: Mapping[str, Bank] = MappingProxyType({}),
+) -> dict[str, Compressor]:
+    """As `fitted_compressor`, several by name; what they learn from is encoded once for all of them.
+
+    `banks` are those that are there already, by the compressor's name.
+    """
+    compressors = {key: make_compressor(merge) for key, merge in merges.items()}
+    seen: dict[tuple[str, ...], list[VisualTokens]] = {}
+    made: dict[int, Bank] = {}  # by the most vectors asked for
+    few = sum(compressor.needs_corpus for compressor in compressors.values()) < 2
+
+    def corpus(needs: Sequence[str]) -> Iterable[VisualTokens]:
         batches = batched(fit_records(records), batch_size)
-        compressor.fit(retriever.encode_images(retriever.record_inputs(batch), compressor.needs) for batch in batches)
+        encoded = (retriever.encode_images(retriever.record_inputs(batch), needs) for batch in batches)
+        if few:
+            return encoded
+        if tuple(needs) not in seen:
+            seen[tuple(needs)] = list(encoded)
+        return seen[tuple(needs)]
+
+    def learned(compressor: Compressor) -> dict[str, Tensor]:
+        compressor.fit(corpus(compressor.needs))
         return compressor.state()
 
-    if compressor.needs_corpus:
-        compressor.load_state(from_first(learned))
-    if compressor.needs_queries:
-        if bank is None:
-            states = query_states(retriever, bank_texts, merge.bank_size, "given texts", batch_size)
-            bank = states.bank(retriever.current_projector())
-        compressor.load_state(bank.state)
-    return compressor
+    for key, compressor in compressors.items():
+        if compressor.needs_corpus:
+            compressor.load_state(from_first(partial(learned, compressor)))
+        if compressor.needs_queries:
+            size, bank = merges[key].bank_size, banks.get(key)
+            if bank is None and size not in made:
+                states = query_states(retriever, bank_texts, size, "given texts", batch_size)
+                made[size] = states.bank(retriever.current_projector())
+            compressor.load_state((bank or made[size]).state)
+    return compressors
 
 
 @torch.no_grad()

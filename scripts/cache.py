@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run, split_words
+from samer.runtime.commands import DATA_KINDS, add_compile_option, add_compute_options, compute_device, run, split_words
 
 
 def main(argv=None):
@@ -45,6 +45,7 @@ def main(argv=None):
     parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
     parser.add_argument("--bank", default="", help="query bank for merge.compressor=querybank (scripts/bank.py)")
     add_compute_options(parser)
+    add_compile_option(parser)
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
@@ -65,7 +66,7 @@ def main(argv=None):
     limit_pixels(settings.config.data.max_megapixels)
     device = compute_device(options)
     with process_group():
-        retriever = settings.open(device, options.features)
+        retriever = settings.open(device, options.features, options.compile)
         for note in settings.notes:
             print0("note:", note)
         print0(f"writing the index to {options.cache_dir} ({settings.projector_words()})")

@@ -8,8 +8,8 @@ Writes results.json, results.md and plots to --out; run again, it goes on where 
 frozen hidden states are computed first, into OUT/features (its size is said beforehand). Beside whole captions the
 boxed phrases of the annotation are asked, which a store has that scripts/features.py made with --phrases; of data
 without boxes, what is said of phrases, grounding and sizes is left out. Trained rows use the recipe of --config, one
-run per seed, in this one process: for the published 32 x 2 x 4 captions per step on one GPU, add
-train.grad_accum_steps=8.
+run per seed: the published 32 x 2 x 4 captions per step are those of four processes (NPROC_PER_NODE=4 bash
+bash/compare.sh, or torchrun), which share the trainings and the measurements; on one GPU add train.grad_accum_steps=8.
 """
 
 import sys
@@ -64,6 +64,7 @@ def main(argv=None):
     from samer.compare.write import write_comparison
     from samer.data.pictures import limit_pixels
     from samer.runtime.files import only_writer
+    from samer.runtime.processes import process_group
 
     limit_pixels(config.data.max_megapixels)
 
@@ -73,12 +74,12 @@ def main(argv=None):
     check_request(SECTIONS if sections is None else sections, options.seeds, budgets, methods, banks)
     asked = {"seeds": options.seeds, "sections": sections, "split": options.split}
     asked |= {"at_budgets": budgets, "methods": methods, "banks": banks}
-    with only_writer(options.out):
+    with process_group(), only_writer(options.out):
         return write_comparison(config, options.out, **asked, device=pick_device())
 
 
 def command():
-    run(main)
+    run(main, shared=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run, split_words
+from samer.runtime.commands import DATA_KINDS, add_compile_option, add_compute_options, compute_device, run, split_words
 
 
 def main(argv=None):
@@ -41,6 +41,7 @@ def main(argv=None):
         "--no-signals", action="store_true", help="without the attention that SAP compressors ask for: quicker"
     )
     add_compute_options(parser)
+    add_compile_option(parser)
     parser.add_argument("--config", help="YAML file with model settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=assets/retriever")
     options = parser.parse_args(argv)
@@ -71,6 +72,8 @@ def main(argv=None):
             from samer.features.towers import StoredTowers
 
             retriever = StoredTowers.open(retriever, options.towers)
+        if options.compile:
+            retriever.compile()
         entries = write_features(
             options.out,
             options.data_root,

@@ -38,7 +38,7 @@ import argparse
 import os
 import time
 
-from samer.runtime.commands import add_compute_options, compute_device, run
+from samer.runtime.commands import add_compile_option, add_compute_options, compute_device, run
 
 
 def main(argv=None):
@@ -68,6 +68,7 @@ def main(argv=None):
         "--part", help="K/N: only the Kth of N parts, in an index of its own; --merge-indexes joins them"
     )
     add_compute_options(parser)
+    add_compile_option(parser)
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
@@ -133,6 +134,7 @@ def index_fixed(options):
         batch_size=options.batch_size,
         device=options.device,
         threads=options.threads,
+        compiled=options.compile,
         home=os.getcwd(),
     )
     with OnRay(options.workers) if options.engine == "ray" else nullcontext(InProcess()) as engine:
@@ -168,7 +170,7 @@ def index_folder(options):
         why = f"; of {len(found.skipped):,} skipped the first: {found.skipped[0].detail}" if found.skipped else ""
         raise InputError(f"{found.root}: no pictures in it (looked for {', '.join(sorted(SUFFIXES))}){why}")
     device = compute_device(options)
-    encoder = settings.open(device)
+    encoder = settings.open(device, compiled=options.compile)
     bank = bank_for(settings, encoder, options.bank)
     for note in settings.notes:
         print("note:", note)

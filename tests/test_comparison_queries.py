@@ -733,13 +733,13 @@ def test_a_bank_of_queries_is_of_the_captions_trained_on(run, world, tmp_path, m
 
     for registry in (COMPRESSORS, compare_plan.COMPRESSORS):
         monkeypatch.setitem(registry, "banked", Banked)
-    banks, fitted = [], compare_measure.fitted_compressor
+    banks, fitted = [], compare_measure.fitted_compressors
 
-    def spy(encoder, records, merge, batch_size, bank_texts, bank):
+    def spy(encoder, records, merges, batch_size, bank_texts, given):
         banks.append(bank_texts)
-        return fitted(encoder, records, merge, batch_size, bank_texts, bank)
+        return fitted(encoder, records, merges, batch_size, bank_texts, given)
 
-    monkeypatch.setattr(compare_measure, "fitted_compressor", spy)
+    monkeypatch.setattr(compare_measure, "fitted_compressors", spy)
     words = ("--sections", "untouched", "--methods", "banked")
     run(tmp_path / "out", *words)
     train = [c.text for r in flickr.load_split(world, "train", boxes=False) for c in r.captions]

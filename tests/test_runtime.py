@@ -167,14 +167,14 @@ def test_a_command_that_shares_no_work_refuses_several_processes(monkeypatch, ca
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: this command runs in one process, and WORLD_SIZE is 2")
-    assert "only train, align, features, cache and SEPS" in line
+    assert "only train, align, features, cache, compare and SEPS" in line
     commands.run(lambda: called.append(2), shared=True)
     monkeypatch.setenv("WORLD_SIZE", "1")
     commands.run(lambda: called.append(3))
     assert called == [2, 3]
 
 
-SHARED = ("train", "align", "features", "cache", "seps_train", "seps_eval")
+SHARED = ("train", "align", "features", "cache", "compare", "seps_train", "seps_eval")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py")))

@@ -17,11 +17,12 @@ from samer.compare.queries import CAPTIONS_ONLY, Asked, own_images
 from samer.compressors import make_compressor
 from samer.config import MergeConfig
 from samer.data.records import ImageRecord
-from samer.evaluation import encode_texts, fitted_compressor, join_queries, relevance_metrics
+from samer.evaluation import encode_texts, fitted_compressors, join_queries, relevance_metrics
 from samer.grounding import PhraseIndex, ground
 from samer.metrics import query_metrics
 from samer.objects import instance_labels, object_diagnostics
 from samer.retrievers.base import Encoder
+from samer.runtime.processes import gather_objects, rank, world_size
 from samer.runtime.progress import Progress, batched
 from samer.runtime.shards import joined
 from samer.scoring import maxsim
@@ -66,6 +67,8 @@ def measure(
 ) -> dict[str, dict[str, Tensor]]:
     """Retrieval, grounding and size of several compressions of one split with the encoder's projector.
 
+    Several processes share the compressions out; all of them must call this, and get all values.
+
     Args:
         encoder: images are encoded once, whatever the number of compressions.
         records: of the split, with boxes; compression does not see them.
@@ -79,21 +82,20 @@ def measure(
         where an image has no box. Where phrases are asked, `phrase:r@1` and so on and `phrase:mrr`, reciprocal ranks
         in percent, of each.
     """
+    compressors = fitted_compressors(encoder, records, merges, batch_size, asked.bank_texts, asked.banks)
+    every = list(merges)
+    compressors = {key: compressors[key] for key in every[rank() :: world_size()]}
     texts = [caption.text for record in records for caption in record.captions]
     queries = list(encode_texts(encoder, texts, batch_size))
-    sets = {"": _Scores(join_queries(queries), list(merges), len(records))}
+    sets = {"": _Scores(join_queries(queries), list(compressors), len(records))}
     if asked.phrases is not None:
         tokens = join_queries(list(encode_texts(encoder, asked.phrases.texts, batch_size)))
-        sets["phrase:"] = _Scores(tokens, list(merges), len(records))
+        sets["phrase:"] = _Scores(tokens, list(compressors), len(records))
     flat = [tokens[mask] for query in queries for tokens, mask in zip(query.tokens, query.mask)]
     index = PhraseIndex(records, queries)
-    compressors = {
-        key: fitted_compressor(encoder, records, merge, batch_size, asked.bank_texts, asked.banks.get(key))
-        for key, merge in merges.items()
-    }
     everything = make_compressor(MergeConfig(compressor="none"))
     needs = sorted({name for compressor in compressors.values() for name in compressor.needs})
-    kept: dict[str, dict[str, list[Tensor]]] = {key: {} for key in merges}
+    kept: dict[str, dict[str, list[Tensor]]] = {key: {} for key in compressors}
     whole: list[Tensor] = []
     for images in Progress(list(batched(range(len(records)), batch_size)), "measure", unit="batches", leave=False):
         batch = records[images.start : images.stop]
@@ -130,7 +132,8 @@ def measure(
             values |= {f"phrase:{name}": torch.from_numpy(found[name]) for name in METRICS}
             values["phrase:mrr"] = torch.from_numpy(100.0 / found["median_rank"])  # the rank of the best positive
         result[key] = {name: value.float() for name, value in values.items()}
-    return result
+    parts = gather_objects(result)
+    return {key: part[key] for key in every for part in parts if key in part}
 
 
 def _image_labels(records: Sequence[ImageRecord], coords: Tensor) -> Tensor:

@@ -24,6 +24,16 @@ class Pace:
         self.left = {"trainings": dict(trainings), "measurements": dict(measurements)}
         self.seconds = {"trainings": 0.0, "measurements": 0.0}
         self.done = {"trainings": 0, "measurements": 0}
+        self.expected: float | None = None  # seconds of a training, by its first steps
+
+    def expect(self, seconds: float) -> None:
+        """Says, by the first steps of the first training, how long all of them take."""
+        count = 1 + sum(self.left["trainings"].values())
+        if self.expected is None and not self.done["trainings"] and count > 1:
+            self.expected = seconds
+            print0(
+                f"trainings: about {spoken(seconds)} each by its first steps, so {count} take {spoken(count * seconds)}"
+            )
 
     @contextmanager
     def timed(self, kind: str, job: Job) -> Iterator[None]:

@@ -44,11 +44,11 @@ from samer.retrievers.banks import load_bank
 from samer.retrievers.base import Encoder
 from samer.retrievers.projectors import load_projector
 from samer.runtime.files import is_file, write_json
-from samer.runtime.processes import print0
+from samer.runtime.processes import from_first, gather_objects, print0, rank, world_size
 from samer.runtime.shards import finished_shard, load_header, load_shard, unreadable, write_shard
 from samer.runtime.signals import stop_here, stoppable
 from samer.settings import Budget
-from samer.training.loop import train
+from samer.training.loop import Shared, train
 
 VERSION = 1
 RECIPE = ("train_batch_size", "grad_accum_steps", "learning_rate", "temperature", "num_train_epochs")  # as shown
@@ -156,34 +156,66 @@ def compare(
         f"{len(records):,} images of {split}, {tokens_per_image} tokens each, "
         f"K = {budget_words(config.merge.num_regions)}; writing to {folder}"
     )
+    for line in _plan_lines(folder, jobs):
+        print0(line)
     if asked.phrases:
         print0(f"asked beside the captions: {len(asked.phrases.texts):,} phrases")
     measured = _train_and_measure(config, folder, store, records, jobs, asked)
     results = summarise(rows, measured, records, seeds, asked.phrases)
     results |= significance(rows, measured, records, seeds, asked.phrases)
     if "cost" in sections:
-        results["cost"] = cost(store, records, config.merge, [most, *at_budgets], batch_size)
-    results = {
-        "version": VERSION,
-        "about": {
-            "data": Path(config.data.root).name,
-            "split": split,
-            "images": len(records),
-            "captions": sum(len(record.captions) for record in records),
-            "model": config.model.name,
-            "tokens_per_image": tokens_per_image,
-            "tokens_range": [fewest, most],
-            "embedding_dim": store.embedding_dim,
-            "merge": asdict(config.merge),
-            **({} if store.reduction.method == "none" else {"reduce": settings_used(store.reduction)}),
-            "train": {name: getattr(config.train, name) for name in RECIPE},
-            "seeds": list(seeds),
-            **_about_queries(asked, rows),
-        },
-        **results,
-    }
-    write_json(folder / "results.json", results)
+        budgeted = [most, *at_budgets]
+        # the others wait: what is timed is this machine with one process at work
+        results["cost"] = from_first(lambda: cost(store, records, config.merge, budgeted, batch_size))
+    about = _about(config, store, records, split, seeds, (fewest, tokens_per_image, most))
+    results = {"version": VERSION, "about": {**about, **_about_queries(asked, rows)}, **results}
+    if rank() == 0:
+        write_json(folder / "results.json", results)
     return results
+
+
+def _about(
+    config: Config,
+    store: FeatureStore,
+    records: Sequence[ImageRecord],
+    split: str,
+    seeds: Sequence[int],
+    tokens: tuple[int, int, int],
+) -> dict:
+    """What is compared; `tokens` as `tokens_of` gives them."""
+    processes = {"processes": world_size()} if world_size() > 1 else {}
+    return {
+        "data": Path(config.data.root).name,
+        "split": split,
+        "images": len(records),
+        "captions": sum(len(record.captions) for record in records),
+        "model": config.model.name,
+        "tokens_per_image": tokens[1],
+        "tokens_range": [tokens[0], tokens[2]],
+        "embedding_dim": store.embedding_dim,
+        "merge": asdict(config.merge),
+        **({} if store.reduction.method == "none" else {"reduce": settings_used(store.reduction)}),
+        "train": {name: getattr(config.train, name) for name in RECIPE} | processes,
+        "seeds": list(seeds),
+    }
+
+
+def _plan_lines(folder: Path, jobs: Jobs) -> list[str]:
+    """What will be done, a line a projector."""
+    lines: dict[str, list] = {}
+    for (name, seed), (through, merges) in jobs.items():
+        there = through is None or is_file(_places(folder, name, seed)[0] / "projector.safetensors")
+        row = lines.setdefault(name, [through, len(merges), [], 0])
+        row[2].append(seed)
+        row[3] += not there
+    return [
+        f"  {name}: {f'seeds {spaced(seeds)}, {left} to train, ' if through else ''}{rows} rows measured"
+        for name, (through, rows, seeds, left) in lines.items()
+    ]
+
+
+def spaced(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
 
 
 def _jobs(rows: Sequence[Row], seeds: Sequence[int]) -> Jobs:
@@ -289,6 +321,7 @@ def _train_and_measure(
 ) -> Measured:
     """Values of all rows, projector by projector; what is finished in `folder` is kept."""
     pace, measured = _pace(folder, jobs, [record.image_id for record in records], asked), {}
+    shared: Shared | None = None
     with stoppable():
         for number, ((name, seed), (through, merges)) in enumerate(jobs.items(), 1):
             stop_here()
@@ -298,13 +331,24 @@ def _train_and_measure(
             if through is not None:
                 settings = replace(config.train, output_dir=str(place), run_name=place.name, seed=seed, budgets=())
                 data = replace(config.data, eval_split="")  # nothing is selected on a split, so none is looked at
+                one = replace(config, merge=through, train=settings, data=data)
+                if shared is None and pace.left["trainings"]:
+                    shared = _shared(config, store)
                 with pace.timed("trainings", (name, seed)):
-                    train(replace(config, merge=through, train=settings, data=data))
+                    train(one, shared, pace.expect)
+                gather_objects(None)  # nobody reads it before it is there
                 projector = load_projector(place, store)
             store.use_projector(projector)
             with pace.timed("measurements", (name, seed)):
                 measured[name, seed] = _measured(path, store, records, merges, config.train.eval_batch_size, asked)
     return measured
+
+
+def _shared(config: Config, store: FeatureStore) -> Shared:
+    """What every training reads, opened and looked at once."""
+    records = training_records(config.data, boxes=True)
+    store.check_records(records)
+    return Shared(store, records)
 
 
 def _places(folder: Path, name: str, seed: int) -> tuple[Path, Path]:
@@ -354,10 +398,14 @@ def _measured(
     }
     contents = hashlib.sha256(repr(store.contents(records, Stamps())).encode()).hexdigest()
     stamp = {**older, "contents": contents}
-    if finished_shard(path, stamp, lambda found, _: found in (stamp, older)) is None:  # earlier versions had no hash
+    # earlier versions had no hash
+    there = from_first(lambda: finished_shard(path, stamp, lambda found, _: found in (stamp, older)) is not None)
+    if not there:
         values = measure(store, records, merges, batch_size, asked)
         tensors = {f"{key}/{name}": value for key, row in values.items() for name, value in row.items()}
-        write_shard(path, tensors, stamp, {"rows": len(merges)})
+        if rank() == 0:
+            write_shard(path, tensors, stamp, {"rows": len(merges)})
+        gather_objects(None)  # nobody reads it before it is there
     try:
         tensors, _ = load_shard(path)
     except (OSError, SafetensorError, ValueError) as error:

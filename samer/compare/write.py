@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from samer.compare.plan import SECTIONS, shown_methods
+from samer.compare.plan import SECTIONS, plan, shown_methods
 from samer.compare.run import compare, load_records
+from samer.compressors import make_compressor
 from samer.config import Config
 from samer.data.records import phrase_texts
 from samer.features.read import FeatureStore, check_reduction, open_encoder
@@ -20,7 +21,7 @@ from samer.report.gallery import Gallery, make_gallery
 from samer.report.page import Table, write_report
 from samer.report.results import write_tables
 from samer.report.tables import recall_table
-from samer.runtime.processes import print0
+from samer.runtime.processes import print0, rank
 
 TILES = {  # the figures in large
     "none": "all tokens",
@@ -63,7 +64,10 @@ def write_comparison(
     given = bool(config.data.features)
     if not given:
         config = replace(config, data=replace(config.data, features=str(out / "features")))
-        _compute_features(config, split, device, phrases="phrases" in sections)
+        rows = plan(config.merge, 1, at_budgets or [1], methods, list(banks or ()))
+        rows = [row for row in rows if row.section in sections] or rows  # without one the gallery shows all methods
+        asked = any(make_compressor(merge).needs for row in rows for merge in (row.merge, row.trained) if merge)
+        _compute_features(config, split, device, phrases="phrases" in sections, signals=asked)
     store = FeatureStore(config.data.features, config.model.name, device, revision=config.model.revision)
     check_reduction(store, config.reduce)
     if every and given and store.lacking(phrases):
@@ -78,17 +82,18 @@ def write_comparison(
         "banks": banks,
     }
     results = compare(config, out, store, **asked)
-    files = [out / "results.json", *write_tables(results, out), out / "report.html"]
+    files = [out / "results.json", *(write_tables(results, out) if rank() == 0 else ()), out / "report.html"]
     compared = list({row["merge"]["compressor"]: None for row in results["rows"]})  # some may have been left out
     shown, regions = shown_methods(config.merge, out, store, sections, seeds[0], compared)
     gallery = make_gallery(store, records, shown, regions, batch_size=config.train.eval_batch_size)
-    _write_page(files[-1], results, gallery, config.data.root, seeds)
+    if rank() == 0:
+        _write_page(files[-1], results, gallery, config.data.root, seeds)
     print0(f"{time.monotonic() - started:.0f} s; wrote {', '.join(map(str, files))}")
     return results
 
 
-def _compute_features(config: Config, split: str, device: torch.device, *, phrases: bool) -> None:
-    """The frozen hidden states of the splits trained and measured on; phrases of the latter."""
+def _compute_features(config: Config, split: str, device: torch.device, *, phrases: bool, signals: bool) -> None:
+    """The frozen hidden states of the splits trained and measured on; phrases of the latter; attention if asked for."""
     data, model = config.data, config.model
     where = {"local_files_only": model.local_files_only, "revision": model.revision}
     encoder = open_encoder(model.name, device, **where, reduce=config.reduce)
@@ -102,6 +107,7 @@ def _compute_features(config: Config, split: str, device: torch.device, *, phras
             limit_images=limit,
             reader=data.name,
             phrases=phrases and name == split,
+            signals=signals,
         )
 
 

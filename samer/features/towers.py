@@ -90,6 +90,9 @@ class StoredTowers(Retriever):
     def contents(self, records: Sequence[ImageRecord], stamps: Stamps) -> list[str | None]:
         return self.store.contents(records, stamps)
 
+    def compile(self) -> None:
+        raise InputError(f"{self.name}: its towers have run already, so there is nothing to compile")
+
     def picture(self, record: ImageRecord) -> None:
         """None: no picture is looked at."""
 

@@ -61,6 +61,7 @@ class Task:
         batch_size: pictures per forward pass.
         device, threads: to compute on; None: torch's own number of threads.
         home: the folder that relative paths are under.
+        compiled: have torch compile the model.
         kind: of the source.
         stamp: how the index is made, as `stamp_of` says it; empty: not checked yet.
     """
@@ -71,6 +72,7 @@ class Task:
     batch_size: int = 32
     device: str = "auto"
     threads: int | None = None
+    compiled: bool = False
     home: str = ""
     kind: str = ""
     stamp: dict = field(default_factory=dict)
@@ -257,7 +259,7 @@ class Worker:
         with chdir(task.home if is_dir(task.home) else "."):
             settings = settings_for(task.folder, task.asked, "int8")
             limit_pixels(settings.config.data.max_megapixels)
-            self.encoder = settings.open(pick_device(task.device))
+            self.encoder = settings.open(pick_device(task.device), compiled=task.compiled)
             bank = bank_for(settings, self.encoder, task.bank)
         merge, how = settings.config.merge, (settings.dtype, settings.assignments)
         check_settings(self.encoder, merge, task.batch_size, *how)

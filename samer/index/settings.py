@@ -17,7 +17,7 @@ from samer.index.read import Index
 from samer.reducers import settings_used as reduction_used
 from samer.reducers.calibration import with_statistics
 from samer.retrievers.base import Encoder, Projector
-from samer.retrievers.hf import identify
+from samer.retrievers.hf import COMPILED, identify
 from samer.retrievers.identity import model_folder
 from samer.retrievers.projectors import load_projector
 from samer.runtime.files import exists, is_file, lookup, read_json
@@ -82,12 +82,13 @@ class Settings:
     asked: frozenset[str]
     notes: tuple[str, ...]
 
-    def open(self, device: torch.device | str, features: str = "") -> Encoder:
+    def open(self, device: torch.device | str, features: str = "", compiled: bool = False) -> Encoder:
         """The encoder of the index, with its projector.
 
         Args:
             device: to compute on; an index goes on in the dtype that it was computed in.
             features: a feature store to read instead of images; empty: none.
+            compiled: have torch compile the model; an index that was made so goes on so.
 
         Raises:
             InputError: a model or a projector that is not there, or not the index's.
@@ -95,7 +96,9 @@ class Settings:
         model = self.config.model
         where = {"features": features, "local_files_only": model.local_files_only, "revision": model.revision}
         if self.index:
-            where["dtype"] = FLOATS.get(self.index.manifest.hidden_states.get("computed_in", ""))
+            kind, _, how = self.index.manifest.hidden_states.get("computed_in", "").partition(" ")
+            where["dtype"] = FLOATS.get(kind)
+            compiled = compiled or (how == COMPILED and not features)
         made = self.folder if self.index else self.adapter_path
         hint = (
             ""
@@ -103,6 +106,8 @@ class Settings:
             else f"{made} was made with it: say where it is with model.name=FOLDER"
         )
         encoder = _opened(model.name, device, hint, **where, reduce=self.config.reduce)
+        if compiled:
+            encoder.compile()
         if self.index:
             self._check_encoder(self.index, encoder)
             encoder.use_projector(self._projector(self.index, encoder))

@@ -96,6 +96,7 @@ def column_sums(config: Any, attentions: Sequence[nn.Module], layers: Sequence[i
     sums: dict[int, Tensor] = {}
 
     def reader_of(layer: int):
+        @torch.compiler.disable  # a loop over images, and what it leaves behind
         def read(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
             # query (B, heads, N, d), key (B, key heads, N, d); mask (B or 1, 1, N, N), bool or added; None: full
             groups = query.shape[1] // key.shape[1]

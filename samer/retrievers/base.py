@@ -139,6 +139,14 @@ class Encoder:
         """What is to be said once a long job is done, such as how many texts were cut."""
         return []
 
+    def compile(self) -> None:
+        """Has torch compile the model; a refusal, as only an encoder that runs one can.
+
+        Raises:
+            InputError: says so.
+        """
+        raise InputError(f"{self.name}: hidden states come from a store, so there is no model to compile")
+
     def picture(self, record: ImageRecord) -> Image | None:
         """An image's picture, which `record_inputs` may be given; None: this encoder reads none. Several at a time.
 

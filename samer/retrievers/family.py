@@ -121,6 +121,11 @@ class Family:
         return self.backbone.language_model
 
     @property
+    def compiled(self) -> list[nn.Module]:
+        """What torch compiles where that is asked for: where nearly all of the time goes."""
+        return [each for each in (self.vision_tower, self.language_model) if each is not None]
+
+    @property
     def attentions(self) -> tuple[Any, list[nn.Module]]:
         """What gives the attention signals: a config that says how attention is computed, and each layer's module."""
         model = self.language_model

@@ -4,6 +4,8 @@ Shape letters: B images, N tokens per image, M query tokens, H hidden."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -32,6 +34,8 @@ from samer.retrievers.reduction import reduced_inputs
 from samer.runtime.files import FileTrouble, is_dir, is_file, read_json
 from samer.runtime.hub import NAME_A_MODEL, is_hub_id, model_name, refused_file
 from samer.tokens import ImageLayout
+
+COMPILED = "compiled"  # in what `origin` says of a model that torch has compiled
 
 
 class Retriever(Encoder):
@@ -183,6 +187,23 @@ class Retriever(Encoder):
         Reduced(self.tower, settings)
         self.reduction = settings
         check_model(self)
+
+    def compile(self) -> None:
+        """Has torch compile the towers, when they are first used; hidden states then differ in their last bits.
+
+        What is made of them says so in `origin`, so that it is not mixed with what the model gives as it is.
+
+        Raises:
+            InputError: its tower is reduced, whose layers change from call to call; no compiler.
+        """
+        compilers = os.environ.get("CXX"), "g++", "clang++", "cl"
+        if self.device.type == "cpu" and not any(name and shutil.which(name) for name in compilers):
+            raise InputError("--compile needs a C++ compiler on a CPU; install g++, or leave it out")
+        if self.reduction.method != "none":
+            raise InputError(f"{self.name}: its vision tower is reduced, and can't be compiled; leave one of both out")
+        for module in self.family.compiled:
+            module.compile()
+        self.origin = {**self.origin, "computed_in": f"{self.origin['computed_in']} {COMPILED}"}
 
     @cached_property
     def identity(self) -> ModelIdentity:

@@ -374,6 +374,11 @@ class Towers(Family):
         return inputs
 
     @property
+    def compiled(self) -> list[nn.Module]:
+        """Both towers."""
+        return [self.model.vision_tower, self.model.text_tower]
+
+    @property
     def vision_tower(self) -> nn.Module:
         return self.model.vision_tower
 

@@ -71,6 +71,13 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all, or OMP_NUM_THREADS)")
 
 
+def add_compile_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --compile, which a script hands to the model that it opens."""
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the model: pays on large sets; needs a C++ compiler"
+    )
+
+
 def compute_device(options: argparse.Namespace) -> torch.device:
     """The device that the options ask for, with the threads they ask for.
 
@@ -147,7 +154,7 @@ def _check_alone() -> None:
     if world_size() > 1:
         raise InputError(
             f"this command runs in one process, and WORLD_SIZE is {world_size()}; start it without torchrun "
-            "(unset WORLD_SIZE): only train, align, features, cache and SEPS share it between processes"
+            "(unset WORLD_SIZE): only train, align, features, cache, compare and SEPS share it between processes"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -50,7 +50,20 @@ class TrainResult:
     validation: dict[str, float]
 
 
-def train(config: Config) -> TrainResult:
+@dataclass(frozen=True)
+class Shared:
+    """What many trainings have in common, opened once.
+
+    Attributes:
+        encoder: as `config.data` and `config.model` say; its projector is set to the base's.
+        records: as `samer.data.training_records` gives them with boxes; the encoder has checked them.
+    """
+
+    encoder: Encoder
+    records: Sequence[ImageRecord]
+
+
+def train(config: Config, shared: Shared | None = None, told: Callable[[float], object] | None = None) -> TrainResult:
     """Trains the projector as configured and writes `projector.safetensors` + `config.json` to the output folder.
 
     Through a compressor with a query bank also `bank.safetensors`, of the final projector.
@@ -58,16 +71,21 @@ def train(config: Config) -> TrainResult:
     Resumes from the last complete checkpoint in the output folder if `train.resume` is on, with as many captions a step
     as before whatever the number of processes.
 
+    Args:
+        config: of the run.
+        shared: what the caller has opened; None: all is opened here.
+        told: is given how many seconds the run will take, once, when that can be said.
+
     Raises:
         InputError: bad data, a folder that holds another run or is written to by another process, a full disk, a
             non-finite loss.
         Stopped: SIGTERM came; a checkpoint of the last step is written.
     """
     with only_writer(config.train.output_dir):
-        return _train(config)
+        return _train(config, shared, told)
 
 
-def _train(config: Config) -> TrainResult:
+def _train(config: Config, shared: Shared | None, told: Callable[[float], object] | None) -> TrainResult:
     settings, output = config.train, Path(config.train.output_dir)
     # all that a run needs is looked at before its first step, what is quick to find before the model is loaded
     if not config.data.root:
@@ -79,24 +97,10 @@ def _train(config: Config) -> TrainResult:
         print0(f"{output} holds this run, finished; nothing is left to train")
         return _result(output, _read_history(output / "history.json"), settings, 0.0)
     start = find_start(output, settings)
-    records, validation = _load_data(config)
+    records, validation = _load_data(config, shared)
     dataset = CaptionDataset(records)
     accelerator = _make_accelerator(output, trackers)
-    retriever = open_encoder(
-        config.model.name,
-        accelerator.device,
-        features=config.data.features,
-        dtype=torch.bfloat16 if settings.bf16 else torch.float32,
-        local_files_only=config.model.local_files_only,
-        revision=config.model.revision,
-        reduce=config.reduce,
-    )
-    if not config.data.features and config.reduce.method != "none" and not config.reduce.unmerge:
-        raise InputError(
-            f"reduce.method={config.reduce.method}: boxes become labels before the tower sees a picture; train from "
-            "features that scripts/features.py made with it (data.features), or with reduce.unmerge=true"
-        )
-    retriever.check_records([*records, *validation])
+    retriever = _encoder_of(config, accelerator.device, shared, records, validation)
     set_seed(settings.seed)
     queries = _bank_tokens(config, retriever, records)
     model = ProjectorModel(
@@ -116,6 +120,7 @@ def _train(config: Config) -> TrainResult:
         with atomic_path(output / "config.yaml") as temporary:
             temporary.write_text(dump_config(config), encoding="utf-8")
     run = Run(config, accelerator, model, dataset, validation, start)
+    run.told = told
     began = time.monotonic()
     run.to_the_end()
     seconds = time.monotonic() - began
@@ -131,6 +136,37 @@ def _train(config: Config) -> TrainResult:
     return _result(output, history, settings, seconds)
 
 
+def _encoder_of(
+    config: Config,
+    device: torch.device,
+    shared: Shared | None,
+    records: Sequence[ImageRecord],
+    validation: Sequence[ImageRecord],
+) -> Encoder:
+    """The encoder with the base's projector, which has looked at all images."""
+    if shared is not None:
+        shared.encoder.use_projector(shared.encoder.base_projector)  # which tells the tokens of a query bank apart
+        if validation:
+            shared.encoder.check_records(validation)
+        return shared.encoder
+    retriever = open_encoder(
+        config.model.name,
+        device,
+        features=config.data.features,
+        dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
+        local_files_only=config.model.local_files_only,
+        revision=config.model.revision,
+        reduce=config.reduce,
+    )
+    if not config.data.features and config.reduce.method != "none" and not config.reduce.unmerge:
+        raise InputError(
+            f"reduce.method={config.reduce.method}: boxes become labels before the tower sees a picture; train from "
+            "features that scripts/features.py made with it (data.features), or with reduce.unmerge=true"
+        )
+    retriever.check_records([*records, *validation])
+    return retriever
+
+
 def _bank_tokens(config: Config, retriever: Encoder, records: Sequence[ImageRecord]) -> QueryStates | None:
     """What the query bank is made of, where the compressor has one: the captions that are trained on."""
     if not make_compressor(config.merge).needs_queries:
@@ -141,10 +177,10 @@ def _bank_tokens(config: Config, retriever: Encoder, records: Sequence[ImageReco
     return found
 
 
-def _load_data(config: Config) -> tuple[list[ImageRecord], list[ImageRecord]]:
+def _load_data(config: Config, shared: Shared | None) -> tuple[Sequence[ImageRecord], list[ImageRecord]]:
     """Records to train on, with boxes, and to validate on, without; the latter may be none."""
     data = config.data
-    records = training_records(data, boxes=True)
+    records = training_records(data, boxes=True) if shared is None else shared.records
     if not names_boxes(records) and not any(record.things for record in records):
         print0(f"note: {data.train_split} of {data.root} has no boxes: trained without object labels")
     if not data.eval_split:
@@ -206,6 +242,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
         self.loss_sum = torch.zeros((), device=accelerator.device)  # of this process, since the last log
         self.saved_step = -1  # of the newest checkpoint
+        self.told: Callable[[float], object] | None = None  # of the seconds of the whole run
         self.checkpoint = start.checkpoint
         now = {"max_steps": max_steps, "world_size": world_size(), "accumulation": start.accumulation}
         if start.state is not None and start.state.max_steps != max_steps:
@@ -330,6 +367,9 @@ class Run:
         state.logged_at = state.step
         self._record(values)
         pace = (time.monotonic() - self.began) / (state.step - self.first_step)
+        if self.told is not None:
+            self.told(pace * (state.max_steps - self.first_step))
+            self.told = None
         words = [
             f"step {state.step}/{state.max_steps}",
             f"loss {values['loss']:.4f}",

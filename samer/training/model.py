@@ -96,10 +96,16 @@ class ProjectorModel(nn.Module):
         query_mask = query_inputs["attention_mask"].bool().to(image_hidden.device)
         whole = bool(mask.all())
 
+        # several budgets share one projection of the states; of one budget, slices project what they need
+        projected = self._projected(image_hidden) if len(self.compressors) > 1 else None
+
         def compress(compressor: Compressor, rows: Tensor, row_labels: Tensor | None) -> MergedTokens:
-            distinct, place = rows.unique(return_inverse=True)
-            hidden = image_hidden if len(distinct) == len(image_hidden) else image_hidden[distinct]
-            tokens = self.projection(hidden).index_select(0, place)  # (b, N, D)
+            if projected is not None:
+                tokens = projected[rows]
+            else:
+                distinct, place = rows.unique(return_inverse=True)
+                hidden = image_hidden if len(distinct) == len(image_hidden) else image_hidden[distinct]
+                tokens = self.projection(hidden).index_select(0, place)  # (b, N, D)
             signals = {name: value[rows] for name, value in attention.items()}
             some_mask = None if whole else mask[rows]
             chosen = None if seeds is None else seeds[rows]
@@ -142,6 +148,15 @@ class ProjectorModel(nn.Module):
             (scores,) = _in_chunks(score, CHUNK_ELEMENTS // pairs, queries, query_mask)  # (B, I)
             losses.append(multi_positive_t2i_loss(scores, positives, self.temperature))
         return {"loss": torch.stack(losses).mean() * (len(counted) / counted.sum())}
+
+    def _projected(self, hidden: Tensor) -> Tensor:
+        """Unit tokens (U, N, D) of hidden states (U, N, H), in slices as `_in_chunks`."""
+        width = hidden.shape[1] * (hidden.shape[2] + self.projection.out_features)
+
+        def project(some: Tensor) -> tuple[Tensor]:
+            return (self.projection(some),)
+
+        return _in_chunks(project, CHUNK_ELEMENTS // width, hidden)[0]
 
     def _mixed(self, images: Tensor, valid: Tensor, numbers: Tensor) -> Tensor:
         """The images (I, K, D), or what midpoint mixup makes of them; `numbers` (I,) tells which are one image."""
