@@ -100,12 +100,7 @@ class ProjectorModel(nn.Module):
         projected = self._projected(image_hidden) if len(self.compressors) > 1 else None
 
         def compress(compressor: Compressor, rows: Tensor, row_labels: Tensor | None) -> MergedTokens:
-            if projected is not None:
-                tokens = projected[rows]
-            else:
-                distinct, place = rows.unique(return_inverse=True)
-                hidden = image_hidden if len(distinct) == len(image_hidden) else image_hidden[distinct]
-                tokens = self.projection(hidden).index_select(0, place)  # (b, N, D)
+            tokens = self._tokens_of(image_hidden, rows) if projected is None else projected[rows]  # (b, N, D)
             signals = {name: value[rows] for name, value in attention.items()}
             some_mask = None if whole else mask[rows]
             chosen = None if seeds is None else seeds[rows]
@@ -148,6 +143,12 @@ class ProjectorModel(nn.Module):
             (scores,) = _in_chunks(score, CHUNK_ELEMENTS // pairs, queries, query_mask)  # (B, I)
             losses.append(multi_positive_t2i_loss(scores, positives, self.temperature))
         return {"loss": torch.stack(losses).mean() * (len(counted) / counted.sum())}
+
+    def _tokens_of(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Unit tokens (b, N, D) of some images (b,), each projected once, of hidden states (U, N, H)."""
+        distinct, place = rows.unique(return_inverse=True)
+        some = hidden if len(distinct) == len(hidden) else hidden[distinct]
+        return self.projection(some).index_select(0, place)
 
     def _projected(self, hidden: Tensor) -> Tensor:
         """Unit tokens (U, N, D) of hidden states (U, N, H), in slices as `_in_chunks`."""
