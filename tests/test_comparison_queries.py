@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from samer.compressors.grid import GridPooling
 from samer.config import InputError, MergeConfig
 from samer.data import flickr
 from samer.data.records import Caption, ImageRecord, Phrase, phrase_texts
-from samer.evaluation import both_directions
+from samer.evaluation import both_directions, fitted_compressor, fitted_compressors
 from samer.features.read import FeatureStore
 from samer.features.write import write_features
 from samer.index.read import Index
@@ -849,3 +850,35 @@ def test_what_is_left_and_how_long_it_takes(clock, capsys):
 )
 def test_times_in_words(seconds, words):
     assert spoken(seconds) == words
+
+
+def test_processes_share_the_compressions_and_get_all_values(stored, world, base, monkeypatch):
+    """Each measures its own; together they are what one process measures, in the order asked for."""
+    store, records = FeatureStore(stored / "phrases", str(base)), flickr.load_split(world, "test", boxes=True)
+    merges = {name: MergeConfig(num_regions=3, compressor=name) for name in ("samer", "none", "kmeans")}
+    whole, parts = measure(store, records, merges, 8), []
+    monkeypatch.setattr(compare_measure, "world_size", lambda: 2)
+    for number in range(2):
+        monkeypatch.setattr(compare_measure, "rank", partial(int, number))
+        monkeypatch.setattr(compare_measure, "gather_objects", lambda part: [parts.append(part), part][1:])
+        measure(store, records, merges, 8)
+    assert [list(part) for part in parts] == [["samer", "kmeans"], ["none"]]
+    monkeypatch.setattr(compare_measure, "gather_objects", lambda _: parts)
+    together = measure(store, records, merges, 8)
+    assert list(together) == list(whole)
+    for key, values in whole.items():
+        assert all(torch.equal(together[key][name], value) or value.isnan().any() for name, value in values.items())
+
+
+def test_what_several_compressors_learn_from_is_encoded_once(stored, world, base, monkeypatch):
+    store, records = FeatureStore(stored / "phrases", str(base)), flickr.load_split(world, "test", boxes=False)
+    seen, encode = [], store.encode_images
+    monkeypatch.setattr(store, "encode_images", lambda inputs, needs=(): seen.append(1) or encode(inputs, needs))
+    merges = {str(k): MergeConfig(num_regions=k, compressor="hpc") for k in (2, 3, 4)}
+    together = fitted_compressors(store, records, merges, 2)
+    once = len(seen)
+    alone = {key: fitted_compressor(store, records, merge, 2) for key, merge in merges.items()}
+    assert len(seen) == 4 * once
+    for key, compressor in together.items():
+        ours, theirs = compressor.state(), alone[key].state()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -1,6 +1,7 @@
 """The feature store: what is read equals what the model gives; nothing is lost by a kill; nothing stale is read."""
 
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from toy_family import Toy, save_toy
 
 from samer.config import InputError, MergeConfig, ObjectsConfig, load_config
@@ -562,3 +563,60 @@ def test_a_batch_of_1024_captions_trains_within_4_gb():
         [sys.executable, "-c", MEMORY.format(root=root)], capture_output=True, text=True, env={**os.environ}, check=True
     )
     assert float(done.stdout) < 4.0
+
+
+# --- what is written, and what is not asked for ---------------------------------------------------------------------
+
+
+def test_a_shard_has_the_bytes_that_safetensors_gives_it(tmp_path):
+    """Written piece by piece, of every kind of numbers and with odd names in its stamp."""
+    kinds = (torch.int64, torch.float64, torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.int8)
+    tensors = {f"{name}{k}": torch.arange(30).view(5, 3, 2).to(kind) for k, kind in enumerate(kinds) for name in "ba"}
+    tensors |= {"flags": torch.arange(7) % 2 == 0, "bytes": torch.arange(6, dtype=torch.uint8).view(2, 3)}
+    names = {"names": ["Käfer", '\x7f\x01\t"\\/\u2028', "猫"]}
+    parts = {name: list(tensor.split(2)) for name, tensor in tensors.items()}
+    entry = write_shard(tmp_path / "parts.safetensors", parts, names, {"count": 3})
+    whole = write_shard(tmp_path / "whole.safetensors", tensors, names, {"count": 3})
+    found = (tmp_path / "parts.safetensors").read_bytes()
+    digest = hashlib.sha256(b"".join(tensors[name].view(torch.uint8).numpy().tobytes() for name in sorted(tensors)))
+    header = {"stamp": names, "entry": {"count": 3}, "checksum": digest.hexdigest()}
+    assert found == save(tensors, metadata={"samer": json.dumps(header, ensure_ascii=False)})
+    assert found == (tmp_path / "whole.safetensors").read_bytes()
+    assert entry["sha256"] == whole["sha256"] == hashlib.sha256(found).hexdigest()
+
+
+def test_signals_that_are_not_asked_for_are_left_out(shards, base, world, store, tmp_path):
+    """All else is the same; such a store says why it has none, and is not mixed with one that has them."""
+    frozen, folder = Retriever.load(str(base)), tmp_path / "plain"
+    write_features(folder, world, ["val"], frozen, batch_size=4, dtype="float32", signals=False)
+    for path in sorted(folder.glob("val/images-*.safetensors")):
+        ours, theirs = load_file(path), load_file(store / "val" / path.name)
+        assert ours.pop("attention").isnan().all()
+        assert not theirs.pop("attention").isnan().any()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    plain, records = FeatureStore(folder, str(base)), flickr.load_split(world, "val", boxes=False)
+    with pytest.raises(InputError, match="signals were not asked for"):
+        plain.image_states(plain.record_inputs(records[:1]), ATTENTION)
+    with pytest.raises(InputError, match="without the attention that SAP compressors ask for"):
+        write_features(folder, world, ["val"], frozen, batch_size=4, dtype="float32")
+    shutil.copytree(store, tmp_path / "full")
+    before = contents(tmp_path / "full")
+    write_features(tmp_path / "full", world, SPLITS, frozen, batch_size=4, dtype="float32", signals=False)
+    assert contents(tmp_path / "full") == before
+
+
+def test_a_compiled_model_is_told_from_the_plain_one(base, world, store, monkeypatch):
+    """With torch's compiler stood in for by the modules themselves, which takes no minutes."""
+    monkeypatch.setattr(torch, "compile", lambda model, *_, **__: model)
+    plain, compiled = (Retriever.load(str(base)) for _ in range(2))
+    compiled.compile()
+    assert compiled.origin == {**plain.origin, "computed_in": "float32 compiled"}
+    records = flickr.load_split(world, "val", boxes=False)
+    ours, theirs = (each.hidden_states(each.record_inputs(records)) for each in (compiled, plain))
+    torch.testing.assert_close(ours, theirs)
+    with pytest.raises(InputError, match="no model to compile"):
+        FeatureStore(store, str(base)).compile()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(InputError, match=r"needs a C\+\+ compiler"):
+        plain.compile()
