@@ -21,6 +21,8 @@ from torch import Tensor
 
 from samer.config import InputError
 from samer.index.banks import keep_bank
+from samer.index.codes import FILE as CODES
+from samer.index.codes import write_codes
 from samer.index.columns import read_columns, write_columns
 from samer.index.manifest import (
     IndexManifest,
@@ -70,6 +72,8 @@ def merge_indexes(folder: str | Path, sources: Sequence[str | Path]) -> list[Ind
             _join_columns(folder, name, sources)
         write_projector(folder / "projector.safetensors", first.projector())
         keep_bank(folder, first.bank())
+        if first.codes:
+            write_codes(folder / CODES, first.codes, "")
         write_index_manifest(folder / "manifest.json", replace(first.manifest, splits=splits))
     return [summarise(name, split) for name, split in splits.items()]
 

@@ -20,6 +20,7 @@ from samer.index.manifest import (
     write_index_manifest,
 )
 from samer.index.read import Index
+from samer.index.tensors import without_full_masks
 from samer.index.write import write_image_shard
 from samer.runtime.files import only_writer
 from samer.runtime.progress import batched
@@ -151,4 +152,5 @@ def copy_rows(
     )
     known = {key: values for key, values in told.items() if any(value is not None for value in values)}
     stamp = {**stamp_of(index.manifest), **known, "texts": []}
+    tensors = without_full_masks(index.manifest, tensors)
     return write_image_shard(path, tensors, half, {**stamp, "ids": list(names)} if names else stamp)

@@ -12,6 +12,7 @@ import torch
 from samer.compressors import settings_used
 from samer.config import Config, InputError, ModelConfig, ReduceConfig, load_config
 from samer.features.read import open_encoder
+from samer.index.codes import refuse_new_codes
 from samer.index.manifest import FLOATS, NO_REGION
 from samer.index.read import Index
 from samer.reducers import settings_used as reduction_used
@@ -240,6 +241,7 @@ def _of_new(folder: Path, asked: Asked, dtype: str) -> Settings:
         if not few and merge.compressor != "none":
             notes.append(f"{TOO_MANY}, not {merge.num_regions}")
     name = asked.dtype or dtype
+    refuse_new_codes(folder, name)
     return Settings(folder, config, asked.adapter_path, name, assignments, None, frozenset(keys), tuple(notes))
 
 

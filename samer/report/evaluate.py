@@ -64,7 +64,7 @@ def metric_places(output: str | Path, index: str | Path) -> tuple[Path, Path]:
 def _is_part(path: Path, index: Path) -> bool:
     """Whether a path is one of an index's own: metrics may lie beside its manifest."""
     if path.parent == index:
-        return path.name in ("manifest.json", "projector.safetensors", "bank.safetensors")
+        return path.name in ("manifest.json", "projector.safetensors", "bank.safetensors", "codes.safetensors")
     return index in path.parents and path.suffix == ".safetensors"
 
 
