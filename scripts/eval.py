@@ -29,6 +29,9 @@ def main(argv=None):
     parser.add_argument("--output-json", required=True, help="where the metrics go")
     parser.add_argument("--data-root", help="the data set's folder, for the report's pictures; boxes are read")
     parser.add_argument("--reader", default="", help=DATA_KINDS)
+    parser.add_argument(
+        "--budget", type=int, default=0, metavar="K", help="score by so many vectors of each image (all)"
+    )
     parser.add_argument("--folds", type=int, help="also the mean over so many folds of the images (COCO 1K: 5)")
     parser.add_argument("--sets", action="store_true", help="also accuracy within an image's set (ImageCoDe)")
     parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
@@ -46,7 +49,7 @@ def main(argv=None):
     index.check_captions(split)
     check_protocols(index, split, options.folds, options.sets)
     output, report = metric_places(options.output_json, folder)
-    result, scores = evaluate_index(index, split, device)
+    result, scores = evaluate_index(index, split, device, options.budget)
     result |= protocols_asked(index, split, scores, options.folds, options.sets)
     images, queries = result["images"], result["queries"]
     print(f"{folder}, {split}: {images:,} images x {result['vectors_per_image']} vectors, {queries:,} queries")

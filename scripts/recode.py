@@ -2,7 +2,8 @@
 
     python scripts/recode.py --cache-dir outputs/pictures --out outputs/pictures_1bit --dtype 1bit
     python scripts/recode.py --cache-dir outputs/pictures --out outputs/pictures_any --budgets 8 16 32
-    python scripts/recode.py --cache-dir outputs/float32 --out outputs/small --dtype 1bit --budgets 8 --bank bank.safetensors
+    python scripts/recode.py --cache-dir outputs/pages --out outputs/small --dtype 1bit --budgets 8 \\
+        --bank bank.safetensors
 
 1bit, 2bit and 4bit are codes that are looked up in learned tables, so many bits a component, with no copy in floats
 beside them; tables are learned on the index's own vectors, and with --bank (scripts/bank.py) on what queries ask of

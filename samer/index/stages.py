@@ -36,7 +36,7 @@ def exact_scores(
         device: to score on.
     """
     tokens, masks = joined(tokens), joined(masks)
-    count = min(LEAST, scores.shape[1])
+    count = min(CANDIDATES * 10, scores.shape[1])
     chosen = scores.topk(count, dim=1).indices  # (Q, candidates)
     scores -= 4  # below any exact score of unit tokens
     for row, (query, mask) in enumerate(queries):

@@ -68,10 +68,18 @@ def _is_part(path: Path, index: Path) -> bool:
     return index in path.parents and path.suffix == ".safetensors"
 
 
-def evaluate_index(index: Index, split: str, device: torch.device) -> tuple[dict, Tensor]:
-    """Metrics of a split as scripts/eval.py writes them, and the scores (Q, I) that they were made from."""
+def evaluate_index(index: Index, split: str, device: torch.device, budget: int = 0) -> tuple[dict, Tensor]:
+    """Metrics of a split as scripts/eval.py writes them, and the scores (Q, I) that they were made from.
+
+    `budget`: of the smaller ones that the index holds; 0: all vectors.
+
+    Raises:
+        InputError: no such budget, or as `Index.scores`.
+    """
     images, queries, regions, size = index.size(split)
-    scores, image_of = index.scores(split, device)
+    if budget:
+        regions, size = min(budget, regions), scanned_bytes(index, split, budget)
+    scores, image_of = index.scores(split, device, budget)
     grades = index.grades(split)
     directions = both_directions(scores, image_of, grades=grades)
     made = index.manifest
@@ -89,7 +97,7 @@ def evaluate_index(index: Index, split: str, device: torch.device) -> tuple[dict
         "queries": queries,
         "vectors_per_image": regions,
         "bytes_per_image": size,
-        **means_and_totals(index, split),
+        **means_and_totals(index, split, budget),
         **directions,
         "cache": about,
     }
@@ -98,14 +106,23 @@ def evaluate_index(index: Index, split: str, device: torch.device) -> tuple[dict
     return result, scores
 
 
-def means_and_totals(index: Index, split: str) -> dict:
+def scanned_bytes(index: Index, split: str, budget: int = 0) -> float:
+    """Bytes per image that a search reads of an index at a budget (0: all its vectors)."""
+    size = count = 0
+    for ids, images in index.stored(split, budget=budget):
+        read = (images.tokens, images.scale, images.mask, images.bases)
+        size, count = size + sum(each.nbytes for each in read if isinstance(each, Tensor)), count + len(ids)
+    return size / count
+
+
+def means_and_totals(index: Index, split: str, budget: int = 0) -> dict:
     """Size and cost of a split whose images differ in their vectors, padding left out; empty where they are all alike.
 
     Returns:
         `sizes`: `vectors` {mean, fewest, most, total}; `bytes` {mean, total} of the stored vectors; `operations` of
         MaxSim, 2 D sum(M) sum(vectors), {mean, total}, whose mean is per query and image.
     """
-    counts = torch.cat([_counts(images) for _, images in index.stored(split)])  # (I,)
+    counts = torch.cat([_counts(images) for _, images in index.stored(split, budget=budget)])  # (I,)
     fewest, most, total = int(counts.min()), int(counts.max()), int(counts.sum())
     if fewest == most:
         return {}
