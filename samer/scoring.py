@@ -343,6 +343,8 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     if block_elements is None:
         block_elements = _CPU_BLOCK_ELEMENTS if tokens.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
     per_block = max(1, block_elements // (asked.wide * tokens.shape[1]))
+    if tokens.dtype == torch.uint8 and not tokens.is_cuda:  # what is looked up should stay in cache, too
+        per_block = max(1, min(per_block, _CPU_BLOCK_ELEMENTS // (tokens.shape[1] * width)))
     units = _units(images, width).split(per_block)
     lengths = queries.mask.sum(1)
     owners = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)
