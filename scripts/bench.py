@@ -13,6 +13,9 @@ python scripts/bench.py pictures  photographs of 12, 50 and 108 megapixels: memo
 python scripts/bench.py latency   one query at a time, alone and beside a busy process, by how torch's threads wait
 python scripts/bench.py reduce    a vision tower on fewer tokens: pictures a second and FLOPs, by reducer and tier
 python scripts/bench.py gpu       a random ColPali of the published size on a GPU: encoding, merging, training, scoring
+python scripts/bench.py bits      codes of 1, 2 and 4 bits, and smaller budgets: bytes against recall (bits --help)
+python scripts/bench.py coarse    two stages of search against one (coarse --help)
+python scripts/bench.py small     one million images in 1 bit a component on disk (small --help)
 python scripts/bench.py help      how long --help of every script takes, beside an interpreter that does nothing
 """
 
@@ -28,6 +31,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import importlib
 import io
 import multiprocessing
 import os
@@ -931,6 +935,9 @@ def smooth(count, size):
 
 def main(argv=None):
     """Runs one of them."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in ("bits", "coarse", "small"):
+        return importlib.import_module(f"{__package__ or 'scripts'}.bench_bits").main(words)
     what = {
         "merge": merge,
         "querybank": queries,
