@@ -2,12 +2,13 @@
 
 An image is its base, the mean of its vectors in int8 with a scale, and a code per vector for what is left of it. Codes
 are of product quantisation (Jegou, Douze and Schmid 2011): the D components stand in G groups of W, and each group has
-a table of 256 entries, learned by k-means. Before that vectors are turned so that the groups have equal shares of the
-variance (Ge, He, Ke and Sun 2013, their starting point; rounds of their alternation gained nothing here), in a space
-where distances count as products with queries do: with C the second moment of query tokens and C = L L', a vector v
-becomes v L R and a query token q becomes q L^-T R, whose product is that of v and q, and errors of all of v L R cost
-what they cost a score. Entries are int8 with one scale, so stored vectors are int8 and products with int8 queries are
-exact in int32.
+a table of 256 entries, learned by k-means. Before that what is left is turned so that the groups have equal shares of
+the variance (Ge, He, Ke and Sun 2013, their starting point; rounds of their alternation gained nothing here), in a
+space where distances count as products with queries do: with C the second moment of query tokens and C = L L', a rest r
+becomes r L R and a query token q becomes q L^-T R, whose product is that of r and q; an error in r L R costs a score
+the same in every direction. Entries are int8 with one scale, so what is stored is int8, and products with int8 queries
+are exact in int32. So that each component fills the range of int8, they are divided by `costs`, and those of queries
+multiplied.
 
 Shape letters: n images, K vectors of each, G bytes of a vector, W components that a byte stands for, D = G W; T query
 tokens.
@@ -16,6 +17,7 @@ tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,10 +28,12 @@ from samer.config import InputError
 from samer.products import quantise_rows
 
 COMPONENTS = {"1bit": 8, "2bit": 4, "4bit": 2}  # W, by the name of the code
+TENSORS = ("tables", "images", "queries", "costs")  # of a `Codebook`
 ENTRIES = 256  # that a byte tells apart
 ROUNDS = 16  # of k-means
 ENOUGH = 2**16  # vectors to learn from
 FLOOR = 0.05  # of the second moment's mean, added to its diagonal: no direction is free
+_STARTS = 2**14  # vectors that tables begin with some of
 _ROWS = 4096  # of a product with a table: what fits a cache
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # W bytes as one number
 
@@ -50,14 +54,16 @@ class Codebook:
     Attributes:
         tables: (G, 256, W) int8.
         scale: what an entry's 1 is worth.
-        images: (D, D) float32: a vector v is coded as v @ images.
+        images: (D, D) float32: what a vector v has beside its image's base, r, is coded as r @ images.
         queries: (D, D) float32: a query token q is multiplied as q @ queries; images @ queries.T is the identity.
+        costs: (D,) float32, what an error in a component costs.
     """
 
     tables: Tensor
     scale: float
     images: Tensor
     queries: Tensor
+    costs: Tensor
 
     @property
     def width(self) -> int:
@@ -73,7 +79,7 @@ class Codebook:
         """The same on a device."""
         if self.tables.device == torch.device(device):
             return self
-        return replace(self, **{name: getattr(self, name).to(device) for name in ("tables", "images", "queries")})
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
     @cached_property
     def _words(self) -> Tensor:
@@ -97,19 +103,19 @@ class Codebook:
             mask: (n, K) bool; the code of a missing vector is 0.
             bases: (n, D) int8 and (n,) float32 of the images, where they are known; None: of these vectors' mean.
         """
-        turned = tokens.float() @ self.images
-        whole, scales = bases or quantise_rows(_means(turned, mask))
-        rest = (turned - (whole * scales[:, None])[:, None]).flatten(0, 1) / self.scale
-        own = rest.unflatten(1, (self.code_bytes, -1)).unbind(1)
-        found = [nearest(part, table.float()) for part, table in zip(own, self.tables)]
+        whole, scales = bases or quantise_rows(_means(tokens.float(), mask))
+        rest = (tokens.float() - (whole * scales[:, None])[:, None]).flatten(0, 1) @ (self.images * self.costs)
+        own = (rest / self.scale).unflatten(1, (self.code_bytes, -1)).unbind(1)
+        tables = self.tables * self.costs.view(self.code_bytes, 1, -1)
+        found = [nearest(part, table) for part, table in zip(own, tables)]
         codes = torch.stack(found, dim=1).to(torch.uint8).view(*mask.shape, -1)
         return Codes(codes * mask[..., None], whole, scales)
 
     def vectors(self, images: Codes, mask: Tensor) -> Tensor:
         """(n, K, D) float32, what is stored of images, in the space of their vectors; 0 where `mask` is False."""
         bases = images.bases * images.scales[:, None]
-        turned = self.decode(images.codes).float() * self.scale + bases[:, None]
-        return (turned @ self.queries.t()) * mask[..., None]
+        rest = (self.decode(images.codes).float() * self.scale) @ self.queries.t()
+        return (rest + bases[:, None]) * mask[..., None]
 
 
 def _means(tokens: Tensor, mask: Tensor) -> Tensor:
@@ -131,7 +137,13 @@ def second_moment(tokens: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def learn(kind: str, tokens: Tensor, mask: Tensor, moment: Tensor | None = None) -> Codebook:
+def learn(
+    kind: str,
+    tokens: Tensor,
+    mask: Tensor,
+    moment: Tensor | None = None,
+    levels: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Codebook:
     """Tables for images like these.
 
     Args:
@@ -139,6 +151,7 @@ def learn(kind: str, tokens: Tensor, mask: Tensor, moment: Tensor | None = None)
         tokens: (n, K, D) of a sample of images; `ENOUGH` vectors are looked at.
         mask: (n, K) bool.
         moment: (D, D), the second moment of query tokens; None: of these vectors, in whose space queries are.
+        levels: vectors (n, B, D) and masks (n, B) of the same images at smaller budgets, if they are to be coded, too.
 
     Raises:
         InputError: a width that the code can't divide, or fewer vectors than a table has entries.
@@ -152,18 +165,21 @@ def learn(kind: str, tokens: Tensor, mask: Tensor, moment: Tensor | None = None)
     moment = second_moment(tokens[mask]) if moment is None else moment.double()
     moment = moment * (width / moment.trace()) + FLOOR * torch.eye(width, dtype=torch.float64)
     lower = torch.linalg.cholesky(moment)
-    spread = tokens.double() @ lower
-    rest = (spread - _means(spread, mask)[:, None])[mask]
+    whole, scales = quantise_rows(_means(tokens.float(), mask))
+    bases = (whole * scales[:, None])[:, None]
+    rest = torch.cat([(own - bases)[here] for own, here in ((tokens, mask), *levels)])
+    rest = rest[torch.randperm(len(rest), generator=generator)[:ENOUGH]].double() @ lower
     turn = _balanced(rest.t() @ rest, group)
-    images, queries = lower @ turn, torch.linalg.inv(lower).t() @ turn
-    turned = tokens.float() @ images.float()
-    whole, scales = quantise_rows(_means(turned, mask))
-    rest = (turned - (whole * scales[:, None])[:, None])[mask]
-    rest = rest[torch.randperm(len(rest), generator=generator)[:ENOUGH]]
-    found = [_k_means(part, generator) for part in rest.unflatten(1, (-1, group)).unbind(1)]
+    rest = rest @ turn
+    found = [_k_means(part, generator) for part in rest.float().unflatten(1, (-1, group)).unbind(1)]
     tables = torch.stack(found)
+    # queries bear rounding better than images, whose entries are rounded once for all: each component fills its range
+    sizes = tables.abs().amax(1).flatten().double()
+    costs = (sizes / sizes.max().clamp(min=1e-12)).clamp(min=1e-3)
+    tables = tables / costs.float().view(len(tables), 1, -1)
     scale = float(tables.abs().max() / 127) or 1.0
-    return Codebook((tables / scale).round().to(torch.int8), scale, images.float(), queries.float())
+    images, queries = lower @ turn / costs, torch.linalg.inv(lower).t() @ turn * costs
+    return Codebook((tables / scale).round().to(torch.int8), scale, images.float(), queries.float(), costs.float())
 
 
 def _balanced(scatter: Tensor, group: int) -> Tensor:
@@ -182,9 +198,25 @@ def _balanced(scatter: Tensor, group: int) -> Tensor:
     return axes[:, [axis for _, _, own in loads for axis in own]]
 
 
+def _spread(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """(256, W) of (rows, W) to begin with, each drawn by its squared distance from those before (k-means++).
+
+    What is far from most is what a query's maximum often looks at: drawn evenly, entries would leave it out.
+    """
+    found = [rows[0]]
+    distance = (rows - rows[0]).square().sum(1)
+    drawn = torch.rand(ENTRIES - 1, generator=generator, dtype=torch.float64)
+    for share in drawn:
+        sums = distance.double().cumsum(0)
+        place = int(torch.searchsorted(sums, share * sums[-1])) if sums[-1] > 0 else 0
+        found.append(rows[min(place, len(rows) - 1)])
+        distance = torch.minimum(distance, (rows - found[-1]).square().sum(1))
+    return torch.stack(found)
+
+
 def _k_means(rows: Tensor, generator: torch.Generator) -> Tensor:
     """(256, W): means of a partition of (rows, W), after `ROUNDS`; one that loses its rows goes on as a row drawn."""
-    table = rows[torch.randperm(len(rows), generator=generator)[:ENTRIES]].clone()
+    table = _spread(rows[torch.randperm(len(rows), generator=generator)[:_STARTS]], generator)
     for _ in range(ROUNDS):
         own = nearest(rows, table)
         count = torch.bincount(own, minlength=ENTRIES)[:, None]

@@ -338,8 +338,8 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
         raise InputError(f"queries of width {width} do not fit stored {tuple(tokens.shape)} on {tokens.device}")
     _check_tokens("queries", queries.tokens, queries.mask)
     flat, spans = _valid_rows(queries)  # (n, D) float32
-    whole, scales = quantise_rows(flat if images.codebook is None else flat @ images.codebook.queries)
-    asked = _WholeQueries8(whole)
+    asked = _WholeQueries8(flat if images.codebook is None else flat @ images.codebook.queries)
+    plain = None if images.codebook is None else _WholeQueries8(flat)
     if block_elements is None:
         block_elements = _CPU_BLOCK_ELEMENTS if tokens.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
     per_block = max(1, block_elements // (asked.wide * tokens.shape[1]))
@@ -353,11 +353,11 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     masks = _split(_drop_full_mask("images", images.mask), per_block, blocks)
     bases = [None] * blocks if images.bases is None else images.bases.split(per_block)
     for block, mask, unit, base in zip(tokens.split(per_block), masks, units, bases):
-        similar = asked.best(images.whole(block), mask)
         if base is None:
-            similar = similar * (unit[:, None] * scales)  # (b, n)
+            similar = asked.best(images.whole(block), mask) * (unit[:, None] * asked.scales)  # (b, n)
         else:  # what an image's vectors have in common adds the same to each
-            similar = (similar * images.codebook.scale + asked.best(base[:, None], None) * unit[:, None]) * scales
+            similar = asked.best(images.whole(block), mask) * (images.codebook.scale * asked.scales)
+            similar += plain.best(base[:, None], None) * (unit[:, None] * plain.scales)
         if tokens.is_cuda:  # sums by index have no fixed order there
             parts.append(torch.stack([similar[:, span].mean(1) for span in spans]))
         else:
@@ -370,8 +370,9 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
 class _WholeQueries8:
     """Query tokens in int8, and their products with images' vectors in int8."""
 
-    def __init__(self, whole: Tensor) -> None:
-        """(n, D) int8."""
+    def __init__(self, tokens: Tensor) -> None:
+        """(n, D) float32."""
+        whole, self.scales = quantise_rows(tokens)
         self.count, self.width = whole.shape
         self.fast = int8_product_works(whole.device) and self.width % 8 == 0
         self.product = ReusedProduct(int_product, torch.int32) if self.fast else float_product

@@ -53,17 +53,17 @@ def test_a_byte_names_an_entry_of_its_groups_table(made):
 def test_vectors_are_base_and_entries_turned_back(made):
     _, codebook, _, mask, images = made
     base = images.bases.double() * images.scales.double()[:, None]
-    turned = base[:, None] + torch.from_numpy(looked_up(codebook, images.codes)).double() * codebook.scale
-    expected = turned @ torch.linalg.inv(codebook.images.double()) * mask[..., None]
+    rest = torch.from_numpy(looked_up(codebook, images.codes)).double() * codebook.scale
+    expected = (base[:, None] + rest @ torch.linalg.inv(codebook.images.double())) * mask[..., None]
     torch.testing.assert_close(codebook.vectors(images, mask).double(), expected, atol=1e-4, rtol=0)
 
 
 def test_each_code_is_the_nearest_entry_and_missing_vectors_have_none(made):
     _, codebook, tokens, mask, images = made
     base = images.bases.double() * images.scales.double()[:, None]
-    rest = (tokens.double() @ codebook.images.double() - base[:, None])[mask]
+    rest = ((tokens.double() - base[:, None]) @ codebook.images.double() * codebook.costs)[mask]
     groups = rest.view(len(rest), len(codebook.tables), -1)
-    entries = codebook.tables.double() * codebook.scale
+    entries = codebook.tables.double() * codebook.scale * codebook.costs.view(len(codebook.tables), 1, -1)
     distances = (groups[:, :, None] - entries[None]).square().sum(-1)  # (vectors, G, 256)
     own = distances.gather(2, images.codes[mask].long()[..., None])[..., 0]
     assert (own <= distances.amin(2) + 1e-6).all()
@@ -71,9 +71,8 @@ def test_each_code_is_the_nearest_entry_and_missing_vectors_have_none(made):
 
 
 def test_bases_are_means_over_the_vectors_that_are_there(made):
-    _, codebook, tokens, mask, images = made
-    turned = tokens.double() @ codebook.images.double()
-    means = torch.stack([own[here].mean(0) for own, here in zip(turned, mask)])
+    _, _, tokens, mask, images = made
+    means = torch.stack([own[here].mean(0) for own, here in zip(tokens, mask)])
     error = (images.bases * images.scales[:, None] - means).abs()
     assert (error <= images.scales[:, None] / 2 + 1e-6).all()
 
@@ -96,16 +95,20 @@ def stored(made, masked=True):
     return StoredImages(images.codes, images.scales, mask if masked else None, None, images.bases, codebook)
 
 
+def whole_numbers(words):
+    """Query tokens (m, D) rounded to 127 steps each, float64."""
+    step = words.abs().amax(1, keepdim=True).double() / 127
+    return (words.double() / step).round() * step
+
+
 def naive(queries, images, mask):
     """Scores of what is stored with query tokens in int8, in float64."""
     codebook, rows = images.codebook, []
     entries = torch.from_numpy(looked_up(codebook, images.tokens)).double() * codebook.scale
-    vectors = entries + (images.bases.double() * images.scale.double()[:, None])[:, None]
+    bases = images.bases.double() * images.scale.double()[:, None]
     for tokens, here in zip(queries.tokens, queries.mask):
-        turned = tokens[here] @ codebook.queries
-        step = turned.abs().amax(1, keepdim=True).double() / 127
-        whole = (turned.double() / step).round()
-        similar = torch.einsum("md,nkd->nmk", whole * step, vectors)
+        plain, turned = (whole_numbers(words) for words in (tokens[here], tokens[here] @ codebook.queries))
+        similar = torch.einsum("md,nkd->nmk", turned, entries) + (bases @ plain.t())[..., None]
         similar = similar.masked_fill(~mask[:, None], float("-inf"))
         rows.append(similar.amax(2).mean(1))
     return torch.stack(rows)

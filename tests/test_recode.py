@@ -198,14 +198,14 @@ def test_a_bank_moves_the_tables(captions):
 
 
 @pytest.mark.parametrize("kind", ["1bit", "float16"])
-def test_pictures_are_added_with_the_tables_that_are_there(crowd, tmp_path, kind, monkeypatch):
-    recode(crowd / "c", tmp_path / "c", kind, [2])
+def test_pictures_are_added_with_the_tables_that_are_there(crowd, coded, tmp_path, kind):
+    recode(crowd / "c", tmp_path / "c", kind, [2, 4])
     shutil.copytree(crowd / "root", tmp_path / "root")
     names = [name for name in CROWD if name != "031.png"]
     paint(tmp_path / "root", NAMES)
     add(tmp_path / "c", tmp_path / "root", [*names, *NAMES], kind, assignments=True)
     index = Index(tmp_path / "c")
-    before, after = held(Index(crowd / kind)) if (crowd / kind).exists() else {}, held(index)
+    before, after = held(Index(coded / kind)), held(index)
     assert set(after) == {*names, *NAMES}
     assert all(torch.equal(after[name], row) for name, row in before.items())
     add(tmp_path / "f", tmp_path / "root", NAMES, "float32")

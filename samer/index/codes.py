@@ -1,7 +1,7 @@
 """The tables of an index of codes, in a file beside its manifest, and what an index of codes is made and grown by.
 
-codes.safetensors    tables (G, 256, D / G) int8; scale (1,) float32; images and queries (D, D) float32: see
-                     `samer.codes`. Its header is that of a shard
+codes.safetensors    tables (G, 256, W) int8; scale (1,), images and queries (D, D), costs (D,), float32: what
+                     `samer.codes` says of them. Its header is that of a shard
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from samer.codes import COMPONENTS, ENTRIES, Codebook, Codes
+from samer.codes import COMPONENTS, ENTRIES, TENSORS, Codebook, Codes
 from samer.config import InputError
 from samer.index.manifest import Making
 from samer.runtime.files import DiskError, is_file
@@ -25,8 +25,7 @@ REMEDY = "make the index of codes anew with scripts/recode.py"
 
 def codes_state(codebook: Codebook) -> dict[str, Tensor]:
     """What the file holds."""
-    scale = torch.tensor([codebook.scale])
-    return {"tables": codebook.tables, "scale": scale, "images": codebook.images, "queries": codebook.queries}
+    return {"scale": torch.tensor([codebook.scale]), **{name: getattr(codebook, name) for name in TENSORS}}
 
 
 def codes_hash(codebook: Codebook) -> str:
@@ -53,18 +52,18 @@ def read_codes(file: Path) -> tuple[Codebook, str]:
             raise ValueError(f"it holds no tables of format {FORMAT} {FORMAT_VERSION}")
         if header["checksum"] != tensors_checksum(tensors):
             raise ValueError("contents differ from their checksum")
-        tables, images, queries = tensors["tables"], tensors["images"], tensors["queries"]
+        tables, images, queries, costs = (tensors[name] for name in TENSORS)
         width = len(images)
         right = tables.dtype == torch.int8 and tables.ndim == 3 and tables.shape[1] == ENTRIES
         right = right and tables.shape[2] in COMPONENTS.values() and tables.shape[0] * tables.shape[2] == width
         right = right and all(
-            each.dtype == torch.float32 and each.shape == (width, width) and bool(each.isfinite().all())
-            for each in (images, queries)
+            each.dtype == torch.float32 and each.shape == shape and bool(each.isfinite().all())
+            for each, shape in ((images, (width, width)), (queries, (width, width)), (costs, (width,)))
         )
         scale = float(tensors["scale"])
         if not (right and 0 < scale < float("inf")):
             raise ValueError("its tensors can be no tables")
-        return Codebook(tables, scale, images, queries), stamp.get("source", "")
+        return Codebook(tables, scale, images, queries, costs), stamp.get("source", "")
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise unreadable(file, error, REMEDY) from None
 

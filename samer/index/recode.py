@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from samer.budgets import smaller_budgets
 from samer.codes import COMPONENTS, ENOUGH, Codebook, learn, second_moment
 from samer.config import InputError
 from samer.data.stamps import FILE as STAMPS
@@ -78,11 +79,12 @@ def recode(
     index, folder = Index(source), lookup(folder)
     dtype = dtype or index.manifest.dtype
     _check(index, folder, dtype, budgets, bank)
+    budgets = tuple(sorted(set(budgets), reverse=True))
     with only_writer(folder), stoppable():
-        codebook = _tables(index, folder, dtype, bank) if dtype in COMPONENTS else None
+        codebook = _tables(index, folder, dtype, budgets, bank) if dtype in COMPONENTS else None
         own = {each.name: getattr(index.manifest, each.name) for each in fields(Making)}
         own |= {"dtype": dtype, "codes": codes_hash(codebook) if codebook else ""}
-        own |= {"budgets": tuple(sorted(set(budgets), reverse=True))}
+        own["budgets"] = budgets
         own |= {"assignments": assignments and index.manifest.assignments}
         making = Making(**own)
         splits = {}
@@ -127,10 +129,10 @@ def _check(index: Index, folder: Path, dtype: str, budgets: Sequence[int], bank:
         raise InputError(f"{folder} holds an index already; name a new folder for the one that is made")
 
 
-def _tables(index: Index, folder: Path, dtype: str, bank: Bank | None) -> Codebook:
+def _tables(index: Index, folder: Path, dtype: str, budgets: Sequence[int], bank: Bank | None) -> Codebook:
     """The tables of an earlier try, or such as are learned now."""
     shards = [shard.sha256 for split in index.manifest.splits.values() for shard in split.images]
-    source = hashlib.sha256(json.dumps([dtype, shards, bank.hash if bank else ""]).encode()).hexdigest()
+    source = hashlib.sha256(json.dumps([dtype, shards, budgets, bank.hash if bank else ""]).encode()).hexdigest()
     try:
         found, known = read_codes(folder / FILE)
         if known == source:
@@ -141,7 +143,7 @@ def _tables(index: Index, folder: Path, dtype: str, bank: Bank | None) -> Codebo
         pass
     tokens, mask = sample(index)
     moment = second_moment(bank.vectors, bank.weights) if bank else None
-    codebook = learn(dtype, tokens, mask, moment)
+    codebook = learn(dtype, tokens, mask, moment, smaller_budgets(tokens, mask, None, budgets))
     write_codes(folder / FILE, codebook, source)
     return codebook
 

@@ -11,8 +11,8 @@
         tokens       (n, K, D) float32, bfloat16, float16 or int8; or (n, K, D / 8) uint8, the signs of D components,
                      lowest bit first, 1 for positive; or (n, K, G) uint8 codes, G = D / 8 for 1bit, D / 4, D / 2
         scales       (n,) float32, of int8: value = int8 * scale; of codes that of the bases
-        bases        (n, D) int8, of codes only: what an image's vectors have in common. A vector is, in the space that
-                     the tables are of, base * scale + the sum over groups of its entries * the tables' scale
+        bases        (n, D) int8, of codes only: what an image's vectors have in common. A vector is base * scale + r Q'
+                     with r, its entries in the tables, times their scale, and Q, the tables' `queries`
         mask         (n, K) bool, False where the image has fewer vectors than K; tokens are 0 there. Of codes it is
                      left out where all are True
         tokens_B, scales_B, mask_B    for each B of the manifest's `budgets`: the image's vectors at a smaller budget,
