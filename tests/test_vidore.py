@@ -192,7 +192,8 @@ def test_what_another_process_has_begun_is_not_removed(v3, monkeypatch):
 
     monkeypatch.setattr(parquet, "atomic_path", seen)
     assert load(v3) == first
-    assert writes and all(writes)
+    assert writes
+    assert all(writes)
 
 
 def test_a_long_query_is_cut_and_told(tmp_path, capsys):
