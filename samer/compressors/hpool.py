@@ -1,35 +1,63 @@
 """H-Pool, ColPali's hierarchical token pooler (METHOD section 7).
 
 Cosine distances D = 1 - E E^T go into Ward's linkage as if they were observations, a row each, not as distances: that
-is how the pooler that people use behaves, so it is how it is compared here.
+is how the pooler that people use behaves, so it is how it is compared here. Its distances between rows of N numbers are
+what takes the time; here they come from one product of width D:
+
+    |d_i - d_j| = |E (e_i - e_j)|, as the 1 of every entry cancels, so |d_i - d_j|^2 = (e_i - e_j)^T (E^T E) (e_i - e_j)
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from samer.compressors.base import Compressor, hard_merge
 from samer.tokens import MergedTokens, VisualTokens
+
+# squared distances up to this share of the largest square are rounding: equal tokens are at distance 0
+ROUNDING = 1e-13
 
 
 class HPool(Compressor):
     """Ward clusters of the distance matrix's rows, cut at K, means, normalised; all tokens take part."""
 
     def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
-        tokens = visual.tokens.detach().double().cpu()
+        tokens = visual.tokens.detach().double()
         assignments = torch.full(tokens.shape[:2], -1)
         for row, image in enumerate(tokens):  # a dendrogram per image: scipy has no batched linkage
-            valid = slice(None) if visual.mask is None else visual.mask[row].cpu()
+            valid = slice(None) if visual.mask is None else visual.mask[row]
             own = image[valid]
             if len(own) > self.settings.num_regions:  # else it is kept as it is
-                assignments[row, valid] = torch.from_numpy(ward_labels(own.numpy(), self.settings.num_regions)).long()
+                rows = valid if visual.mask is None else valid.cpu()
+                assignments[row, rows] = ward_labels(own, self.settings.num_regions)
         return hard_merge(visual, assignments.to(visual.tokens.device), self.settings.num_regions)
 
 
-def ward_labels(tokens, regions: int):
-    """Cluster numbers (N,) from 0 of unit tokens (N, D), at most `regions` of them; numpy in, numpy out."""
-    distances = 1.0 - tokens @ tokens.T
-    tree = linkage(distances, method="ward", metric="euclidean")
-    return fcluster(tree, t=regions, criterion="maxclust") - 1
+def ward_labels(tokens: Tensor, regions: int) -> Tensor:
+    """Cluster numbers (N,) from 0, on the CPU, of unit tokens (N, D) float64, at most `regions` of them."""
+    tree = linkage(row_distances(tokens), method="ward")
+    return torch.from_numpy(fcluster(tree, t=regions, criterion="maxclust")).long() - 1
+
+
+def row_distances(tokens: Tensor) -> np.ndarray:
+    """Euclidean distances between the rows of 1 - E E^T, in scipy's condensed form (N (N - 1) / 2,).
+
+    They differ from those of the rows themselves by rounding, some 1e-15 of the largest square, so that a tie may be
+    decided otherwise than there. Equal tokens are at distance 0, where the rows' rounding would part them.
+
+    Args:
+        tokens: E, (N, D) float64.
+    """
+    apart = tokens - tokens.mean(0)  # differences stay as they are, and squares become small beside them
+    left = apart @ (tokens.T @ tokens)
+    squares = (left * apart).sum(1, keepdim=True)  # (N, 1)
+    ones = torch.ones_like(squares)
+    # s_i + s_j - 2 g_ij in one product
+    found = torch.cat([-2 * left, squares, ones], dim=1) @ torch.cat([apart, ones, squares], dim=1).T
+    condensed = squareform(found.cpu().numpy(), force="tovector", checks=False)
+    condensed[condensed <= ROUNDING * float(squares.max())] = 0
+    return np.sqrt(condensed, out=condensed)
