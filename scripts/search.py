@@ -28,7 +28,15 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import add_compute_options, compute_device, run, wait_quietly
+from samer.runtime.commands import (
+    add_compute_options,
+    add_gpu_memory,
+    compute_device,
+    compute_dtype,
+    gpu_budget,
+    run,
+    wait_quietly,
+)
 
 
 def main(argv=None):
@@ -44,20 +52,23 @@ def main(argv=None):
     parser.add_argument("--pages", type=int, default=1, help="a document counts by its best so many pages (1)")
     parser.add_argument("--json", action="store_true", help="one JSON object per query")
     parser.add_argument("--model", help="where the model is, if not where the index says")
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
+    add_gpu_memory(parser)
     options = parser.parse_args(argv)
     if options.top < 1 or options.pages < 1:
         parser.error("--top and --pages must be at least 1")
     if options.pages > 1 and not options.documents:
         parser.error("--pages goes with --documents COLUMN")
     device = compute_device(options)
+    from samer.index.uploads import Uploads
     from samer.runtime.streams import printable
     from samer.search.answers import answer, answers
     from samer.search.models import Models
     from samer.search.open_index import SearchIndex, Wanted
     from samer.search.queries import Asked, typed_queries
 
-    index = SearchIndex(options.cache_dir, Models(device, options.model), options.split)
+    where = {"dtype": compute_dtype(options), "uploads": Uploads(gpu_budget(options))}
+    index = SearchIndex(options.cache_dir, Models(device, options.model, **where), options.split)
     print(
         f"{index.images:,} images x {index.regions} vectors, {index.images * index.bytes_per_image / 1e6:,.1f} MB, "
         f"in {printable(options.cache_dir)}",

@@ -10,7 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,8 @@ class IndexManifest(Making):
         transformers: the version that computed the first images.
         bank_source: in words, what the query bank was made of.
         processing: what the retriever's processor does, as `Family.processing` says; for people to read.
+        also_computed_in: dtypes beside that of `hidden_states` that images may have been computed in, as the index's
+            owner allowed; each shard's header says in which its images were.
         splits: by name.
     """
 
@@ -184,7 +186,15 @@ class IndexManifest(Making):
     transformers: str = ""
     bank_source: str = ""
     processing: dict[str, str] = field(default_factory=dict)
+    also_computed_in: tuple[str, ...] = ()
     splits: dict[str, Split] = field(default_factory=dict)
+
+    def difference(self, other: Making) -> tuple[str, Any, Any] | None:
+        """As `Making.difference`; what was computed in one of `also_computed_in` does not differ by that."""
+        states = other.hidden_states
+        if states.get("computed_in") in self.also_computed_in:
+            states = {**states, "computed_in": self.hidden_states.get("computed_in", "")}
+        return super().difference(replace(other, hidden_states=states))
 
 
 def to_json(manifest: IndexManifest) -> dict:
@@ -239,7 +249,7 @@ def _plain(making: Making) -> dict:
     """A dataclass as files hold it; what a query bank, processor or reducer says is left out where there is none."""
     reduce = {} if making.reduce.method == "none" else reduction_used(making.reduce)
     found = {**asdict(making), "merge": settings_written(making.merge), "reduce": reduce}
-    optional = ("bank", "bank_source", "processing", "reduce")
+    optional = ("bank", "bank_source", "processing", "reduce", "also_computed_in")
     return {key: value for key, value in found.items() if value or key not in optional}
 
 

@@ -22,6 +22,7 @@ from samer.index.filters import only
 from samer.index.manifest import (
     FLOATS,
     NO_REGION,
+    SCALE_BYTES,
     QueryShard,
     Shard,
     Split,
@@ -29,6 +30,7 @@ from samer.index.manifest import (
     read_index_manifest,
     summarise,
 )
+from samer.index.uploads import Uploads
 from samer.retrievers.banks import FILE as BANK
 from samer.retrievers.banks import Bank, read_bank
 from samer.retrievers.base import Encoder, Projector
@@ -39,6 +41,7 @@ from samer.runtime.shards import joined, load_shard, rows_of, unreadable, verify
 from samer.scoring import StoredImages, maxsim, score_stored, search
 from samer.tokens import QueryTokens
 
+SCANNED = ("tokens", "scales", "mask")  # a shard's tensors that scoring reads
 CANDIDATES = 10  # 1-bit scores choose so many times the results asked for, at least 100, for exact re-ranking
 
 
@@ -63,8 +66,12 @@ class StoredVectors:
 class Index:
     """A finished index, opened for reading as it is now; shards are mapped, not loaded."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, uploads: Uploads | None = None) -> None:
         """Opens `folder`.
+
+        Args:
+            folder: of the index.
+            uploads: what it shares with other openings where it is scanned on a GPU; None: its own.
 
         Raises:
             InputError: no manifest, another format or version.
@@ -78,7 +85,7 @@ class Index:
             )
         self.manifest = read_index_manifest(path)
         self._mapped: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
-        self._uploaded: dict[tuple[str, str, str], Tensor] = {}  # tokens on a device, once they were asked for there
+        self._uploads = Uploads() if uploads is None else uploads
         self._checked: set[tuple[str, str]] = set()
         self._numbered: dict[str, dict[str, int]] = {}
 
@@ -272,28 +279,16 @@ class Index:
 
     def stored(self, split: str, device: torch.device | str = "cpu") -> Iterator[tuple[list[str], StoredImages]]:
         """Shards of a split in order, mapped and unchecked, for scanning; deleted images are marked, not taken out."""
-        for shard in self._split(split).images:
+        shards = self._split(split).images
+        self._uploads.use(self, {shard.sha256: shard.bytes + SCALE_BYTES * shard.count for shard in shards})
+        for shard in shards:
             tensors, header = self._map(split, shard)
-            mask, live = tensors["mask"], self._live(split, shard)
-            full = header.setdefault("full", bool(mask.all()))  # asked once
-            yield (
-                header["stamp"]["ids"],
-                StoredImages(
-                    self._tokens_on(device, split, shard.file, tensors["tokens"]),
-                    tensors["scales"].to(device) if "scales" in tensors else None,
-                    None if full else mask.to(device),
-                    None if live is None else live.to(device),
-                ),
-            )
-
-    def _tokens_on(self, device: torch.device | str, split: str, file: str, tokens: Tensor) -> Tensor:
-        """Mapped tokens, or their copy on a device, which holds the index from its first search there on."""
-        if torch.device(device).type == "cpu":
-            return tokens
-        key = (str(device), split, file)
-        if key not in self._uploaded:
-            self._uploaded[key] = tokens.to(device)
-        return self._uploaded[key]
+            live = self._live(split, shard)
+            full = header.setdefault("full", bool(tensors["mask"].all()))  # asked once
+            names = [name for name in SCANNED if name in tensors and not (full and name == "mask")]
+            there = self._uploads.on(device, shard.sha256, {name: tensors[name] for name in names})
+            live = None if live is None else live.to(device)
+            yield header["stamp"]["ids"], StoredImages(there["tokens"], there.get("scales"), there.get("mask"), live)
 
     def assignments(self, split: str) -> Iterator[tuple[list[str], Tensor, Tensor]]:
         """Shards of a split in order, checked, without deleted images: what every patch went to.
