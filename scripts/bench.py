@@ -182,7 +182,7 @@ def merge(runs):
     times = dict(zip(jobs, medians(max(5, runs // 20), *jobs.values())))
     times["SaMer"] /= 16
     batch = [{"": name, "ms": each, "/ SaMer": each / times["SaMer"]} for name, each in times.items()]
-    after, before = ward_labels(real, 64), torch.from_numpy(square_ward(real, 64))
+    after, before = ward_labels(real, 64).numpy(), square_ward(real, 64)
     same = bool(((after[:, None] == after) == (before[:, None] == before)).all())
     speed = times["  distances between the square matrix's rows (before)"] / times["H-Pool"]
     note = f"H-Pool is {speed:.1f} times as fast as before, its partition {'the same' if same else 'ANOTHER'}."

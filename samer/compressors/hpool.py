@@ -12,7 +12,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from samer.compressors.base import Compressor, hard_merge
@@ -20,25 +19,25 @@ from samer.tokens import MergedTokens, VisualTokens
 
 # squared distances up to this share of the largest square are rounding: equal tokens are at distance 0
 ROUNDING = 1e-13
+BLOCK = 128  # rows of a product that stays in cache
 
 
 class HPool(Compressor):
     """Ward clusters of the distance matrix's rows, cut at K, means, normalised; all tokens take part."""
 
     def compress(self, visual: VisualTokens, instance_labels: Tensor | None) -> MergedTokens:
-        tokens = visual.tokens.detach().double()
+        tokens = visual.tokens.detach().cpu().double()
         assignments = torch.full(tokens.shape[:2], -1)
         for row, image in enumerate(tokens):  # a dendrogram per image: scipy has no batched linkage
-            valid = slice(None) if visual.mask is None else visual.mask[row]
+            valid = slice(None) if visual.mask is None else visual.mask[row].cpu()
             own = image[valid]
             if len(own) > self.settings.num_regions:  # else it is kept as it is
-                rows = valid if visual.mask is None else valid.cpu()
-                assignments[row, rows] = ward_labels(own, self.settings.num_regions)
+                assignments[row, valid] = ward_labels(own, self.settings.num_regions)
         return hard_merge(visual, assignments.to(visual.tokens.device), self.settings.num_regions)
 
 
 def ward_labels(tokens: Tensor, regions: int) -> Tensor:
-    """Cluster numbers (N,) from 0, on the CPU, of unit tokens (N, D) float64, at most `regions` of them."""
+    """Cluster numbers (N,) from 0 of unit tokens (N, D) float64 on the CPU, at most `regions` of them."""
     tree = linkage(row_distances(tokens), method="ward")
     return torch.from_numpy(fcluster(tree, t=regions, criterion="maxclust")).long() - 1
 
@@ -50,14 +49,19 @@ def row_distances(tokens: Tensor) -> np.ndarray:
     decided otherwise than there. Equal tokens are at distance 0, where the rows' rounding would part them.
 
     Args:
-        tokens: E, (N, D) float64.
+        tokens: E, (N, D) float64 on the CPU.
     """
+    count = len(tokens)
     apart = tokens - tokens.mean(0)  # differences stay as they are, and squares become small beside them
     left = apart @ (tokens.T @ tokens)
     squares = (left * apart).sum(1, keepdim=True)  # (N, 1)
     ones = torch.ones_like(squares)
-    # s_i + s_j - 2 g_ij in one product
-    found = torch.cat([-2 * left, squares, ones], dim=1) @ torch.cat([apart, ones, squares], dim=1).T
-    condensed = squareform(found.cpu().numpy(), force="tovector", checks=False)
+    # s_i + s_j - 2 g_ij in one product, above the diagonal only
+    left, right = torch.cat([-2 * left, squares, ones], 1), torch.cat([apart, ones, squares], 1).T
+    condensed, place = np.empty(count * (count - 1) // 2), 0
+    for start in range(0, count, BLOCK):
+        for row, found in enumerate((left[start : start + BLOCK] @ right[:, start:]).numpy(), 1):
+            condensed[place : place + len(found) - row] = found[row:]
+            place += len(found) - row
     condensed[condensed <= ROUNDING * float(squares.max())] = 0
     return np.sqrt(condensed, out=condensed)
