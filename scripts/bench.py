@@ -554,6 +554,8 @@ def answer(probes):
 """
 )
 ANSWERING = """
+import json, sys
+
 if __name__ == "__main__":
     print("ANSWER 0", flush=True)
     for line in sys.stdin:
