@@ -114,8 +114,18 @@ def test_an_index_of_two_dtypes_goes_on_in_either(index, album, made):
         index("--images", album, "--cache-dir", made, "--dtype", "float16")
     before = vectors(made)
     compact_images(made, "images")
+    assert origins(made) == ["bfloat16"]  # of both
     assert all(torch.equal(row, before[name]) for name, row in vectors(made).items())
     assert Index(made).search(queries(made), "images", 3)
+
+
+def test_what_is_copied_keeps_its_dtype(index, album, made):
+    """A picture that comes back under another name gets the vectors that it had."""
+    paint(album / "new.png", 9)
+    index("--images", album, "--cache-dir", made, "--also-computed-in", "float32")
+    (album / "new.png").rename(album / "moved.png")
+    index("--images", album, "--cache-dir", made, "--sync", "--dtype", "bfloat16")
+    assert origins(made) == ["bfloat16", "float32", "float32"]
 
 
 def queries(folder):

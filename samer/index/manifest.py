@@ -177,7 +177,7 @@ class IndexManifest(Making):
         bank_source: in words, what the query bank was made of.
         processing: what the retriever's processor does, as `Family.processing` says; for people to read.
         also_computed_in: dtypes beside that of `hidden_states` that images may have been computed in, as the index's
-            owner allowed; each shard's header says in which its images were.
+            owner allowed; a shard's header says in which its images were, unless it was compacted of both.
         splits: by name.
     """
 

@@ -39,6 +39,7 @@ The manifest is JSON:
     merge                           the compressor and its settings, `samer.config.MergeConfig`
     dtype, embedding_dim            float32, bfloat16, float16, int8 or binary; D
     hidden_states                   the dtypes that they were computed and stored in
+    also_computed_in                only where its owner allowed other dtypes to compute in: a list of those
     assignments                     true or false
     bank                            only with bank.safetensors: the checksum in its header
     base_model, revision, transformers, bank_source    where the retriever is, what computed the first images, and
