@@ -159,7 +159,9 @@ def _check_towers(output: Path, made: TowerConfig, asked: TowerConfig) -> None:
         )
 
 
-def _tower_outputs(config: AlignConfig, output: Path, device: torch.device, dtype: torch.dtype | None) -> FeatureStore:
+def _tower_outputs(
+    config: AlignConfig, output: Path, device: torch.device, dtype: torch.dtype | None = None
+) -> FeatureStore:
     """The store of what the towers give for both splits, computed where it is not there yet."""
     bare, data = output / "towers", config.data
     if rank() == 0 and not is_file(bare / "config.json"):
