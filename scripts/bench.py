@@ -248,11 +248,13 @@ def queries(runs):
     jobs = [lambda each=each, some=some: each(some) for each in makers.values() for some in (one, visual)]
     product = lambda: torch.mm(bank, images[0].T, out=room[0])
     times = medians(max(9, runs // 10), product, lambda: pick_one(images[0], bank, share, 64, room), *jobs)
-    print("ms per image of 1,030 x 128 to 64 vectors, bank of 2,048; and how many times raster SaMer's")
-    print(f"  the product of bank and tokens: {times[0]:.2f}; with it the picks, of {64}: {times[1]:.2f}")
+    raster = times[3] / len(images)
+    rows = []
     for place, name in enumerate(makers):
         alone, many = times[2 + 2 * place], times[3 + 2 * place] / len(images)
-        print(f"  {name:10}{alone:7.2f} alone{many:7.2f} in a batch of 8{many / (times[3] / len(images)):7.1f}")
+        rows.append({"": name, "ms alone": alone, "ms in a batch of 8": many, "/ raster": many / raster})
+    note = f"The product of bank and tokens takes {times[0]:.2f} ms, with the picks of 64 {times[1]:.2f} ms."
+    return [Table("per image of 1,030 x 128 to 64 vectors, bank of 2,048", rows, [note])]
 
 
 def photographed(count):
@@ -752,8 +754,7 @@ def quality(runs):
         write_world(place / "world", {"test": 400})
         retriever = Retriever.load(str(ROOT / "assets" / "retriever"))
         settings = MergeConfig(num_regions=16, center_init="farthest")
-        print(f"{'':10}{'R@1':>7}{'R@10':>7}{'overlap@10':>12}{'bytes/image':>13}")
-        exact = None
+        exact, rows = None, []
         for dtype in DTYPES:
             build_index(place / dtype, place / "world", ["test"], retriever, settings, dtype=dtype)
             cache = Index(place / dtype)
@@ -761,11 +762,11 @@ def quality(runs):
             metrics = retrieval_metrics(scores, owner[:, None] == torch.arange(scores.shape[1]))
             best = scores.topk(10, dim=1).indices
             exact = best if exact is None else exact
-            row = (
-                f"{metrics['r@1']:7.2f}{metrics['r@10']:7.2f}{overlap(exact, best):12.3f}{cache.size('test')[3]:13,.0f}"
-            )
+            row = {"": dtype, "R@1": metrics["r@1"], "R@10": metrics["r@10"], "overlap@10": overlap(exact, best)}
+            row["bytes an image"] = cache.size("test")[3]
             extra = sum(shard.exact.bytes for shard in cache.manifest.splits["test"].images if shard.exact)
-            print(f"{dtype:10}{row}" + (f" + {extra / 400:,.0f} on disk to re-rank with" if extra else ""))
+            rows.append({**row, "on disk to re-rank with": extra / 400 or None})
+        return [Table("400 generated images with 2,000 captions, 262 tokens to 16", rows)]
 
 
 def epoch(words):
