@@ -357,7 +357,8 @@ def compared(name, queries, images, runs, options):
         row["einsum /"] = times[EINSUM] / milliseconds
         row |= {"recall@10": recalls.get(engine), "bytes an image": found[engine][1] if engine in found else None}
         rows.append(row)
-    words = f"{len(queries.tokens)} queries of {int(queries.mask.sum())} tokens against {count:,} images x {regions} x"
+    tokens = f"{len(queries.tokens)} queries of {int(queries.mask.sum()):,} tokens in all"
+    words = f"{tokens} against {count:,} images x {regions} x"
     return Table(f"{name}: {words} {width}, the ten best of each query", rows, [f"einsum: {EINSUM}."])
 
 
@@ -1283,6 +1284,7 @@ def main(argv=None):
     torch.manual_seed(0)
     if options.threads:
         torch.set_num_threads(options.threads)
+    words = ["PATH" if "/" in word else word for word in words]  # they are this machine's business
     about = {"command": " ".join(["python scripts/bench.py", *words]), "quiet": quiet, "load": load}
     about["machine"] = machine()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
