@@ -19,7 +19,15 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run
+from samer.runtime.commands import (
+    DATA_KINDS,
+    add_compute_options,
+    add_gpu_memory,
+    compute_device,
+    compute_dtype,
+    gpu_budget,
+    run,
+)
 
 
 def main(argv=None):
@@ -36,16 +44,18 @@ def main(argv=None):
     parser.add_argument("--sets", action="store_true", help="also accuracy within an image's set (ImageCoDe)")
     parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
     parser.add_argument("--model", help="where the model is, if not where the index says")
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
+    add_gpu_memory(parser)
     options = parser.parse_args(argv)
     device = compute_device(options)
     from samer.index.read import Index
+    from samer.index.uploads import Uploads
     from samer.report.evaluate import evaluate_index, index_gallery, metric_lines, metric_places, write_index_report
     from samer.report.protocols import check_protocols, protocol_lines, protocols_asked
     from samer.runtime.files import write_json
 
     folder, split = options.cache_dir, options.split
-    index = Index(folder)
+    index = Index(folder, Uploads(gpu_budget(options)))
     index.check_captions(split)
     check_protocols(index, split, options.folds, options.sets)
     output, report = metric_places(options.output_json, folder)
@@ -59,6 +69,7 @@ def main(argv=None):
     gallery = None
     if options.data_root:
         where = {"reader": options.reader, "features": options.features, "device": device, "model": options.model}
+        where["dtype"] = compute_dtype(options)
         gallery = index_gallery(index, split, scores, options.data_root, **where)
     write_index_report(report, folder, result, gallery)
     print(f"-> {options.output_json}, {report}")

@@ -32,7 +32,15 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import add_compute_options, compute_device, run, wait_quietly
+from samer.runtime.commands import (
+    add_compute_options,
+    add_gpu_memory,
+    compute_device,
+    compute_dtype,
+    gpu_budget,
+    run,
+    wait_quietly,
+)
 
 
 def main(argv=None):
@@ -50,7 +58,8 @@ def main(argv=None):
     parser.add_argument("--coarse", type=int, default=0, metavar="K", help="choose candidates by so many vectors")
     parser.add_argument("--json", action="store_true", help="one JSON object per query")
     parser.add_argument("--model", help="where the model is, if not where the index says")
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
+    add_gpu_memory(parser)
     options = parser.parse_args(argv)
     if options.top < 1 or options.pages < 1:
         parser.error("--top and --pages must be at least 1")
@@ -59,13 +68,15 @@ def main(argv=None):
     if min(options.budget, options.coarse) < 0 or (options.coarse and (options.budget or options.documents)):
         parser.error("--budget and --coarse are above 0; --coarse goes without --budget and --documents")
     device = compute_device(options)
+    from samer.index.uploads import Uploads
     from samer.runtime.streams import printable
     from samer.search.answers import answer, answers
     from samer.search.models import Models
     from samer.search.open_index import SearchIndex, Wanted
     from samer.search.queries import Asked, typed_queries
 
-    index = SearchIndex(options.cache_dir, Models(device, options.model), options.split)
+    where = {"dtype": compute_dtype(options), "uploads": Uploads(gpu_budget(options))}
+    index = SearchIndex(options.cache_dir, Models(device, options.model, **where), options.split)
     print(
         f"{index.images:,} images x {index.regions} vectors, {index.images * index.bytes_per_image / 1e6:,.1f} MB, "
         f"in {printable(options.cache_dir)}",

@@ -10,7 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,8 @@ class IndexManifest(Making):
         transformers: the version that computed the first images.
         bank_source: in words, what the query bank was made of.
         processing: what the retriever's processor does, as `Family.processing` says; for people to read.
+        also_computed_in: dtypes beside that of `hidden_states` that images may have been computed in, as the index's
+            owner allowed; a shard's header says in which its images were, unless it was compacted of both.
         splits: by name.
     """
 
@@ -191,7 +193,15 @@ class IndexManifest(Making):
     transformers: str = ""
     bank_source: str = ""
     processing: dict[str, str] = field(default_factory=dict)
+    also_computed_in: tuple[str, ...] = ()
     splits: dict[str, Split] = field(default_factory=dict)
+
+    def difference(self, other: Making) -> tuple[str, Any, Any] | None:
+        """As `Making.difference`; what was computed in one of `also_computed_in` does not differ by that."""
+        states = other.hidden_states
+        if states.get("computed_in") in self.also_computed_in:
+            states = {**states, "computed_in": self.hidden_states.get("computed_in", "")}
+        return super().difference(replace(other, hidden_states=states))
 
 
 def to_json(manifest: IndexManifest) -> dict:
@@ -247,7 +257,7 @@ def _plain(making: Making) -> dict:
     reduce = {} if making.reduce.method == "none" else reduction_used(making.reduce)
     found = {**asdict(making), "merge": settings_written(making.merge), "reduce": reduce}
     found["budgets"] = list(making.budgets)
-    optional = ("bank", "bank_source", "processing", "reduce", "codes", "budgets")
+    optional = ("bank", "bank_source", "processing", "reduce", "codes", "budgets", "also_computed_in")
     return {key: value for key, value in found.items() if value or key not in optional}
 
 
@@ -369,6 +379,13 @@ def _sizes(shard: Shard, manifest: IndexManifest, one: bool) -> range:
     masks = sum(smaller) + (shard.regions if coded else 0)
     least = shard.count * (each + (0 if coded else shard.regions))
     return range(least, least + shard.count * masks + 1)
+
+
+def most_scanned(making: Making, shard: Shard, budget: int) -> int:
+    """Bytes of a shard that a scan reads at most, at a smaller budget or (0) of all vectors."""
+    regions = min(budget, shard.regions) if budget else shard.regions
+    base = making.embedding_dim if making.codes else 0
+    return shard.count * (regions * (vector_bytes(making) + 1) + base + SCALE_BYTES)
 
 
 def level_name(name: str, budget: int) -> str:

@@ -66,6 +66,8 @@ def merge_indexes(folder: str | Path, sources: Sequence[str | Path]) -> list[Ind
         raise InputError(f"{folder} holds an index already; name a new folder for the joined one")
     first = Index(sources[0])
     kept = _checked(first, sources)
+    own = first.manifest.hidden_states.get("computed_in", "")
+    also = tuple(sorted({name for source in sources for name in Index(source).manifest.also_computed_in} - {own}))
     with only_writer(folder), stoppable():
         splits = {name: _joined(folder, name, sources) for name in kept}
         for name in kept:
@@ -74,7 +76,7 @@ def merge_indexes(folder: str | Path, sources: Sequence[str | Path]) -> list[Ind
         keep_bank(folder, first.bank())
         if first.codes:
             write_codes(folder / CODES, first.codes, "")
-        write_index_manifest(folder / "manifest.json", replace(first.manifest, splits=splits))
+        write_index_manifest(folder / "manifest.json", replace(first.manifest, splits=splits, also_computed_in=also))
     return [summarise(name, split) for name, split in splits.items()]
 
 

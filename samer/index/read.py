@@ -31,9 +31,11 @@ from samer.index.manifest import (
     level_name,
     making_from_stamp,
     read_index_manifest,
+    most_scanned,
     summarise,
 )
 from samer.index.stages import exact_scores, search_coarse, search_signs
+from samer.index.uploads import Uploads
 from samer.retrievers.banks import FILE as BANK
 from samer.retrievers.banks import Bank, read_bank
 from samer.retrievers.base import Encoder, Projector
@@ -66,8 +68,12 @@ class StoredVectors:
 class Index:
     """A finished index, opened for reading as it is now; shards are mapped, not loaded."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, uploads: Uploads | None = None) -> None:
         """Opens `folder`.
+
+        Args:
+            folder: of the index.
+            uploads: what it shares with other openings where it is scanned on a GPU; None: its own.
 
         Raises:
             InputError: no manifest, another format or version.
@@ -81,7 +87,7 @@ class Index:
             )
         self.manifest = read_index_manifest(path)
         self._mapped: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
-        self._uploaded: dict[tuple[str, str, str], Tensor] = {}  # tokens on a device, once they were asked for there
+        self._uploads = Uploads() if uploads is None else uploads
         self._tables: dict[str, Codebook] = {}  # of codes, by device
         self._checked: set[tuple[str, str]] = set()
         self._numbered: dict[str, dict[str, int]] = {}
@@ -273,32 +279,19 @@ class Index:
         Raises:
             InputError: no such budget.
         """
-        budget = self._budget(budget)
-        for shard in self._split(split).images:
+        budget, shards = self._budget(budget), self._split(split).images
+        sizes = {shard.sha256: most_scanned(self.manifest, shard, budget) for shard in shards}
+        self._uploads.use(self, {level_name(name, budget): size for name, size in sizes.items()})
+        for shard in shards:
             tensors, header = self._map(split, shard)
             own = _level(tensors, budget)
-            full = header.setdefault(level_name("full", budget), bool(own["mask"].all()))  # asked once
+            if header.setdefault(level_name("full", budget), bool(own["mask"].all())):  # asked once
+                del own["mask"]
             live = self._live(split, shard)
-            yield (
-                header["stamp"]["ids"],
-                StoredImages(
-                    self._tokens_on(device, split, level_name(shard.file, budget), own["tokens"]),
-                    own["scales"].to(device) if "scales" in own else None,
-                    None if full else own["mask"].to(device),
-                    None if live is None else live.to(device),
-                    own["bases"].to(device) if "bases" in own else None,
-                    self._codes_on(device),
-                ),
-            )
-
-    def _tokens_on(self, device: torch.device | str, split: str, file: str, tokens: Tensor) -> Tensor:
-        """Mapped tokens, or their copy on a device, which holds the index from its first search there on."""
-        if torch.device(device).type == "cpu":
-            return tokens
-        key = (str(device), split, file)
-        if key not in self._uploaded:
-            self._uploaded[key] = tokens.to(device)
-        return self._uploaded[key]
+            there = self._uploads.on(device, level_name(shard.sha256, budget), own)
+            found = [there.get(name) for name in ("tokens", "scales", "mask")]
+            live = None if live is None else live.to(device)
+            yield header["stamp"]["ids"], StoredImages(*found, live, there.get("bases"), self._codes_on(device))
 
     def assignments(self, split: str) -> Iterator[tuple[list[str], Tensor, Tensor]]:
         """Shards of a split in order, checked, without deleted images: what every patch went to.

@@ -47,6 +47,7 @@ The manifest is JSON:
     merge                           the compressor and its settings, `samer.config.MergeConfig`
     dtype, embedding_dim            float32, bfloat16, float16, int8, binary (signs), or codes: 1bit, 2bit, 4bit; D
     hidden_states                   the dtypes that they were computed and stored in
+    also_computed_in                only where its owner allowed other dtypes to compute in: a list of those
     assignments                     true or false
     bank                            only with bank.safetensors: the checksum in its header
     codes                           only with codes.safetensors: likewise
@@ -239,13 +240,6 @@ def write_image_shard(path: Path, tensors: dict[str, Tensor], half: dict[str, Te
     return Shard(**write_shard(path, tensors, stamp, facts), exact=exact)
 
 
-def _same_stamp(found: dict, stamp: dict) -> bool:
-    """Whether a shard was made from what another would be now; one of an older format is as good."""
-    making = {"format", "format_version", "base_projector", "scale", *(each.name for each in fields(Making))}
-    rest, wanted = ({key: stamp[key] for key in stamp.keys() - making} for stamp in (found, stamp))
-    return rest == wanted and making_from_stamp(found).difference(making_from_stamp(stamp)) is None
-
-
 @contextmanager
 def writing(
     folder: Path,
@@ -422,13 +416,19 @@ class _Writer:
             entry |= {"version": found["format_version"], "scale": found["scale"]}
         if self.making.dtype != "binary":
             return Shard(**entry)
-        exact = finished_shard(path.with_suffix(".exact.safetensors"), found, _same_stamp)
+        exact = finished_shard(path.with_suffix(".exact.safetensors"), found, self._same_stamp)
         return exact and Shard(**entry, exact=ExactFile(**exact))
+
+    def _same_stamp(self, found: dict, stamp: dict) -> bool:
+        """Whether a shard was made from what another would be now; one of an older format is as good."""
+        making = {"format", "format_version", "base_projector", "scale", *(each.name for each in fields(Making))}
+        rest, wanted = ({key: own[key] for key in own.keys() - making} for own in (found, stamp))
+        return rest == wanted and self.manifest.difference(making_from_stamp(found)) is None
 
     def _as_now(self, found: dict, stamp: dict, records: Sequence[ImageRecord]) -> bool:
         """Whether a shard's stamp says what one of these records would now, and their pictures are still the same."""
         rest = {key: value for key, value in found.items() if key not in ("contents", "corpus_contents")}
-        if not _same_stamp(rest, stamp):
+        if not self._same_stamp(rest, stamp):
             return False
         learned = found.get("corpus_contents", "")
         same = not (learned and self.learned) or learned == self.learned
@@ -462,7 +462,7 @@ class _Writer:
             path = self.folder / split / f"queries-{number:05d}.safetensors"
             return path, self._stamp(ids, texts=list(texts), **more)
 
-        own = {number: finished_shard(*place(number), _same_stamp) for number in shards}
+        own = {number: finished_shard(*place(number), self._same_stamp) for number in shards}
         reused = {number for number, entry in own.items() if entry is not None}
 
         def encoded() -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:

@@ -174,6 +174,7 @@ def index_gallery(
     features: str,
     device: torch.device,
     model: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Gallery:
     """Failures by rule, and what winning vectors stand on; the captions shown are encoded again.
 
@@ -186,6 +187,7 @@ def index_gallery(
         features: a feature store to read instead of the images; empty: none.
         device: to encode on.
         model: where it is, if not where the index says.
+        dtype: that it computes in; None: as `open_encoder` chooses.
 
     Raises:
         InputError: data or a model that are not those of the index.
@@ -193,7 +195,7 @@ def index_gallery(
     records = make_reader(reader, data_root).load_split(data_root, split, boxes=True, limit_images=index.size(split)[0])
     check_images(index, split, records, data_root)
     made = index.manifest
-    encoder = encoder_of(index, device, model=model, features=features)
+    encoder = encoder_of(index, device, model=model, features=features, dtype=dtype)
     shown = [Shown(made.merge.compressor, made.merge, index.projector(), scores, index.bank())]
     return noting_replaced(make_gallery(encoder, records, shown), encoder, split, [index])
 

@@ -103,7 +103,7 @@ class SearchIndex:
         self._arguments = (folder, models, split, data_root, reader)
         self.folder, self.models = Path(folder), models
         self.stamp = _stamp(self.folder)  # before it is read: what is written in between is seen next time
-        self.index = Index(folder)
+        self.index = Index(folder, models.uploads)
         splits = list(self.index.manifest.splits)
         if split is None and len(splits) != 1:
             raise InputError(f"{folder} holds {', '.join(splits) or 'nothing'}; name one with --split")
