@@ -205,5 +205,6 @@ def _queries(index: Index, split: str, shard: QueryShard, place: Path, making: M
 def _stamp(held: dict, making: Making) -> dict:
     """What the new shard's header says: what the old one's says of its images, and how the new index is made."""
     older = {"base_projector", "scale", *(each.name for each in fields(Making))}
-    stamp = {**{key: value for key, value in held.items() if key not in older}, **stamp_of(making)}
+    own = {key: value for key, value in held.items() if key not in older}
+    stamp = {**own, **stamp_of(making), "hidden_states": held.get("hidden_states", making.hidden_states)}
     return json.loads(json.dumps(stamp))  # as it is read back
