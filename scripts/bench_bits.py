@@ -1,11 +1,11 @@
 """Benchmarks of codes and of smaller budgets; scripts/bench.py calls it for `bits`, `coarse` and `small`.
 
-python scripts/bench.py bits --index FOLDER --built FOLDER... [--bank FILE] [--out FILE]
+python scripts/bench_bits.py bits --index FOLDER --built FOLDER... [--bank FILE] [--out FILE]
     what codes of 1, 2 and 4 bits keep of a float index and of those built for smaller K: bytes against recall; and
     budgets merged out of the first beside indexes built for them
-python scripts/bench.py coarse [--index FOLDER] [--images 100000] [--out FILE]
+python scripts/bench_bits.py coarse [--index FOLDER] [--images 100000] [--out FILE]
     two stages against one: time and overlap@10 by how many candidates, and what a bound could leave out
-python scripts/bench.py small [--images 1000000] [--regions 64] [--out FILE]
+python scripts/bench_bits.py small [--images 1000000] [--regions 64] [--out FILE]
     so many images in 1 bit a component on disk: bytes, one query and 32, time and memory
 
 Indexes are of float32 with captions (scripts/cache.py). --out FILE.md writes the tables, FILE.json beside it figures.

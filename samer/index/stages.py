@@ -21,7 +21,7 @@ from samer.scoring import StoredImages, maxsim, score_stored, search
 from samer.tokens import QueryTokens
 
 CANDIDATES, LEAST = 10, 100  # of signs: so many times the results asked for, at least so many
-COARSE, COARSE_LEAST = 20, 500  # of a smaller budget
+COARSE, COARSE_LEAST = 100, 1000  # of a smaller budget
 
 
 def exact_scores(
