@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run, split_words
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, compute_dtype, run, split_words
 
 
 def main(argv=None):
@@ -37,7 +37,7 @@ def main(argv=None):
     parser.add_argument("--limit-images", type=int, help="the first so many images of each split")
     parser.add_argument("--towers", help="store of the towers' outputs (scripts/align.py), for a tower retriever")
     parser.add_argument("--phrases", action="store_true", help="also of boxed phrases, which scripts/compare.py asks")
-    add_compute_options(parser)
+    add_compute_options(parser, "--compute-dtype")
     parser.add_argument("--config", help="YAML file with model settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=assets/retriever")
     options = parser.parse_args(argv)
@@ -61,7 +61,7 @@ def main(argv=None):
             device,
             local_files_only=config.model.local_files_only,
             revision=config.model.revision,
-            dtype=torch.float32 if options.towers else None,  # the adapters' own
+            dtype=torch.float32 if options.towers else compute_dtype(options),  # the adapters' own
             reduce=config.reduce,
         )
         if options.towers:

@@ -38,6 +38,7 @@ def write_comparison(
     sections: Sequence[str] | None,
     split: str,
     device: torch.device,
+    dtype: torch.dtype | None = None,
     at_budgets: Sequence[int] = (),
     methods: Sequence[str] = (),
     banks: Mapping[str, str] | None = None,
@@ -50,6 +51,7 @@ def write_comparison(
         seeds, split, at_budgets, methods, banks: as `compare` takes them.
         sections: as `compare` takes them; None: all, without phrases where the data or data.features has none.
         device: to compute on.
+        dtype: that the model computes features in, where they have to be made; None: as `open_encoder` chooses.
 
     Returns:
         The results, as written.
@@ -63,7 +65,7 @@ def write_comparison(
     given = bool(config.data.features)
     if not given:
         config = replace(config, data=replace(config.data, features=str(out / "features")))
-        _compute_features(config, split, device, phrases="phrases" in sections)
+        _compute_features(config, split, device, dtype, phrases="phrases" in sections)
     store = FeatureStore(config.data.features, config.model.name, device, revision=config.model.revision)
     check_reduction(store, config.reduce)
     if every and given and store.lacking(phrases):
@@ -87,10 +89,12 @@ def write_comparison(
     return results
 
 
-def _compute_features(config: Config, split: str, device: torch.device, *, phrases: bool) -> None:
+def _compute_features(
+    config: Config, split: str, device: torch.device, dtype: torch.dtype | None, *, phrases: bool
+) -> None:
     """The frozen hidden states of the splits trained and measured on; phrases of the latter."""
     data, model = config.data, config.model
-    where = {"local_files_only": model.local_files_only, "revision": model.revision}
+    where = {"local_files_only": model.local_files_only, "revision": model.revision, "dtype": dtype}
     encoder = open_encoder(model.name, device, **where, reduce=config.reduce)
     for name, limit in ((data.train_split, data.limit_train_images), (split, data.limit_eval_images)):
         write_features(
