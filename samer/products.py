@@ -13,6 +13,12 @@ from torch import Tensor
 from samer.config import InputError
 
 
+def quantise_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, D) float tokens as int8 and a scale each, (n,), by which its largest component is 127."""
+    scale = tokens.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (tokens / scale[:, None]).round().to(torch.int8), scale
+
+
 class ReusedProduct:
     """A matrix product into memory that is used again: fresh pages for every block would cost half a product more."""
 

@@ -1,7 +1,7 @@
 """MaxSim late-interaction scores: exact, masked, and blocked so that no intermediate outgrows its budget.
 
 `maxsim` scores tensors in float32 and is differentiable. `score_stored` and `search` scan what an index stores: floats,
-int8 with scales, or signs; their products run in the fastest kernel that this machine computes rightly.
+int8 with scales, signs, or codes; their products run in the fastest kernel that this machine computes rightly.
 
 Q queries, M query tokens, I images, K image tokens, D embedding width; b images and q queries of one block.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from samer.codes import Codebook
 from samer.config import InputError
 from samer.products import (
     ReusedProduct,
@@ -23,6 +24,7 @@ from samer.products import (
     half_product_works,
     int8_product_works,
     int_product,
+    quantise_rows,
 )
 from samer.settings import whole_number
 from samer.tokens import QueryTokens, check_tensor
@@ -247,17 +249,27 @@ class StoredImages:
 
     Attributes:
         tokens: (I, K, D) float32, bfloat16 or float16; int8, value = int8 * scale; or (I, K, D / 8) uint8, the signs of
-            D components, lowest bit first, 1 for positive.
+            D components, lowest bit first, 1 for positive; or (I, K, G) uint8 codes.
         scale: of int8, (I,) float32, one per image, or one number for all. An image's maximum does not see its scale,
-            so scales are applied after it and cost nothing.
+            so scales are applied after it and cost nothing. Of codes that of the bases.
         mask: (I, K) bool, False where an image has fewer vectors; None: all are there.
         live: (I,) bool, False for a deleted image; None: all live.
+        bases: of codes, (I, D) int8: what all vectors of an image have in common, value = int8 * scale.
+        codebook: of codes.
     """
 
     tokens: Tensor
     scale: Tensor | float | None = None
     mask: Tensor | None = None
     live: Tensor | None = None
+    bases: Tensor | None = None
+    codebook: Codebook | None = None
+
+    def whole(self, block: Tensor) -> Tensor:
+        """Stored vectors (b, K, .) of some of these images as int8 (b, K, D)."""
+        if self.codebook is not None:
+            return self.codebook.decode(block)
+        return unpack_signs(block) if block.dtype == torch.uint8 else block
 
 
 def quantise_images(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,12 +300,6 @@ def unpack_signs(packed: Tensor) -> Tensor:
     """(..., D / 8) uint8 as (..., D) int8 of +1 and -1."""
     eights = _sign_table(packed.device).index_select(0, packed.flatten().int())
     return eights.view(torch.int8).view(*packed.shape[:-1], -1)
-
-
-def quantise_queries(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, D) float tokens as int8 and a scale each, (n,): a token's maximum over an image does not see its scale."""
-    scale = tokens.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return (tokens / scale[:, None]).round().to(torch.int8), scale
 
 
 def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: int | None = None) -> Tensor:
@@ -327,42 +333,31 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     if tokens.is_floating_point():
         return maxsim(queries.tokens, tokens, queries.mask, images.mask, block_elements=block_elements)
     width = queries.tokens.shape[-1]
-    signs = tokens.dtype == torch.uint8
     _check_scale(images)
-    if tokens.shape[-1] * (8 if signs else 1) != width or tokens.device != queries.tokens.device:
+    if _width(images) != width or tokens.device != queries.tokens.device:
         raise InputError(f"queries of width {width} do not fit stored {tuple(tokens.shape)} on {tokens.device}")
     _check_tokens("queries", queries.tokens, queries.mask)
     flat, spans = _valid_rows(queries)  # (n, D) float32
-    whole, scales = quantise_queries(flat)
-    fast = int8_product_works(tokens.device) and width % 8 == 0
-    product = ReusedProduct(int_product, torch.int32) if fast else float_product
-    # the products' second operand has a multiple of 8 columns, as some kernels want
-    columns = -(-len(whole) // 8) * 8
-    right = torch.zeros(columns, width, dtype=torch.int8, device=tokens.device)
-    right[: len(whole)] = whole
-    right = as_columns(right)
+    asked = _WholeQueries8(flat if images.codebook is None else flat @ images.codebook.queries)
+    plain = None if images.codebook is None else _WholeQueries8(flat)
     if block_elements is None:
         block_elements = _CPU_BLOCK_ELEMENTS if tokens.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
-    wide = min(columns, _BLOCK_QUERY_TOKENS)
-    per_block = max(1, block_elements // (wide * tokens.shape[1]))
+    per_block = max(1, block_elements // (asked.wide * tokens.shape[1]))
+    if tokens.dtype == torch.uint8 and not tokens.is_cuda:  # what is looked up should stay in cache, too
+        per_block = max(1, min(per_block, _CPU_BLOCK_ELEMENTS // (tokens.shape[1] * width)))
     units = _units(images, width).split(per_block)
     lengths = queries.mask.sum(1)
     owners = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)
     parts = []
-    masks = _split(_drop_full_mask("images", images.mask), per_block, -(-len(tokens) // per_block))
-    for block, mask, unit in zip(tokens.split(per_block), masks, units):
-        left = unpack_signs(block) if signs else block
-        left = left.reshape(-1, width)
-        if len(left) <= 16 and fast:  # CUDA's kernel wants more rows than 16
-            left = torch.cat([left, left.new_zeros(17 - len(left), width)])
-        best = []
-        for start in range(0, columns, wide):
-            found = product(left, right[:, start : start + wide])[: block.shape[0] * block.shape[1]]
-            found = found.view(block.shape[0], block.shape[1], -1)
-            if mask is not None:
-                found = found.masked_fill_(~mask[..., None], torch.iinfo(torch.int32).min)
-            best.append(found.amax(1))
-        similar = torch.cat(best, dim=1)[:, : len(whole)].float() * (unit[:, None] * scales)  # (b, n)
+    blocks = -(-len(tokens) // per_block)
+    masks = _split(_drop_full_mask("images", images.mask), per_block, blocks)
+    bases = [None] * blocks if images.bases is None else images.bases.split(per_block)
+    for block, mask, unit, base in zip(tokens.split(per_block), masks, units, bases):
+        if base is None:
+            similar = asked.best(images.whole(block), mask) * (unit[:, None] * asked.scales)  # (b, n)
+        else:  # what an image's vectors have in common adds the same to each
+            similar = asked.best(images.whole(block), mask) * (images.codebook.scale * asked.scales)
+            similar += plain.best(base[:, None], None) * (unit[:, None] * plain.scales)
         if tokens.is_cuda:  # sums by index have no fixed order there
             parts.append(torch.stack([similar[:, span].mean(1) for span in spans]))
         else:
@@ -372,10 +367,55 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     return torch.cat(parts, dim=1)
 
 
+class _WholeQueries8:
+    """Query tokens in int8, and their products with images' vectors in int8."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        """(n, D) float32."""
+        whole, self.scales = quantise_rows(tokens)
+        self.count, self.width = whole.shape
+        self.fast = int8_product_works(whole.device) and self.width % 8 == 0
+        self.product = ReusedProduct(int_product, torch.int32) if self.fast else float_product
+        # the products' second operand has a multiple of 8 columns, as some kernels want
+        self.columns = -(-self.count // 8) * 8
+        right = torch.zeros(self.columns, self.width, dtype=torch.int8, device=whole.device)
+        right[: self.count] = whole
+        self.right = as_columns(right)
+        self.wide = min(self.columns, _BLOCK_QUERY_TOKENS)
+
+    def best(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """(b, n) float32, each token's best product with an image's vectors (b, K, D) int8; exact below 2^24."""
+        left = images.reshape(-1, self.width)
+        if len(left) <= 16 and self.fast:  # CUDA's kernel wants more rows than 16
+            left = torch.cat([left, left.new_zeros(17 - len(left), self.width)])
+        best = []
+        for start in range(0, self.columns, self.wide):
+            found = self.product(left, self.right[:, start : start + self.wide])[: images.shape[0] * images.shape[1]]
+            found = found.view(images.shape[0], images.shape[1], -1)
+            if mask is not None:
+                found = found.masked_fill_(~mask[..., None], torch.iinfo(torch.int32).min)
+            best.append(found.amax(1))
+        return torch.cat(best, dim=1)[:, : self.count].float()
+
+
+def _width(images: StoredImages) -> int:
+    """D of what is stored."""
+    if images.codebook is not None:
+        return images.codebook.width
+    return images.tokens.shape[-1] * (8 if images.tokens.dtype == torch.uint8 else 1)
+
+
 def _check_scale(images: StoredImages) -> None:
-    """Refuses int8 without a scale per image, and anything else with one."""
+    """Refuses int8 without a scale per image, codes without bases, and anything else with either."""
     tokens, scale = images.tokens, images.scale
     kind = f"of shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else scale
+    if images.codebook is not None or images.bases is not None:
+        wanted = images.codebook and (len(tokens), *tokens.shape[1:2], images.codebook.code_bytes)
+        right = isinstance(scale, Tensor) and isinstance(images.bases, Tensor) and tokens.dtype == torch.uint8
+        right = right and tokens.shape == wanted and scale.shape == tokens.shape[:1]
+        if not (right and images.bases.shape == (len(tokens), images.codebook.width)):
+            raise InputError(f"codes {tuple(tokens.shape)} need the tables they were made with, bases and a scale each")
+        return
     if tokens.dtype not in (torch.int8, torch.uint8) or (tokens.dtype == torch.int8) != (scale is not None):
         raise InputError(f"stored tokens are {tokens.dtype} with scale {kind}; expected floats, int8 or signs")
     if isinstance(scale, Tensor) and (scale.shape != tokens.shape[:1] or scale.device != tokens.device):

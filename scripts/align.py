@@ -20,13 +20,13 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import add_compute_options, compute_device, run
+from samer.runtime.commands import add_compute_options, compute_device, compute_dtype, run
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file; see configs/towers_224.yaml, which names every setting")
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. align.epochs=10")
     options = parser.parse_args(argv)
     device = compute_device(options)
@@ -39,7 +39,7 @@ def main(argv=None):
     config = load_config(options.config, options.overrides, AlignConfig)
     limit_pixels(config.data.max_megapixels)
     with process_group():
-        folder = align(config, device)
+        folder = align(config, device, compute_dtype(options))
         print0(f"done: a retriever in {folder}; other commands take it as model.name={folder}")
     return folder
 

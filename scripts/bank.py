@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, compute_dtype, run
 
 
 def main(argv=None):
@@ -36,7 +36,7 @@ def main(argv=None):
     parser.add_argument("--adapter-path", default="", help="trained projector: folder or hub id; empty: untouched")
     parser.add_argument("--features", default="", help="feature store to read the texts from (scripts/features.py)")
     parser.add_argument("--batch-size", type=int, default=32, help="texts per forward pass (32)")
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
     parser.add_argument("--config", help="YAML file with model settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=assets/retriever")
     options = parser.parse_args(argv)
@@ -70,6 +70,7 @@ def main(argv=None):
         config.model.name,
         compute_device(options),
         features=options.features,
+        dtype=compute_dtype(options),
         adapter_path=options.adapter_path,
         local_files_only=config.model.local_files_only,
         revision=config.model.revision,

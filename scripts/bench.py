@@ -3,6 +3,7 @@
 python scripts/bench.py merge     the operator against its own products, a loop over images and clusters, and H-Pool
 python scripts/bench.py querybank merging in the space of queries, beside farthest and raster SaMer
 python scripts/bench.py maxsim    exact scoring against the bare product and other engines (the extra `peers`)
+                                  also: --index INDEX --before CHECKOUT --fast-plaid PYTHON
 python scripts/bench.py scale     one million images of 64 x 128 int8 on disk: time and memory of a search (8.2 GB)
 python scripts/bench.py export    the same million exported to parquet in float16: pace and memory (25 GB)
 python scripts/bench.py eval      5,000 captions against 1,000 images: scores, metrics, memory
@@ -13,8 +14,14 @@ python scripts/bench.py pictures  photographs of 12, 50 and 108 megapixels: memo
 python scripts/bench.py latency   one query at a time, alone and beside a busy process, by how torch's threads wait
 python scripts/bench.py reduce    a vision tower on fewer tokens: pictures a second and FLOPs, by reducer and tier
 python scripts/bench.py gpu       a random ColPali of the published size on a GPU: encoding, merging, training, scoring
+python scripts/bench.py bits      codes of 1, 2 and 4 bits, and smaller budgets: bytes against recall (bits --help)
+python scripts/bench.py coarse    two stages of search against one (coarse --help)
+python scripts/bench.py small     one million images in 1 bit a component on disk (small --help)
 python scripts/bench.py pipelines decoding, index, features, training: what surrounds the model (pipelines --help)
 python scripts/bench.py help      how long --help of every script takes, beside an interpreter that does nothing
+
+Each waits until the machine is quiet (a load below 0.5), --wait SECONDS at most, and says so where it was not. Those
+whose result is a table write it with --json FILE and --markdown FILE, and what it was measured on.
 """
 
 import sys
@@ -31,21 +38,106 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import multiprocessing
 import os
+import platform
 import resource
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from samer.runtime.commands import WAITING, run
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOOR = "the product alone, blocked (the floor)"
+QUIET = 0.5  # load of the last minute
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a benchmark returns to be printed, and written by --json and --markdown.
+
+    Attributes:
+        name: its heading.
+        rows: all with the same keys, which head the columns; a value is a text, a number or None.
+        notes: lines below it.
+    """
+
+    name: str
+    rows: list[dict]
+    notes: list[str] = field(default_factory=list)
+
+    def cells(self):
+        """Every row as texts, the heads first."""
+        return [list(self.rows[0]), *([shown(value) for value in row.values()] for row in self.rows)]
+
+    def text(self):
+        """As a terminal shows it."""
+        cells = self.cells()
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
+        return "\n".join([self.name, *(f"  {line}" for line in lines), *self.notes])
+
+    def markdown(self):
+        """As a page shows it."""
+        head, *rows = self.cells()
+        marks = ["---", *("---:" for _ in head[1:])]
+        lines = [f"| {' | '.join(row)} |" for row in (head, marks, *rows)]
+        return "\n".join([f"**{self.name}**", "", *lines, *(f"\n{note}" for note in self.notes), ""])
+
+
+def shown(value):
+    """A cell: three significant digits of a number below 100, whole ones above."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3g}"
+
+
+def await_quiet(seconds):
+    """Waits until little else runs on this machine, so many seconds at most; (quiet or not, the load that it had)."""
+    until = time.monotonic() + seconds
+    if seconds and os.getloadavg()[0] >= QUIET:
+        print(f"load {os.getloadavg()[0]:.2f}: waiting for a quiet machine, {seconds:g} s at most", flush=True)
+    while os.getloadavg()[0] >= QUIET and time.monotonic() < until:
+        time.sleep(min(2, max(0.0, until - time.monotonic())))
+    load = os.getloadavg()[0]
+    if load >= QUIET:
+        print(f"NOT QUIET: load {load:.2f} before the first run; others share the times below", flush=True)
+    return load < QUIET, round(load, 2)
+
+
+def machine():
+    """What figures depend on: the processor, torch, and the revision of this code."""
+    import torch
+
+    cpu = Path("/proc/cpuinfo")
+    models = [line for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    found = {"cpu": models[0].partition(":")[2].strip() if models else platform.processor(), "cores": os.cpu_count()}
+    found |= {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "", "torch": torch.__version__}
+    found |= {"threads": torch.get_num_threads(), "python": platform.python_version()}
+    return {**found, "revision": git.stdout.strip()}
+
+
+def keep(tables, about, options):
+    """Prints tables and writes them where --json and --markdown say."""
+    for table in tables:
+        print(table.text())
+    if options.json:
+        found = {**about, "tables": [asdict(table) for table in tables]}
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if options.markdown:
+        facts = about["machine"]
+        words = f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, torch {facts['torch']}"
+        state = "quiet" if about["quiet"] else f"NOT quiet (load {about['load']})"
+        line = f"`{about['command']}`, {facts['revision']}, {words}, {state}."
+        text = "\n".join([*(table.markdown() for table in tables), line, ""])
+        Path(options.markdown).write_text(text, encoding="utf-8")
 
 
 def medians(runs, *functions):
@@ -64,9 +156,10 @@ def merge(runs):
     """One image of 1,030 x 128 to 64, published settings, no gradient."""
     import torch
     import torch.nn.functional as F
+    from scipy.cluster.hierarchy import linkage
 
     from samer import MergeConfig, merge_tokens, visual_coords
-    from samer.compressors.hpool import ward_labels
+    from samer.compressors.hpool import row_distances, ward_labels
 
     tokens, coords = F.normalize(torch.randn(1, 1030, 128), dim=-1), visual_coords(32, 32, prompt_tokens=6)
     config = MergeConfig()
@@ -75,16 +168,41 @@ def merge(runs):
     products = lambda: (similarities(), weights @ tokens[0])
     all_products = lambda: (products(), [weights @ tokens[0] for _ in range(config.cluster_iters)])
     ours, some, every = medians(runs, lambda: merge_tokens(tokens, coords, config), products, all_products)
-    print(f"merge 1,030 x 128 -> 64: {ours:.2f} ms")
-    print(f"  its T + 1 similarity products and the weighted sum: {some:.2f} ms, ratio {ours / some:.2f}")
-    print(f"  the same, and T means written as products: {every:.2f} ms, ratio {ours / every:.2f}")
+    rows = [
+        ("SaMer", ours, ours),
+        ("  its T + 1 similarity products and the weighted sum", some, ours),
+        ("  the same, and T means written as products", every, ours),
+    ]
+    alone = [{"": name, "ms": each, "SaMer /": whole / each} for name, each, whole in rows]
     many = tokens.expand(16, -1, -1).contiguous()
-    batched = lambda: merge_tokens(many, coords, config)
-    loop, ward = lambda: merge_loop(tokens[0], coords, config), lambda: ward_labels(tokens[0].double().numpy(), 64)
-    ours, loop, ward = medians(max(5, runs // 20), batched, loop, ward)
-    print(f"per image in a batch of 16: {ours / 16:.2f} ms")
-    print(f"  a loop over clusters, image by image: {loop:.1f} ms, {loop / (ours / 16):.0f} times as long")
-    print(f"  H-Pool (scipy's Ward linkage): {ward:.1f} ms, {ward / (ours / 16):.0f} times as long")
+    real = photographed(1)[0][0].double()
+    condensed = row_distances(real)
+    jobs = {
+        "SaMer": lambda: merge_tokens(many, coords, config),
+        "  a loop over clusters, image by image": lambda: merge_loop(tokens[0], coords, config),
+        "H-Pool": lambda: ward_labels(real, 64),
+        "  distances between the square matrix's rows (before)": lambda: square_ward(real, 64),
+        "  scipy's linkage of its distances (the floor)": lambda: linkage(condensed, "ward"),
+    }
+    times = dict(zip(jobs, medians(max(5, runs // 20), *jobs.values())))
+    times["SaMer"] /= 16
+    batch = [{"": name, "ms": each, "/ SaMer": each / times["SaMer"]} for name, each in times.items()]
+    after, before = ward_labels(real, 64).numpy(), square_ward(real, 64)
+    same = bool(((after[:, None] == after) == (before[:, None] == before)).all())
+    speed = times["  distances between the square matrix's rows (before)"] / times["H-Pool"]
+    note = f"H-Pool is {speed:.1f} times as fast as before, its partition {'the same' if same else 'ANOTHER'}."
+    return [
+        Table("one image of 1,030 x 128 to 64", alone),
+        Table("per image of 1,030 x 128 to 64, SaMer's of a batch of 16", batch, [note]),
+    ]
+
+
+def square_ward(tokens, regions):
+    """H-Pool as people use it: scipy is given the matrix of distances, a row an observation."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+
+    rows = tokens.numpy()
+    return fcluster(linkage(1 - rows @ rows.T, method="ward", metric="euclidean"), regions, "maxclust")
 
 
 def merge_loop(tokens, coords, config):
@@ -135,11 +253,13 @@ def queries(runs):
     jobs = [lambda each=each, some=some: each(some) for each in makers.values() for some in (one, visual)]
     product = lambda: torch.mm(bank, images[0].T, out=room[0])
     times = medians(max(9, runs // 10), product, lambda: pick_one(images[0], bank, share, 64, room), *jobs)
-    print("ms per image of 1,030 x 128 to 64 vectors, bank of 2,048; and how many times raster SaMer's")
-    print(f"  the product of bank and tokens: {times[0]:.2f}; with it the picks, of {64}: {times[1]:.2f}")
+    raster = times[3] / len(images)
+    rows = []
     for place, name in enumerate(makers):
         alone, many = times[2 + 2 * place], times[3 + 2 * place] / len(images)
-        print(f"  {name:10}{alone:7.2f} alone{many:7.2f} in a batch of 8{many / (times[3] / len(images)):7.1f}")
+        rows.append({"": name, "ms alone": alone, "ms in a batch of 8": many, "/ raster": many / raster})
+    note = f"The product of bank and tokens takes {times[0]:.2f} ms, with the picks of 64 {times[1]:.2f} ms."
+    return [Table("per image of 1,030 x 128 to 64 vectors, bank of 2,048", rows, [note])]
 
 
 def photographed(count):
@@ -158,49 +278,140 @@ def photographed(count):
     return F.normalize(tokens, dim=-1), F.normalize(asked, dim=-1)
 
 
-def score(runs):
-    """32 queries of 32 tokens against 5,000 images of 64 x 128: every engine on the same data, in turn."""
+def score(runs, options):
+    """32 queries against images of 64 x 128 or so: every engine on the same data, in turn; and what each finds."""
+    import torch
+
+    from samer import QueryTokens
+    from samer.scoring import StoredImages, int8_product_works, quantise_images, search
+
+    data = {"clustered": drawn(options.images)}
+    if options.index:
+        data = {"real features": stored_features(options.index, options.images)}
+    ((kind, (queries, images)),) = data.items()
+    tables = [compared(f"{kind}, float32 to 1-bit and other engines", queries, images, runs, options)]
+    word = "in use" if int8_product_works(torch.device("cpu")) else "not to be had here"
+    tables[0].notes.append(f"The CPU's int8 product is {word}.")
+    one = QueryTokens(queries.tokens[:1], queries.mask[:1])
+    small, scale = quantise_images(images)
+    copies = -(-100_000 // len(images))
+    many = StoredImages(small.repeat(copies, 1, 1)[:100_000], scale.repeat(copies)[:100_000])
+    names = list(map(str, range(100_000)))
+    single = medians(max(3, runs // 20), lambda: search(one, [(names, many)], 10))[0]
+    return [*tables, Table("one query, top 10 of 100,000 images", [{"": "SaMer, int8", "ms": single}])]
+
+
+def drawn(count):
+    """32 `QueryTokens` of 32 tokens, each about one of `count` images, in other words; and the images."""
     import torch
     import torch.nn.functional as F
+
+    from samer import QueryTokens
+
+    images = clustered(count)
+    about = images[torch.arange(32) * count // 32, :32]
+    queries = F.normalize(about + 0.5 * F.normalize(torch.randn(32, 32, 128), dim=-1), dim=-1)
+    return QueryTokens(queries, torch.ones(32, 32, dtype=torch.bool)), images
+
+
+def stored_features(folder, count):
+    """32 captions of an index, evenly out of the first split that has some, and its first images, in float32."""
+    import torch
+
+    from samer import InputError, QueryTokens
+    from samer.index.read import Index
+
+    index = Index(folder)
+    split = next((name for name, held in index.manifest.splits.items() if held.queries), None)
+    if split is None:
+        raise InputError(f"{folder}: no split with captions; make the index with scripts/cache.py")
+    whole = [index.vectors(split, number) for number in list(index.numbers(split).values())[:count]]
+    images = torch.stack([each.tokens for each in whole if each.mask.all()])
+    if len(images) < len(whole):
+        print(f"{len(whole) - len(images):,} images with fewer vectors than the others are left out")
+    found = [row for query, *_ in index.queries(split) for row in zip(query.tokens.float(), query.mask)]
+    rows = [tokens[mask] for tokens, mask in found[:: max(1, len(found) // 32)][:32]]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor(list(map(len, rows)))
+    return QueryTokens(padded, torch.arange(padded.shape[1]) < lengths[:, None]), images
+
+
+def compared(name, queries, images, runs, options):
+    """A `Table` of engines: time, its ratios, the share of the exact ten best that is found, bytes."""
+    import torch
+
+    from samer import maxsim
+
+    count, regions, width = images.shape
+    flat = queries.tokens[queries.mask].t().contiguous()  # (D, n)
+    room = torch.empty(16 * regions, flat.shape[1])
+    blocks = lambda: [torch.mm(b.view(-1, width), flat, out=room[: regions * len(b)]) for b in images.split(16)]
+    exact = maxsim(queries.tokens, images, queries.mask).topk(10, dim=1).indices
+    with tempfile.TemporaryDirectory() as place:
+        found = engines(queries, images, Path(place), options)
+        try:
+            times = dict(zip([FLOOR, *found], medians(max(3, runs // 40), blocks, *(run for run, _ in found.values()))))
+            recalls = {name: overlap(exact, torch.as_tensor(run())) for name, (run, _) in found.items()}
+        finally:
+            for close in CLOSING:
+                close()
+            CLOSING.clear()
+    rows = []
+    for engine, milliseconds in times.items():
+        row = {"": engine, "ms": milliseconds, "/ floor": milliseconds / times[FLOOR]}
+        row["einsum /"] = times[EINSUM] / milliseconds
+        row |= {"recall@10": recalls.get(engine), "bytes an image": found[engine][1] if engine in found else None}
+        rows.append(row)
+    tokens = f"{len(queries.tokens)} queries of {int(queries.mask.sum()):,} tokens in all"
+    words = f"{tokens} against {count:,} images x {regions} x"
+    return Table(f"{name}: {words} {width}, the ten best of each query", rows, [f"einsum: {EINSUM}."])
+
+
+EINSUM = "transformers, score_retrieval"
+CLOSING = []  # what ends the processes and files of engines
+
+
+def engines(queries, images, place, options):
+    """By name: what finds the ten best images of each query, (Q, 10), and bytes of an image.
+
+    Those of other libraries where they are installed: pip install -e ".[peers]".
+    """
     from transformers import ColPaliProcessor
 
-    from samer import QueryTokens, maxsim
-    from samer.scoring import StoredImages, int8_product_works, pack_signs, score_stored, search
+    from samer import maxsim
+    from samer.scoring import StoredImages, pack_signs, quantise_images, score_stored
 
-    images = clustered(5000)
-    about = images[::157][:32, :32]  # each query asks for one image, in other words
-    queries = F.normalize(about + 0.5 * F.normalize(torch.randn(32, 32, 128), dim=-1), dim=-1)
-    flat, room = queries.reshape(-1, 128).t().contiguous(), torch.empty(16 * 64, 1024)
-    query = QueryTokens(queries, torch.ones(32, 32, dtype=torch.bool))
-    scale = float(images.abs().flatten()[: 2**22].kthvalue(int(0.9999 * 2**22)).values) / 127
-    small = StoredImages((images / scale).round().clamp(-127, 127).to(torch.int8), scale)
-    signs, half = StoredImages(pack_signs(images)), StoredImages(images.half())
-    engines = {
-        FLOOR: lambda: [torch.mm(b.view(-1, 128), flat, out=room[: 64 * len(b)]).shape for b in images.split(16)],
-        "SaMer, float32": lambda: maxsim(queries, images),
-        "SaMer, stored as float16": lambda: score_stored(query, half),
-        "SaMer, int8": lambda: score_stored(query, small),
-        "SaMer, 1-bit, before re-ranking": lambda: score_stored(query, signs),
-        "transformers score_retrieval (einsum)": lambda: ColPaliProcessor.score_retrieval(None, queries, images),
-        **peers(queries, images),
+    ten = lambda scores: scores.topk(10, dim=1).indices
+    each = images[0].numel()
+    rows = [tokens[mask] for tokens, mask in zip(queries.tokens, queries.mask)]  # of a query
+    stored = {
+        "float16": (StoredImages(images.half()), 2 * each),
+        "int8": (StoredImages(*quantise_images(images)), each + 4),
+        "1-bit, before re-ranking": (StoredImages(pack_signs(images)), each // 8),
     }
-    exact = maxsim(queries, images).topk(10, dim=1).indices
-    times = dict(zip(engines, medians(max(3, runs // 40), *engines.values())))
-    floor, einsum = times[FLOOR], times["transformers score_retrieval (einsum)"]
-    print(
-        "32 queries x 32 tokens against 5,000 images x 64 x 128; int8 product in use:",
-        int8_product_works(torch.device("cpu")),
-    )
-    print(f"{'':42}{'ms':>8}{'/ floor':>9}{'einsum /':>10}{'recall@10':>11}")
-    for name, milliseconds in times.items():
-        found = engines[name]()
-        found = found.topk(10, dim=1).indices if isinstance(found, torch.Tensor) else None
-        hits = "" if found is None else f"{overlap(exact, found):.3f}"
-        print(f"{name:42}{milliseconds:8.0f}{milliseconds / floor:9.2f}{einsum / milliseconds:10.1f}{hits:>11}")
-    one = QueryTokens(queries[:1], query.mask[:1])
-    many = StoredImages(small.tokens.repeat(20, 1, 1), scale)
-    single = medians(max(3, runs // 20), lambda: search(one, [(list(map(str, range(100_000))), many)], 10))[0]
-    print(f"one query, top 10 of 100,000 images in int8: {single:.0f} ms")
+    found = {"SaMer, float32": (lambda: ten(maxsim(queries.tokens, images, queries.mask)), 4 * each)}
+    found |= {f"SaMer, {k}": (lambda v=v: ten(score_stored(queries, v)), size) for k, (v, size) in stored.items()}
+    if options.before or options.fast_plaid:
+        held = {"images": images.numpy(), "queries": queries.tokens.numpy(), "mask": queries.mask.numpy()}
+        import numpy as np
+
+        np.savez(place / "data.npz", **held)
+    if options.before:
+        other = Elsewhere(sys.executable, BEFORE, place, PYTHONPATH=str(Path(options.before).resolve()))
+        sizes = {"float32": 4 * each, **{name: size for name, (_, size) in stored.items()}}
+        found |= {f"before: {name}": (lambda name=name: other.ask(name), size) for name, size in sizes.items()}
+    found[EINSUM] = lambda: ten(ColPaliProcessor.score_retrieval(None, rows, images)), 4 * each
+    for make in (sentence_transformers, maxsim_cpu, qdrant, lance):
+        try:
+            found |= make(rows, images, place)
+        except ImportError as error:
+            print(f"{make.__name__}: {error.name} is not installed")
+    if options.fast_plaid:
+        plaid = Elsewhere(options.fast_plaid, PLAID, place)
+        size = sum(file.stat().st_size for file in (place / "plaid").rglob("*") if file.is_file()) / len(images)
+        names = {"fast-plaid, 4 bits": "8", "fast-plaid, 4 bits, 64 probes": "64"}
+        found |= {name: (lambda probes=probes: plaid.ask(probes), size) for name, probes in names.items()}
+    return found
 
 
 def overlap(exact, found):
@@ -220,35 +431,144 @@ def clustered(count):
     return F.normalize(themes[picks] + 0.7 * torch.randn(count, 64, 128, generator=generator), dim=-1)
 
 
-def peers(queries, images):
-    """Other exact engines, where they are installed: pip install -e ".[peers]"."""
+def sentence_transformers(rows, images, place):
+    """Its scorer of multi-vector models."""
+    from sentence_transformers.util import maxsim
+
+    return {
+        "sentence-transformers, maxsim": (lambda: maxsim(rows, images).topk(10, dim=1).indices, 4 * images[0].numel())
+    }
+
+
+def maxsim_cpu(rows, images, place):
+    """A library of kernels for CPUs."""
+    import maxsim_cpu as library
     import torch
 
-    found = {}
-    try:
-        import maxsim_cpu
+    arrays, stack = [row.numpy() for row in rows], images.numpy()
+    scores = lambda: torch.stack([torch.from_numpy(library.maxsim_scores(row, stack)) for row in arrays])
+    return {"maxsim-cpu": (lambda: scores().topk(10, dim=1).indices, 4 * images[0].numel())}
 
-        arrays, stack = [query.numpy() for query in queries], images.numpy()
-        found["maxsim-cpu"] = lambda: torch.stack(
-            [torch.from_numpy(maxsim_cpu.maxsim_scores(q, stack)) for q in arrays]
-        )
-    except ImportError:
-        print("maxsim-cpu is not installed")
-    try:
-        from qdrant_client import QdrantClient, models
 
-        client = QdrantClient(":memory:")
-        most = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
-        vectors = models.VectorParams(size=128, distance=models.Distance.DOT, multivector_config=most)
-        client.create_collection("images", vectors_config=vectors)
-        for start in range(0, len(images), 250):
-            block = images[start : start + 250].tolist()
-            client.upsert("images", [models.PointStruct(id=start + k, vector=v) for k, v in enumerate(block)])
-        texts = queries.tolist()
-        found["Qdrant, in-process, exact"] = lambda: [client.query_points("images", query=q, limit=10) for q in texts]
-    except ImportError:
-        print("qdrant-client is not installed")
-    return found
+def qdrant(rows, images, place):
+    """Qdrant's client without a server, which computes in numpy."""
+    from qdrant_client import QdrantClient, models
+
+    client = QdrantClient(":memory:")
+    most = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
+    vectors = models.VectorParams(size=images.shape[2], distance=models.Distance.DOT, multivector_config=most)
+    client.create_collection("images", vectors_config=vectors)
+    for start in range(0, len(images), 250):
+        block = images[start : start + 250].tolist()
+        client.upsert("images", [models.PointStruct(id=start + k, vector=vector) for k, vector in enumerate(block)])
+    CLOSING.append(client.close)
+    texts = [row.tolist() for row in rows]
+    ask = lambda text: [point.id for point in client.query_points("images", query=text, limit=10).points]
+    return {"Qdrant, in process, exact": (lambda: [ask(text) for text in texts], 4 * images[0].numel())}
+
+
+def lance(rows, images, place):
+    """LanceDB without an index: it scans its files."""
+    import lancedb
+    import pyarrow as pa
+
+    count, regions, width = images.shape
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(images.flatten().numpy()), width)
+    vectors = pa.ListArray.from_arrays(pa.array(range(0, count * regions + 1, regions), pa.int32()), flat)
+    table = pa.table({"id": pa.array(range(count), pa.int32()), "vectors": vectors})
+    table = lancedb.connect(str(place / "lance")).create_table("images", table)
+
+    def ask(row):
+        found = table.search(row, vector_column_name="vectors").distance_type("cosine").limit(10)
+        return [each["id"] for each in found.select(["id", "_distance"]).to_list()]
+
+    arrays = [row.numpy() for row in rows]
+    return {"LanceDB, exact": (lambda: [ask(row) for row in arrays], 4 * images[0].numel())}
+
+
+class Elsewhere:
+    """Engines in a process of their own, which answers with ids while this one waits."""
+
+    def __init__(self, python, code, place, **environment):
+        """Starts `code` with an interpreter, the folder of data.npz and the number of threads."""
+        import torch
+
+        words = [str(python), "-c", code + ANSWERING, str(place), str(torch.get_num_threads())]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(words, env={**os.environ, **environment}, cwd=place, **pipes)
+        CLOSING.append(self.close)
+        self._read("it could not be started")
+
+    def ask(self, name):
+        """The ten best of each query, as an engine finds them."""
+        self.process.stdin.write(name + "\n")
+        self.process.stdin.flush()
+        return self._read(f"{name} failed")
+
+    def _read(self, trouble):
+        while line := self.process.stdout.readline():
+            if line.startswith("ANSWER "):  # libraries print, too
+                return json.loads(line.removeprefix("ANSWER "))
+        from samer import InputError
+
+        raise InputError(f"{self.process.args[0]}: {trouble}; what it said stands above")
+
+    def close(self):
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+OPENING = """
+import json, sys
+import numpy as np
+import torch
+
+torch.set_num_threads(int(sys.argv[2]))
+torch.set_grad_enabled(False)
+held = np.load(sys.argv[1] + "/data.npz")
+images, queries, mask = (torch.from_numpy(held[name]) for name in ("images", "queries", "mask"))
+"""
+BEFORE = (
+    OPENING
+    + """
+from samer import QueryTokens, maxsim
+from samer.scoring import StoredImages, pack_signs, quantise_images, score_stored
+
+asked = QueryTokens(queries, mask)
+stored = {
+    "float16": StoredImages(images.half()),
+    "int8": StoredImages(*quantise_images(images)),
+    "1-bit, before re-ranking": StoredImages(pack_signs(images)),
+}
+
+def answer(name):
+    scores = maxsim(queries, images, mask) if name == "float32" else score_stored(asked, stored[name])
+    return scores.topk(10, dim=1).indices.tolist()
+"""
+)
+PLAID = (
+    OPENING
+    + """
+from fast_plaid.search import FastPlaid
+
+index = FastPlaid(index=sys.argv[1] + "/plaid", device="cpu")
+index.create(documents_embeddings=list(images), nbits=4)
+rows = [tokens[own] for tokens, own in zip(queries, mask)]
+
+def answer(probes):
+    found = index.search(rows, top_k=10, n_ivf_probe=int(probes), show_progress=False)
+    return [([name for name, _ in row] + [-1] * 10)[:10] for row in found]
+"""
+)
+ANSWERING = """
+import json, sys
+
+if __name__ == "__main__":
+    print("ANSWER 0", flush=True)
+    for line in sys.stdin:
+        print("ANSWER", json.dumps(answer(line.strip())), flush=True)
+"""
 
 
 def million(folder):
@@ -440,8 +760,7 @@ def quality(runs):
         write_world(place / "world", {"test": 400})
         retriever = Retriever.load(str(ROOT / "assets" / "retriever"))
         settings = MergeConfig(num_regions=16, center_init="farthest")
-        print(f"{'':10}{'R@1':>7}{'R@10':>7}{'overlap@10':>12}{'bytes/image':>13}")
-        exact = None
+        exact, rows = None, []
         for dtype in DTYPES:
             build_index(place / dtype, place / "world", ["test"], retriever, settings, dtype=dtype)
             cache = Index(place / dtype)
@@ -449,11 +768,11 @@ def quality(runs):
             metrics = retrieval_metrics(scores, owner[:, None] == torch.arange(scores.shape[1]))
             best = scores.topk(10, dim=1).indices
             exact = best if exact is None else exact
-            row = (
-                f"{metrics['r@1']:7.2f}{metrics['r@10']:7.2f}{overlap(exact, best):12.3f}{cache.size('test')[3]:13,.0f}"
-            )
+            row = {"": dtype, "R@1": metrics["r@1"], "R@10": metrics["r@10"], "overlap@10": overlap(exact, best)}
+            row["bytes an image"] = cache.size("test")[3]
             extra = sum(shard.exact.bytes for shard in cache.manifest.splits["test"].images if shard.exact)
-            print(f"{dtype:10}{row}" + (f" + {extra / 400:,.0f} on disk to re-rank with" if extra else ""))
+            rows.append({**row, "on disk to re-rank with": extra / 400 or None})
+        return [Table("400 generated images with 2,000 captions, 262 tokens to 16", rows)]
 
 
 def epoch(words):
@@ -856,8 +1175,6 @@ def reducing(runs, folder="", size=448, batch=4, file=""):
     A tower of DINOv2-S's shape with random weights unless a folder names one. AdaMerge is calibrated on as many other
     pictures; how much it merges depends on them.
     """
-    import json
-
     import torch
 
     from samer.reducers.calibration import calibrate
@@ -936,10 +1253,11 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["pipelines"]:
         return importlib.import_module(f"{__package__ or 'scripts'}.bench_pipelines").main(words[1:])
+    if words and words[0] in ("bits", "coarse", "small"):
+        return importlib.import_module(f"{__package__ or 'scripts'}.bench_bits").main(words)
     what = {
         "merge": merge,
         "querybank": queries,
-        "maxsim": score,
         "scale": scale,
         "export": exporting,
         "eval": evaluation,
@@ -950,18 +1268,25 @@ def main(argv=None):
         "train": training,
         "pictures": photographs,
         "latency": latency,
-        "help": helps,
         "gpu": on_gpu,
     }  # they measure processes of their own, or train
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*what, *apart, "reduce"])
+    parser.add_argument("what", choices=[*what, *apart, "maxsim", "reduce", "help"])
     parser.add_argument("--runs", type=int, default=200, help="timed calls (200; the longer ones a part of it)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--wait", type=float, default=60, metavar="SECONDS", help="for a quiet machine, at most (60)")
+    parser.add_argument("--json", default="", metavar="FILE", help="figures, and what they were measured on")
+    parser.add_argument("--markdown", default="", metavar="FILE", help="the same as a page's table")
+    parser.add_argument("--images", type=int, default=5000, help="maxsim: how many (5000)")
+    parser.add_argument("--index", default="", help="maxsim: take images and captions of this index")
+    parser.add_argument("--before", default="", metavar="CHECKOUT", help="maxsim: also this other SaMer")
+    parser.add_argument("--fast-plaid", default="", metavar="PYTHON", help="maxsim: an interpreter that has fast-plaid")
     parser.add_argument("--tower", default="", help="reduce: folder of a vision tower (DINOv2-S's shape, random)")
     parser.add_argument("--size", type=int, default=448, help="reduce: pixels of a picture's side (448)")
     parser.add_argument("--batch", type=int, default=4, help="reduce: pictures a pass (4)")
-    parser.add_argument("--json", default="", help="reduce: file for the figures, which scripts/reduce.py --page takes")
     options = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    quiet, load = await_quiet(options.wait)
     if options.what == "help":
         return helps(options.runs)
     import torch
@@ -969,13 +1294,17 @@ def main(argv=None):
     torch.manual_seed(0)
     if options.threads:
         torch.set_num_threads(options.threads)
+    words = ["PATH" if "/" in word else word for word in words]  # they are this machine's business
+    about = {"command": " ".join(["python scripts/bench.py", *words]), "quiet": quiet, "load": load}
+    about["machine"] = machine()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     if options.what in apart:
-        return apart[options.what](options.runs)
+        return keep(apart[options.what](options.runs) or [], about, options)
     with torch.no_grad():
-        if options.what == "reduce":
+        if options.what == "reduce":  # scripts/reduce.py reads its figures
             return reducing(max(5, options.runs // 40), options.tower, options.size, options.batch, options.json)
-        what[options.what](options.runs)
+        tables = score(options.runs, options) if options.what == "maxsim" else what[options.what](options.runs)
+        return keep(tables or [], about, options)
 
 
 if __name__ == "__main__":

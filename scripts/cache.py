@@ -25,7 +25,15 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import DATA_KINDS, add_compile_option, add_compute_options, compute_device, run, split_words
+from samer.runtime.commands import (
+    COMPUTED,
+    DATA_KINDS,
+    add_compile_option,
+    add_compute_options,
+    compute_device,
+    run,
+    split_words,
+)
 
 
 def main(argv=None):
@@ -44,8 +52,14 @@ def main(argv=None):
     parser.add_argument("--part", help="K/N: only the Kth of N parts of each split, in an index of its own")
     parser.add_argument("--features", default="", help="feature store to read instead of images (scripts/features.py)")
     parser.add_argument("--bank", default="", help="query bank for merge.compressor=querybank (scripts/bank.py)")
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
     add_compile_option(parser)
+    parser.add_argument(
+        "--also-computed-in",
+        choices=COMPUTED,
+        metavar="DTYPE",
+        help="go on with an index in another dtype than its own; it says then that it holds both",
+    )
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
@@ -61,7 +75,8 @@ def main(argv=None):
     from samer.runtime.processes import print0, process_group
 
     part = part_named(options.part) if options.part else None
-    asked = Asked(options.adapter_path, options.config, overrides, options.cache_dtype, options.assignments)
+    made = options.adapter_path, options.config, overrides, options.cache_dtype, options.assignments
+    asked = Asked(*made, options.computed_in, options.also_computed_in)
     settings = settings_for(options.cache_dir, asked, "bfloat16")
     limit_pixels(settings.config.data.max_megapixels)
     device = compute_device(options)

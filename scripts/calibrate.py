@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, compute_dtype, run
 
 
 def main(argv=None):
@@ -34,7 +34,7 @@ def main(argv=None):
     parser.add_argument("--images", type=int, help="how many (a hundredth of the split, and at least 16)")
     parser.add_argument("--passes", type=int, default=2, help="with merging (2)")
     parser.add_argument("--batch-size", type=int, default=8, help="images per forward pass (8)")
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
     parser.add_argument("--config", help="YAML file with model settings")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="e.g. reduce.r=20 reduce.order=inverse"
@@ -57,7 +57,7 @@ def main(argv=None):
     count = min(len(records), options.images or max(16, len(records) // 100))
     records = records[:: max(1, len(records) // count)][:count]
     where = {"local_files_only": model.local_files_only, "revision": model.revision}
-    encoder = open_encoder(model.name, compute_device(options), **where)
+    encoder = open_encoder(model.name, compute_device(options), dtype=compute_dtype(options), **where)
     batches = list(batched(records, options.batch_size))
     found = calibrate(encoder.tower, encoder.name, config.reduce, batches, encoder.see, options.passes)
     write_statistics(options.out, found)

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, compute_dtype, run
 
 
 def main(argv=None):
@@ -37,7 +37,7 @@ def main(argv=None):
     parser.add_argument("--drop", type=float, default=0.1, help="share of the lowest scores that CPI leaves out (0.1)")
     parser.add_argument("--replacements", type=int, default=1, help="nonce words tried for each phrase (1)")
     parser.add_argument("--page", help="the page of tables (OUT/results.md)")
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
     from dataclasses import replace
@@ -55,7 +55,7 @@ def main(argv=None):
     file = Path(options.page) if options.page else out / "results.md"
     check_writable(file)
     with only_writer(out):
-        images, texts = open_scorers(config.model, compute_device(options), options.features)
+        images, texts = open_scorers(config.model, compute_device(options), options.features, compute_dtype(options))
         results = study(config, out, images, texts, settings=settings, seeds=options.seeds, split=options.split)
     with atomic_path(file) as temporary:
         temporary.write_text(page(results), encoding="utf-8")

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import DATA_KINDS, pick_device, run
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, compute_dtype, run
 
 
 def main(argv=None):
@@ -45,6 +45,7 @@ def main(argv=None):
     parser.add_argument(
         "--banks", nargs="+", default=[], metavar="NAME=FILE", help="of other texts (scripts/bank.py), for querybank"
     )
+    add_compute_options(parser, "--dtype")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
     given = options.sections or []
@@ -75,7 +76,8 @@ def main(argv=None):
     asked = {"seeds": options.seeds, "sections": sections, "split": options.split}
     asked |= {"at_budgets": budgets, "methods": methods, "banks": banks}
     with process_group(), only_writer(options.out):
-        return write_comparison(config, options.out, **asked, device=pick_device())
+        where = {"device": compute_device(options), "dtype": compute_dtype(options)}
+        return write_comparison(config, options.out, **asked, **where)
 
 
 def command():

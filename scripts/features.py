@@ -23,7 +23,15 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from samer.runtime.commands import DATA_KINDS, add_compile_option, add_compute_options, compute_device, run, split_words
+from samer.runtime.commands import (
+    DATA_KINDS,
+    add_compile_option,
+    add_compute_options,
+    compute_device,
+    compute_dtype,
+    run,
+    split_words,
+)
 
 
 def main(argv=None):
@@ -40,7 +48,7 @@ def main(argv=None):
     parser.add_argument(
         "--no-signals", action="store_true", help="without the attention that SAP compressors ask for: quicker"
     )
-    add_compute_options(parser)
+    add_compute_options(parser, "--compute-dtype")
     add_compile_option(parser)
     parser.add_argument("--config", help="YAML file with model settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=assets/retriever")
@@ -65,7 +73,7 @@ def main(argv=None):
             device,
             local_files_only=config.model.local_files_only,
             revision=config.model.revision,
-            dtype=torch.float32 if options.towers else None,  # the adapters' own
+            dtype=torch.float32 if options.towers else compute_dtype(options),  # the adapters' own
             reduce=config.reduce,
         )
         if options.towers:

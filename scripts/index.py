@@ -38,7 +38,7 @@ import argparse
 import os
 import time
 
-from samer.runtime.commands import add_compile_option, add_compute_options, compute_device, run
+from samer.runtime.commands import COMPUTED, add_compile_option, add_compute_options, compute_device, run
 
 
 def main(argv=None):
@@ -67,8 +67,14 @@ def main(argv=None):
     parser.add_argument(
         "--part", help="K/N: only the Kth of N parts, in an index of its own; --merge-indexes joins them"
     )
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
     add_compile_option(parser)
+    parser.add_argument(
+        "--also-computed-in",
+        choices=COMPUTED,
+        metavar="DTYPE",
+        help="go on with an index in another dtype than its own; it says then that it holds both",
+    )
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
@@ -109,9 +115,19 @@ def is_fixed(parser, options):
     fixed = bool(asked) or bool(options.images and is_bulk(options.images))
     if fixed and options.sync:
         parser.error(f"--sync follows a folder of pictures; leave {asked[0] if asked else 'it'} out")
+    if fixed and options.also_computed_in:
+        parser.error("--also-computed-in is for a folder that is followed; a fixed set is computed in one dtype")
     if options.workers and options.engine != "ray":
         parser.error("--workers are those of --engine ray")
     return fixed
+
+
+def asked_of(options):
+    """What the command line says of the index."""
+    from samer.index.settings import Asked
+
+    made = options.adapter_path, options.config, options.overrides, options.cache_dtype, options.assignments
+    return Asked(*made, options.computed_in, options.also_computed_in)
 
 
 def index_fixed(options):
@@ -122,11 +138,10 @@ def index_fixed(options):
     from samer.index.cluster import OnRay
     from samer.index.manifest import describe
     from samer.index.parts import part_named
-    from samer.index.settings import Asked
     from samer.index.sync import NothingReadable, skipped_lines, write_skipped
 
     part = part_named(options.part) if options.part else (1, 1)
-    asked = Asked(options.adapter_path, options.config, options.overrides, options.cache_dtype, options.assignments)
+    asked = asked_of(options)
     task = Task(
         folder=os.path.abspath(options.cache_dir),
         asked=asked,
@@ -157,10 +172,10 @@ def index_folder(options):
     from samer.data.pictures import SUFFIXES, find_pictures, limit_pixels
     from samer.index.banks import bank_for
     from samer.index.manifest import describe
-    from samer.index.settings import Asked, settings_for
+    from samer.index.settings import settings_for
     from samer.index.sync import NothingReadable, update_images, write_skipped
 
-    asked = Asked(options.adapter_path, options.config, options.overrides, options.cache_dtype, options.assignments)
+    asked = asked_of(options)
     settings = settings_for(options.cache_dir, asked, "int8")
     limit_pixels(settings.config.data.max_megapixels)
     found = find_pictures(options.images or settings.pictures())

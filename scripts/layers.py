@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, compute_dtype, run
 
 
 def main(argv=None):
@@ -30,7 +30,7 @@ def main(argv=None):
     parser.add_argument("--pairs", type=int, default=500, help="how many, the first of the split (500, as published)")
     parser.add_argument("--adapter-path", default="", help="trained projector: folder or hub id; empty: untouched")
     parser.add_argument("--batch-size", type=int, default=8, help="images per forward pass (8)")
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
     parser.add_argument("--config", help="YAML file with model settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=assets/retriever")
     options = parser.parse_args(argv)
@@ -51,6 +51,7 @@ def main(argv=None):
     encoder = open_encoder(
         model.name,
         compute_device(options),
+        dtype=compute_dtype(options),
         adapter_path=options.adapter_path,
         local_files_only=model.local_files_only,
         revision=model.revision,

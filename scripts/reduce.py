@@ -49,7 +49,7 @@ def main(argv=None):
     parser.add_argument("--page", help="write the page from what is in --out, and measure nothing")
     parser.add_argument("--also", nargs="+", default=[], help="folders of other models' --out, for the page")
     parser.add_argument("--speed", nargs="+", default=[], help="files of scripts/bench.py reduce --json, for the page")
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
     parser.add_argument("--config", help="YAML file with model settings")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=checkpoints/towers_224"

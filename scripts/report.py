@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, compute_dtype, run
 
 
 def main(argv=None):
@@ -42,7 +42,7 @@ def main(argv=None):
     parser.add_argument("--title", default="", help="heading of the report")
     parser.add_argument("--batch-size", type=int, default=32, help="images and captions per forward pass (32)")
     parser.add_argument("--max-megapixels", type=float, default=256.0, help="larger pictures are not read (256)")
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
     options = parser.parse_args(argv)
     methods, regions = pairs(parser, options.method, "CACHE_DIR"), pairs(parser, options.regions, "CACHE_DIR")
     rows = pairs(parser, options.row, "METRICS.json")
@@ -53,6 +53,7 @@ def main(argv=None):
     limit_pixels(options.max_megapixels)
     asked = {name: getattr(options, name) for name in ("data_root", "reader", "split", "features", "model", "title")}
     asked |= {"rows": rows, "regions": regions, "curves": options.sweep, "batch_size": options.batch_size}
+    asked["dtype"] = compute_dtype(options)
     files = report_indexes(options.out, Request(methods, **asked), device)
     print(f"-> {files[0]}" + (f", and {len(files) - 1} pictures in {files[1].parent}" if files[1:] else ""))
     return files

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run
+from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, compute_dtype, run
 
 
 def main(argv=None):
@@ -39,7 +39,7 @@ def main(argv=None):
     parser.add_argument("--scores", help="folder of the scores (beside the file)")
     parser.add_argument("--features", default="", help="feature store to read the images from (scripts/features.py)")
     parser.add_argument("--batch-size", type=int, default=64, help="images, and texts, per forward pass (64)")
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
     parser.add_argument("--config", help="YAML file with model and data settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. model.name=assets/retriever")
     options = parser.parse_args(argv)
@@ -62,7 +62,7 @@ def main(argv=None):
     scores = Path(options.scores) if options.scores else out.with_name(f"{out.stem}_scores")
     data = replace(config.data, root=options.data_root, train_split=options.split or config.data.train_split)
     records = training_records(replace(data, captions=""), boxes=False)
-    images, texts = open_scorers(config.model, compute_device(options), options.features)
+    images, texts = open_scorers(config.model, compute_device(options), options.features, compute_dtype(options))
     images.check_records(records)
     how = {"replacements": options.replacements, "seed": options.seed, "batch_size": options.batch_size}
     with only_writer(scores):

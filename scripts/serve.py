@@ -21,7 +21,16 @@ if __name__ == "__main__":
 
 import argparse
 
-from samer.runtime.commands import DATA_KINDS, add_compute_options, compute_device, run, wait_quietly
+from samer.runtime.commands import (
+    DATA_KINDS,
+    add_compute_options,
+    add_gpu_memory,
+    compute_device,
+    compute_dtype,
+    gpu_budget,
+    run,
+    wait_quietly,
+)
 
 
 def main(argv=None):
@@ -34,16 +43,18 @@ def main(argv=None):
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1, this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="8000; 0: any that is free")
     parser.add_argument("--max-megapixels", type=float, default=256.0, help="larger pictures are not read (256)")
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
+    add_gpu_memory(parser)
     options = parser.parse_args(argv)
     device = compute_device(options)
     from samer.data.pictures import limit_pixels
+    from samer.index.uploads import Uploads
     from samer.search.models import Models
     from samer.search.open_index import SearchIndex
     from samer.search.server import serve
 
     limit_pixels(options.max_megapixels)
-    models = Models(device, options.model)
+    models = Models(device, options.model, dtype=compute_dtype(options), uploads=Uploads(gpu_budget(options)))
     place = options.split, options.data_root, options.reader
     indexes = [SearchIndex(folder, models, *place) for folder in options.cache_dir]
     serve(indexes, options.host, options.port)

@@ -37,7 +37,7 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=int, default=8, help="images and queries per forward pass (8)")
     parser.add_argument("--cache-dtype", default="bfloat16", help="bfloat16 (default), float32, float16, int8, binary")
     parser.add_argument("--bank", default="", help="query bank for merge.compressor=querybank (scripts/bank.py)")
-    add_compute_options(parser)
+    add_compute_options(parser, "--dtype")
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)
@@ -56,7 +56,7 @@ def main(argv=None):
         from samer.mteb import LocalTask, SamerSearch, evaluate, named_tasks, told
     except ImportError as error:
         raise InputError(str(error)) from None
-    asked = Asked(options.adapter_path, options.config, overrides, options.cache_dtype)
+    asked = Asked(options.adapter_path, options.config, overrides, options.cache_dtype, computed_in=options.computed_in)
     settings = settings_for(options.cache_dir, asked, "bfloat16")
     limit_pixels(settings.config.data.max_megapixels)
     tasks = named_tasks(names)

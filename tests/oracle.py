@@ -105,3 +105,16 @@ def best_of(scores, ids, top, live=None):
     """Brute force: every score sorted, ties by id."""
     shown = [k for k in range(len(ids)) if live is None or live[k]]
     return [[(ids[k], row[k]) for k in sorted(shown, key=lambda k: (-row[k], ids[k]))][:top] for row in scores.tolist()]
+
+
+def same_answers(ours, theirs):
+    """Whether two searches for all images agree: the same ids, best first, and scores but for their last bits.
+
+    On some processors a product's last bits depend on how many rows it has, so on how an index is cut into shards.
+    """
+    for one, other in zip(ours, theirs, strict=True):
+        scores, own = [score for _, score in one], dict(other)
+        right = {name for name, _ in one} == own.keys() and scores == sorted(scores, reverse=True)
+        if not right or any(abs(score - own[name]) > 1e-5 for name, score in one):
+            return False
+    return True

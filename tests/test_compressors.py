@@ -3,18 +3,21 @@
 import dataclasses
 import functools
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import naive_merge
+from PIL import Image
 from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
+from scipy.spatial.distance import pdist, squareform
 
 from samer.compressors import COMPRESSORS, Compressor, hpc, make_compressor
 from samer.compressors.base import hard_merge, keep_best
 from samer.compressors.grid import cells
+from samer.compressors.hpool import row_distances, ward_labels
 from samer.config import InputError, MergeConfig, load_config
 from samer.coords import visual_coords
 from samer.data import flickr
@@ -28,6 +31,7 @@ from samer.tokens import MergedTokens, VisualTokens
 from samer.training.loop import train
 
 NAMES = list(COMPRESSORS)
+ROOT = Path(__file__).resolve().parents[1]
 PATCHES, TOKENS, DIM = 64, 70, 32
 close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=0)
 NEEDS = {"hpc": ("last",), "sap-mean": ("middle_mean",), "sap-max": ("middle_max",)}
@@ -291,6 +295,66 @@ def test_hpool_is_ward_on_the_rows_of_the_distance_matrix():
             condensed = linkage(squareform(distances, checks=False), method="ward")
             different += ours != partition(fcluster(condensed, t=regions, criterion="maxclust"))
     assert different  # the quirk of the pooler that people use: not Ward on the distances themselves
+
+
+def square_ward(tokens, regions):
+    """The pooler as people use it: the square matrix given to scipy as observations."""
+    rows = tokens.double().numpy()
+    tree = linkage(1 - rows @ rows.T, method="ward", metric="euclidean")
+    return fcluster(tree, t=regions, criterion="maxclust")
+
+
+def looked_at(count, directions, noise, common=0.0, seed=0):
+    """Unit tokens (count, 128) around a few directions, and a common one, as a retriever's are."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = functools.partial(torch.randn, generator=generator)
+    picks = torch.randint(0, directions, (count,), generator=generator)
+    return F.normalize(normal(directions, 128)[picks] + noise * normal(count, 128) + common * normal(128), dim=-1)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        F.normalize(torch.randn(300, 128, generator=torch.Generator().manual_seed(3)), dim=-1),
+        looked_at(400, 20, 0.5),
+        looked_at(400, 20, 0.05, common=5.0),  # all within a narrow cone
+        looked_at(90, 12, 0.3).bfloat16().float(),  # as a backbone in bfloat16 gives them; not quite of unit length
+        looked_at(257, 40, 0.5)[:, :16] * 1.0,  # fewer dimensions than clusters
+    ],
+    ids=["random", "blobs", "cone", "bfloat16", "narrow"],
+)
+def test_hpool_gives_the_partition_of_the_square_matrix(tokens):
+    distances = 1 - tokens.double().numpy() @ tokens.double().numpy().T
+    np.testing.assert_allclose(row_distances(tokens.double()), pdist(distances), rtol=1e-7)
+    for regions in (1, 2, 8, 16, 64, 80):
+        assert partition(ward_labels(tokens.double(), regions)) == partition(square_ward(tokens, regions))
+
+
+def test_hpool_gives_the_partition_of_the_square_matrix_on_features_of_a_retriever():
+    retriever = Retriever.load(str(ROOT / "assets" / "retriever"))
+    pictures = [Image.fromarray(picture) for picture in painted(4)]
+    with torch.no_grad():
+        tokens = retriever.project(retriever.hidden_states(retriever.image_inputs(pictures)))
+    for image in tokens:
+        for regions in (4, 16, 64):
+            assert partition(ward_labels(image.double(), regions)) == partition(square_ward(image, regions))
+
+
+def painted(count):
+    """Pictures (count, 224, 224, 3) uint8 of soft shapes and some grain."""
+    generator = torch.Generator().manual_seed(5)
+    normal = functools.partial(torch.randn, generator=generator)
+    shapes = sum(F.interpolate(normal(count, 3, side, side), size=(224, 224), mode="bicubic") for side in (3, 8, 30))
+    return (128 + 45 * shapes + 4 * normal(count, 3, 224, 224)).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def test_hpool_keeps_equal_tokens_together():
+    few = looked_at(30, 30, 0.4)
+    tokens = few.repeat(7, 1)[torch.randperm(210, generator=torch.Generator().manual_seed(2))]
+    assert (np.sort(row_distances(tokens.double()))[: 30 * 21] == 0).all()
+    for regions in (5, 20, 30):
+        assert partition(ward_labels(tokens.double(), regions)) == partition(square_ward(tokens, regions))
+    assert len(partition(ward_labels(tokens.double(), 64))) == 30  # the square matrix's rounding would part equal ones
 
 
 def test_hard_merge_equals_a_loop():

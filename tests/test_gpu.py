@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from samer.codes import COMPONENTS, learn
 from samer.config import MergeConfig
 from samer.data import flickr
 from samer.evaluation import join_queries
@@ -112,6 +113,24 @@ def test_products_of_every_size_are_the_cpus(device, width):
             found = score_stored(QueryTokens(words.to(device), mask.to(device)), there)
             expected = score_stored(QueryTokens(words, mask), kind)
             torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", COMPONENTS)
+def test_codes_are_looked_up_on_the_device_as_on_the_cpu(device, kind):
+    generator = torch.Generator().manual_seed(3)
+    normal = lambda *shape: F.normalize(torch.randn(*shape, generator=generator), dim=-1)
+    tokens, mask = normal(70, 7, 32), torch.arange(7) < torch.arange(70)[:, None] % 7 + 1
+    codebook = learn(kind, tokens, mask)
+    codes = codebook.encode(tokens, mask)
+    there, own = codebook.to(device), [codes.codes, codes.scales, mask, None, codes.bases]
+    assert torch.equal(there.decode(codes.codes.to(device)).cpu(), codebook.decode(codes.codes))
+    for queries, length in ((1, 1), (3, 9), (40, 33)):
+        words, valid = normal(queries, length, 32), torch.ones(queries, length, dtype=torch.bool)
+        moved = [None if each is None else each.to(device) for each in own]
+        found = score_stored(QueryTokens(words.to(device), valid.to(device)), StoredImages(*moved, there))
+        expected = score_stored(QueryTokens(words, valid), StoredImages(*own, codebook))
+        torch.testing.assert_close(found.cpu(), expected, atol=2e-3, rtol=0)  # a turned query may round otherwise
 
 
 @pytest.mark.parametrize("device", DEVICES)

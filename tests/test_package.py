@@ -28,6 +28,7 @@ NAMES = (
     "align",
     "cache",
     "bank",
+    "recode",
     "layers",
     "calibrate",
     "reduce",

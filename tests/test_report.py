@@ -223,29 +223,47 @@ def covered(boxes, left, top, right, bottom):
 
 
 def naive_evidence(encoder, compressor, record, caption, phrase, grid=(GRID, GRID)):
-    """Patch by patch, METHOD section 6: token by token the winner's weights over patches; and their share in boxes."""
+    """Patch by patch, METHOD section 6: token by token the winner's weights over patches; and their share in boxes.
+
+    Where vectors tie, as equal codes do, rounding decides which of them wins: every outcome is given.
+    """
     visual = encoder.encode_images(encoder.record_inputs([record]), compressor.needs)
     merged = compressor(visual)
     query = encoder.encode_queries(encoder.query_inputs([caption.text]))
     patches = visual.patches[0].nonzero()[:, 0].tolist()
-    evidence, mass, named = [0.0] * len(patches), 0.0, 0
+    tokens = []  # per token of the phrase, of each vector that may win: its evidence and mass
     for token, valid, (start, end) in zip(query.tokens[0], query.mask[0], query.offsets[0].tolist()):
         if not valid or end <= phrase.start or start >= phrase.end or start < 0:
             continue
-        named += 1
         products = [
             float((token * vector).sum()) if real else -math.inf
             for vector, real in zip(merged.tokens[0], merged.mask[0])
         ]
-        winner = max(range(len(products)), key=products.__getitem__)
-        weights = [float(merged.weights[0, place, winner]) for place in patches]
-        for cell, weight in enumerate(weights):
-            share = weight / sum(weights) if sum(weights) else 0.0
-            row, column = divmod(cell, grid[1])
-            inside = covered(phrase.boxes, column / grid[1], row / grid[0], (column + 1) / grid[1], (row + 1) / grid[0])
-            evidence[cell] += share
-            mass += share * inside * grid[0] * grid[1]
-    return np.array(evidence).reshape(grid) / named, mass / named
+        tied = [place for place, product in enumerate(products) if product > max(products) - 1e-6]
+        tokens.append([naive_stand(merged, patches, winner, phrase, grid) for winner in tied])
+    outcomes = []
+    for choice in itertools.product(*tokens):
+        evidence = np.array([cells for cells, _ in choice]).sum(0).reshape(grid)
+        outcomes.append((evidence / len(tokens), sum(mass for _, mass in choice) / len(tokens)))
+    return outcomes
+
+
+def naive_stand(merged, patches, winner, phrase, grid):
+    """The shares of patches in a vector, and how much of them lies in boxes."""
+    weights = [float(merged.weights[0, place, winner]) for place in patches]
+    evidence, mass = [], 0.0
+    for cell, weight in enumerate(weights):
+        share = weight / sum(weights) if sum(weights) else 0.0
+        row, column = divmod(cell, grid[1])
+        inside = covered(phrase.boxes, column / grid[1], row / grid[0], (column + 1) / grid[1], (row + 1) / grid[0])
+        evidence.append(share)
+        mass += share * inside * grid[0] * grid[1]
+    return evidence, mass
+
+
+def is_one_of(outcomes, evidence, mass):
+    """Whether what was found is one of the naive outcomes."""
+    return any(np.abs(evidence - each).max() < 1e-5 and abs(float(mass) - own) < 1e-5 for each, own in outcomes)
 
 
 def naive_scores(encoder, records, method):
@@ -280,9 +298,8 @@ def test_evidence_equals_a_loop_over_tokens(gallery, encoder, records, shown, na
     assert len(gallery.cases) >= 5
     for case in gallery.cases:
         assert case.phrase == smallest_phrase(case.caption)
-        evidence, mass = naive_evidence(encoder, compressor, records[case.image], case.caption, case.phrase)
-        np.testing.assert_allclose(case.evidence[number], evidence, atol=1e-5)
-        assert case.box_mass[number] == pytest.approx(mass, abs=1e-5)
+        outcomes = naive_evidence(encoder, compressor, records[case.image], case.caption, case.phrase)
+        assert is_one_of(outcomes, case.evidence[number], case.box_mass[number])
         assert case.evidence[number].min() >= 0
         # a prompt token that wins has no patch to stand on; soft weights always have some
         assert "raster" not in name or case.evidence[number].sum() == pytest.approx(1, abs=1e-4)
@@ -361,10 +378,9 @@ def test_a_gallery_follows_each_images_grid(base, records, shown, tmp_path):
         compressor, _ = fitted(uneven, records, method)
         for case in found.cases:
             record, grid = records[case.image], grids[case.image]
-            evidence, mass = naive_evidence(uneven, compressor, record, case.caption, case.phrase, grid)
+            outcomes = naive_evidence(uneven, compressor, record, case.caption, case.phrase, grid)
             assert case.evidence[number].shape == grid
-            np.testing.assert_allclose(case.evidence[number], evidence, atol=1e-5)
-            assert case.box_mass[number] == pytest.approx(mass, abs=1e-5)
+            assert is_one_of(outcomes, case.evidence[number], case.box_mass[number])
         for item in found.regions:
             visual = uneven.encode_images(uneven.record_inputs([records[item.image]]), compressor.needs)
             name, regions = item.assignments[number]

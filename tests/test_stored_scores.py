@@ -19,7 +19,7 @@ from samer.scoring import (
     maxsim,
     pack_signs,
     quantise_images,
-    quantise_queries,
+    quantise_rows,
     score_stored,
     search,
     unpack_signs,
@@ -95,7 +95,7 @@ def test_signs_round_trip(shape):
 
 
 def test_queries_are_quantised_by_their_largest_component():
-    whole, scale = quantise_queries(torch.tensor([[1.0, -0.3, 0.0, 0.25], [0.0, -0.02, 0.011, 0.0], [0.0] * 4]))
+    whole, scale = quantise_rows(torch.tensor([[1.0, -0.3, 0.0, 0.25], [0.0, -0.02, 0.011, 0.0], [0.0] * 4]))
     assert whole.tolist() == [[127, -38, 0, 32], [0, -127, 70, 0], [0] * 4]
     torch.testing.assert_close(scale[:2], torch.tensor([1.0, 0.02]) / 127)
 

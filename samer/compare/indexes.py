@@ -40,6 +40,7 @@ class Request:
         model: where the model is, if not where the first index says.
         title: heading of the page; empty: made from the data's name.
         batch_size: images and captions per forward pass.
+        dtype: that the model computes in; None: as `open_encoder` chooses.
     """
 
     methods: Named
@@ -53,6 +54,7 @@ class Request:
     model: str = ""
     title: str = ""
     batch_size: int = 32
+    dtype: torch.dtype | None = None
 
 
 def report_indexes(out: str | Path, request: Request, device: torch.device) -> list[Path]:
@@ -79,7 +81,7 @@ def report_indexes(out: str | Path, request: Request, device: torch.device) -> l
     for index in indexes.values():
         check_images(index, split, records, root)
     first = indexes[request.methods[0][1]]
-    encoder = encoder_of(first, device, model=request.model, features=request.features)
+    encoder = encoder_of(first, device, model=request.model, features=request.features, dtype=request.dtype)
     for place, index in indexes.items():
         index.check_model(encoder)
         if settings_used(index.manifest.reduce) != settings_used(first.manifest.reduce):

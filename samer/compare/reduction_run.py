@@ -26,6 +26,7 @@ from samer.metrics import bootstrap_intervals, query_metrics
 from samer.reducers.cost import TIERS
 from samer.retrievers.hf import Retriever
 from samer.retrievers.projectors import load_projector
+from samer.runtime.commands import compute_dtype
 from samer.runtime.files import is_file, read_json, write_json
 from samer.runtime.processes import print0
 from samer.runtime.signals import stoppable
@@ -48,6 +49,7 @@ def measure_reduction(config: Config, asked: argparse.Namespace, device: torch.d
     seen = reader.load_split(asked.data_root, data.train_split, boxes=False)
     seen = seen[:: max(1, len(seen) // asked.calibrate)][: asked.calibrate]
     where = {"local_files_only": model.local_files_only, "revision": model.revision}
+    where["dtype"] = compute_dtype(asked)
     retriever = open_encoder(model.name, device, **where)
     if not isinstance(retriever, Retriever):
         raise InputError(f"{model.name}: reads no pictures")
@@ -141,6 +143,7 @@ def _towers_tuned(
         done = place / "row.json"
         if not is_file(done):
             where = {"local_files_only": model.local_files_only, "revision": model.revision}
+            where["dtype"] = compute_dtype(asked)
             retriever = open_encoder(model.name, device, **where)
             losses = tune_tower(retriever, cell.settings, images, asked.batch_size)
             shutil.copytree(Path(asked.out) / "cells" / "plain", place / "plain", dirs_exist_ok=True)

@@ -39,6 +39,7 @@ def write_comparison(
     sections: Sequence[str] | None,
     split: str,
     device: torch.device,
+    dtype: torch.dtype | None = None,
     at_budgets: Sequence[int] = (),
     methods: Sequence[str] = (),
     banks: Mapping[str, str] | None = None,
@@ -51,6 +52,7 @@ def write_comparison(
         seeds, split, at_budgets, methods, banks: as `compare` takes them.
         sections: as `compare` takes them; None: all, without phrases where the data or data.features has none.
         device: to compute on.
+        dtype: that the model computes features in, where they have to be made; None: as `open_encoder` chooses.
 
     Returns:
         The results, as written.
@@ -67,7 +69,7 @@ def write_comparison(
         rows = plan(config.merge, 1, at_budgets or [1], methods, list(banks or ()))
         rows = [row for row in rows if row.section in sections] or rows  # without one the gallery shows all methods
         asked = any(make_compressor(merge).needs for row in rows for merge in (row.merge, row.trained) if merge)
-        _compute_features(config, split, device, phrases="phrases" in sections, signals=asked)
+        _compute_features(config, split, device, dtype, phrases="phrases" in sections, signals=asked)
     store = FeatureStore(config.data.features, config.model.name, device, revision=config.model.revision)
     check_reduction(store, config.reduce)
     if every and given and store.lacking(phrases):
@@ -92,10 +94,12 @@ def write_comparison(
     return results
 
 
-def _compute_features(config: Config, split: str, device: torch.device, *, phrases: bool, signals: bool) -> None:
+def _compute_features(
+    config: Config, split: str, device: torch.device, dtype: torch.dtype | None, *, phrases: bool, signals: bool
+) -> None:
     """The frozen hidden states of the splits trained and measured on; phrases of the latter; attention if asked for."""
     data, model = config.data, config.model
-    where = {"local_files_only": model.local_files_only, "revision": model.revision}
+    where = {"local_files_only": model.local_files_only, "revision": model.revision, "dtype": dtype}
     encoder = open_encoder(model.name, device, **where, reduce=config.reduce)
     for name, limit in ((data.train_split, data.limit_train_images), (split, data.limit_eval_images)):
         write_features(

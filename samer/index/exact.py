@@ -1,4 +1,4 @@
-"""The vectors of an index as numbers: int8 times its scale, of 1-bit ones those of the exact file, block by block.
+"""The vectors of an index as numbers: int8 times its scale, codes looked up, of signs the exact file, block by block.
 
 Shape letters: n images of a block, K regions, D embedding.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from samer.index.codes import floats_of
 from samer.index.manifest import Shard
 from samer.index.read import Index
 from samer.runtime.progress import batched
@@ -32,10 +33,8 @@ def exact_blocks(index: Index, split: str, shard: Shard, size: int) -> Iterator[
         InputError: a damaged shard.
     """
     tensors, stamp = index._read(split, shard)
-    tokens = index._read(split, shard, exact=True)[0]["tokens"] if shard.exact else tensors["tokens"]
+    own = index._read(split, shard, exact=True)[0] if shard.exact else tensors
     gone = set(index.manifest.splits[split].deleted.get(shard.file, ()))
     for rows in batched([row for row in range(shard.count) if row not in gone], size):
-        block = tokens[rows].float()
-        if "scales" in tensors:
-            block = block * tensors["scales"][rows, None, None]
+        block = floats_of(own, rows, index.codes)
         yield ExactBlock([stamp["ids"][row] for row in rows], block, tensors["mask"][rows], tensors["grids"][rows])

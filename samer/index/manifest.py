@@ -10,12 +10,13 @@ import re
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from samer.codes import COMPONENTS
 from samer.compressors import settings_used, settings_written
 from samer.config import InputError, MergeConfig, ReduceConfig
 from samer.reducers import settings_used as reduction_used
@@ -29,9 +30,11 @@ FORMAT = "samer_cache"  # its first name; on disk it stays
 FORMAT_VERSION = 4
 OLDER = (3,)
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPES = (*FLOATS, "int8", "binary")
+DTYPES = (*FLOATS, "int8", "binary")  # that an index is built in; codes are made of one that is there
+STORED = (*DTYPES, *COMPONENTS)
 NO_REGION = 255
 SCALE_BYTES = 4
+COMMON = ("bases", "scales")  # tensors of codes that all budgets of an image share
 SHARD_NAME = re.compile(r"(images|queries)-(\d{5,9})(\.exact)?\.safetensors")
 
 
@@ -64,7 +67,7 @@ class Shard:
         file: its name in the split's folder.
         count: how many images, deleted ones too.
         regions: K, the most vectors of one of them.
-        bytes: of tokens, scales and mask.
+        bytes: of tokens, bases, scales and mask, those of smaller budgets too.
         sha256: of the whole file.
         version: of the format that its tensors have.
         scale: of int8 in format 3, one for all images; later formats keep a scale per image in the file.
@@ -128,12 +131,14 @@ class Making:
         model: the retriever.
         projector: hash of the projection in use.
         merge: the compressor and its settings.
-        dtype: of stored image tokens, one of `DTYPES`.
+        dtype: of stored image tokens, one of `STORED`.
         embedding_dim: D.
         hidden_states: where they come from, as `Encoder.origin` says.
         assignments: whether the region of every patch is kept, if not the compressor's kind says it.
         bank: hash of the query bank, where the compressor has one.
         reduce: how the vision tower ran on fewer tokens.
+        codes: hash of the tables, where vectors are stored as codes.
+        budgets: smaller K, falling, whose vectors are stored besides.
     """
 
     model: ModelIdentity
@@ -145,6 +150,8 @@ class Making:
     assignments: bool = False
     bank: str = ""
     reduce: ReduceConfig = field(default_factory=ReduceConfig)
+    codes: str = ""
+    budgets: tuple[int, ...] = ()
 
     @property
     def has_regions(self) -> bool:
@@ -176,6 +183,8 @@ class IndexManifest(Making):
         transformers: the version that computed the first images.
         bank_source: in words, what the query bank was made of.
         processing: what the retriever's processor does, as `Family.processing` says; for people to read.
+        also_computed_in: dtypes beside that of `hidden_states` that images may have been computed in, as the index's
+            owner allowed; a shard's header says in which its images were, unless it was compacted of both.
         splits: by name.
     """
 
@@ -184,7 +193,15 @@ class IndexManifest(Making):
     transformers: str = ""
     bank_source: str = ""
     processing: dict[str, str] = field(default_factory=dict)
+    also_computed_in: tuple[str, ...] = ()
     splits: dict[str, Split] = field(default_factory=dict)
+
+    def difference(self, other: Making) -> tuple[str, Any, Any] | None:
+        """As `Making.difference`; what was computed in one of `also_computed_in` does not differ by that."""
+        states = other.hidden_states
+        if states.get("computed_in") in self.also_computed_in:
+            states = {**states, "computed_in": self.hidden_states.get("computed_in", "")}
+        return super().difference(replace(other, hidden_states=states))
 
 
 def to_json(manifest: IndexManifest) -> dict:
@@ -236,10 +253,11 @@ def stamp_of(making: Making) -> dict:
 
 
 def _plain(making: Making) -> dict:
-    """A dataclass as files hold it; what a query bank, processor or reducer says is left out where there is none."""
+    """A dataclass as files hold it; what bank, processor, reducer or codes say is left out where there is none."""
     reduce = {} if making.reduce.method == "none" else reduction_used(making.reduce)
     found = {**asdict(making), "merge": settings_written(making.merge), "reduce": reduce}
-    optional = ("bank", "bank_source", "processing", "reduce")
+    found["budgets"] = list(making.budgets)
+    optional = ("bank", "bank_source", "processing", "reduce", "codes", "budgets", "also_computed_in")
     return {key: value for key, value in found.items() if value or key not in optional}
 
 
@@ -313,8 +331,11 @@ def _require(right: bool, what: str) -> None:
 
 def _check(manifest: IndexManifest) -> None:
     """Raises ValueError for what has the right types and can't be true."""
-    _require(manifest.dtype in DTYPES, f"dtype {manifest.dtype[:40]!r} is unknown")
+    _require(manifest.dtype in STORED, f"dtype {manifest.dtype[:40]!r} is unknown")
     _require(whole_number(manifest.embedding_dim, 1), f"embedding_dim {manifest.embedding_dim} is no width")
+    _require(bool(manifest.codes) == (manifest.dtype in COMPONENTS), f"{manifest.dtype} and codes do not fit")
+    falling = sorted({each for each in manifest.budgets if each >= 1}, reverse=True)
+    _require(falling == list(manifest.budgets), "budgets are no falling numbers")
     for name, split in manifest.splits.items():
         _require(bare_name(name), f"split {name[:40]!r} is no split")
         _require(bool(split.images), f"{name} has no shard of images")
@@ -340,12 +361,36 @@ def _shard_can_be(shard: Shard, manifest: IndexManifest) -> bool:
     one = shard.version == 3 and dtype == "int8"  # scale for all images
     right = shard.version in (FORMAT_VERSION, *OLDER) and (shard.scale is not None) == one
     right = right and (not one or 0 < shard.scale < float("inf"))
-    stored = vector_bytes(manifest)
-    scale = SCALE_BYTES if dtype == "int8" and not one else 0
-    right = right and shard.regions >= 1 and shard.bytes == shard.count * (shard.regions * (stored + 1) + scale)
+    right = right and shard.regions >= 1 and shard.bytes in _sizes(shard, manifest, one)
     if not right or (shard.exact is not None) != (dtype == "binary"):
         return False
     return shard.exact is None or (shard.exact.file == shard.file.replace(".", ".exact.", 1) and shard.exact.bytes >= 1)
+
+
+def _sizes(shard: Shard, manifest: IndexManifest, one: bool) -> range:
+    """What a shard's tensors may take; masks are left out of codes and of budgets where all vectors are there.
+
+    `one`: all images have one scale, which the manifest holds.
+    """
+    coded, stored = manifest.dtype in COMPONENTS, vector_bytes(manifest)
+    smaller = [min(each, shard.regions) for each in manifest.budgets]
+    scaled = 0 if one else 1 + len(smaller) if manifest.dtype == "int8" else int(coded)
+    each = (shard.regions + sum(smaller)) * stored + scaled * SCALE_BYTES + (manifest.embedding_dim if coded else 0)
+    masks = sum(smaller) + (shard.regions if coded else 0)
+    least = shard.count * (each + (0 if coded else shard.regions))
+    return range(least, least + shard.count * masks + 1)
+
+
+def most_scanned(making: Making, shard: Shard, budget: int) -> int:
+    """Bytes of a shard that a scan reads at most, at a smaller budget or (0) of all vectors."""
+    regions = min(budget, shard.regions) if budget else shard.regions
+    base = making.embedding_dim if making.codes else 0
+    return shard.count * (regions * (vector_bytes(making) + 1) + base + SCALE_BYTES)
+
+
+def level_name(name: str, budget: int) -> str:
+    """What a shard's tensor is called: `name` of the index's own K (0), or that of a smaller budget."""
+    return f"{name}_{budget}" if budget else name
 
 
 def check_regions(regions: int) -> None:
@@ -364,6 +409,8 @@ def check_regions(regions: int) -> None:
 def vector_bytes(making: Making) -> int:
     """Bytes of a stored vector."""
     dtype, width = making.dtype, making.embedding_dim
+    if dtype in COMPONENTS:
+        return width // COMPONENTS[dtype]
     return {"binary": width // 8, "int8": width}.get(dtype) or width * FLOATS.get(dtype, torch.int8).itemsize
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from samer.config import InputError
 from samer.index.banks import keep_bank
+from samer.index.codes import FILE as CODES
+from samer.index.codes import write_codes
 from samer.index.columns import read_columns, write_columns
 from samer.index.manifest import (
     IndexManifest,
@@ -64,13 +66,17 @@ def merge_indexes(folder: str | Path, sources: Sequence[str | Path]) -> list[Ind
         raise InputError(f"{folder} holds an index already; name a new folder for the joined one")
     first = Index(sources[0])
     kept = _checked(first, sources)
+    own = first.manifest.hidden_states.get("computed_in", "")
+    also = tuple(sorted({name for source in sources for name in Index(source).manifest.also_computed_in} - {own}))
     with only_writer(folder), stoppable():
         splits = {name: _joined(folder, name, sources) for name in kept}
         for name in kept:
             _join_columns(folder, name, sources)
         write_projector(folder / "projector.safetensors", first.projector())
         keep_bank(folder, first.bank())
-        write_index_manifest(folder / "manifest.json", replace(first.manifest, splits=splits))
+        if first.codes:
+            write_codes(folder / CODES, first.codes, "")
+        write_index_manifest(folder / "manifest.json", replace(first.manifest, splits=splits, also_computed_in=also))
     return [summarise(name, split) for name, split in splits.items()]
 
 

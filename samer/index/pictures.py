@@ -20,6 +20,7 @@ from samer.index.manifest import (
     write_index_manifest,
 )
 from samer.index.read import Index
+from samer.index.tensors import without_full_masks
 from samer.index.write import write_image_shard
 from samer.runtime.files import only_writer
 from samer.runtime.progress import batched
@@ -131,6 +132,7 @@ def copy_rows(
     """
     found: dict[bool, dict[str, list[Tensor]]] = {False: {}, True: {}}
     told: dict[str, list] = {"ids": [], "contents": [], "files": []}
+    making, states = stamp_of(index.manifest), []
     for _, group in itertools.groupby(rows, lambda pair: pair[0].file):
         pairs = list(group)
         shard, picked = pairs[0][0], [row for _, row in pairs]
@@ -138,6 +140,7 @@ def copy_rows(
             tensors, stamp = index._read(split, shard, exact)
             for name, tensor in tensors.items():
                 found[exact].setdefault(name, []).append(tensor[picked])
+        states.append(stamp.get("hidden_states", making["hidden_states"]))
         for key, values in told.items():
             own = stamp.get(key) or [None] * shard.count
             values += [own[row] for row in picked]
@@ -150,5 +153,8 @@ def copy_rows(
         for exact in (False, True)
     )
     known = {key: values for key, values in told.items() if any(value is not None for value in values)}
-    stamp = {**stamp_of(index.manifest), **known, "texts": []}
+    if all(each == states[0] for each in states):  # else images of both dtypes lie in it, and it says the index's own
+        making["hidden_states"] = states[0]
+    stamp = {**making, **known, "texts": []}
+    tensors = without_full_masks(index.manifest, tensors)
     return write_image_shard(path, tensors, half, {**stamp, "ids": list(names)} if names else stamp)

@@ -8,38 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from samer.codes import Codebook
 from samer.config import InputError
 from samer.data.contents import check_contents
-from samer.data.records import MOST_GRADE
 from samer.evaluation import grade_matrix
+from samer.index.checks import check_grades, check_images, is_stamp
+from samer.index.codes import floats_of, held_codes
 from samer.index.filters import only
 from samer.index.manifest import (
-    FLOATS,
+    COMMON,
     NO_REGION,
     QueryShard,
     Shard,
     Split,
+    level_name,
     making_from_stamp,
+    most_scanned,
     read_index_manifest,
     summarise,
 )
+from samer.index.stages import exact_scores, search_coarse, search_signs
+from samer.index.uploads import Uploads
 from samer.retrievers.banks import FILE as BANK
 from samer.retrievers.banks import Bank, read_bank
 from samer.retrievers.base import Encoder, Projector
 from samer.retrievers.projectors import read_projector
 from samer.runtime.files import DiskError, is_file, lookup
 from samer.runtime.progress import batched
-from samer.runtime.shards import joined, load_shard, rows_of, unreadable, verify_shard
-from samer.scoring import StoredImages, maxsim, score_stored, search
+from samer.runtime.shards import load_shard, unreadable, verify_shard
+from samer.scoring import StoredImages, score_stored, search
 from samer.tokens import QueryTokens
-
-CANDIDATES = 10  # 1-bit scores choose so many times the results asked for, at least 100, for exact re-ranking
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class StoredVectors:
     """One image as an index stores it: what its score is made of, and what its vectors stand for.
 
     Attributes:
-        tokens: (K, D) float32: int8 times its scale; with 1-bit tokens those of the exact file.
+        tokens: (K, D) float32: int8 times its scale, codes looked up; with signs those of the exact file.
         mask: (K,) bool, False where the image has fewer vectors.
         regions: (P,) long, the vector of every patch in row-major order, -1 for none; None where the index holds none.
             Without a `grid`, (N,): of every token, patches first.
@@ -63,8 +68,12 @@ class StoredVectors:
 class Index:
     """A finished index, opened for reading as it is now; shards are mapped, not loaded."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, uploads: Uploads | None = None) -> None:
         """Opens `folder`.
+
+        Args:
+            folder: of the index.
+            uploads: what it shares with other openings where it is scanned on a GPU; None: its own.
 
         Raises:
             InputError: no manifest, another format or version.
@@ -78,7 +87,8 @@ class Index:
             )
         self.manifest = read_index_manifest(path)
         self._mapped: dict[tuple[str, str], tuple[dict[str, Tensor], dict]] = {}
-        self._uploaded: dict[tuple[str, str, str], Tensor] = {}  # tokens on a device, once they were asked for there
+        self._uploads = Uploads() if uploads is None else uploads
+        self._tables: dict[str, Codebook] = {}  # of codes, by device
         self._checked: set[tuple[str, str]] = set()
         self._numbered: dict[str, dict[str, int]] = {}
 
@@ -109,6 +119,35 @@ class Index:
         if bank.hash != self.manifest.bank:
             raise DiskError(f"{path}: not the query bank that this index was made with; restore it, or build it anew")
         return bank
+
+    @cached_property
+    def codes(self) -> Codebook | None:
+        """The tables that vectors are looked up in; None: they are stored as numbers.
+
+        Raises:
+            InputError: as `held_codes`.
+        """
+        return held_codes(self.folder, self.manifest)
+
+    def _codes_on(self, device: torch.device | str) -> Codebook | None:
+        """The tables on a device, which keeps them."""
+        if self.codes is not None and str(device) not in self._tables:
+            self._tables[str(device)] = self.codes.to(device)
+        return self._tables.get(str(device))
+
+    def _budget(self, budget: int) -> int:
+        """A smaller budget that the index holds; 0: all its vectors.
+
+        Raises:
+            InputError: it holds no such.
+        """
+        if budget and budget not in self.manifest.budgets:
+            held = ", ".join(map(str, self.manifest.budgets)) or "none beside its own"
+            raise InputError(
+                f"{self.folder}: no budget of {budget} vectors in this index; it holds: {held} "
+                "(scripts/recode.py --budgets makes one that has some)"
+            )
+        return budget
 
     def model_place(self, model: str | None = None) -> tuple[str, str]:
         """Name and revision of the model to open: as the index says, or `model`, whose revisions are its own."""
@@ -148,7 +187,7 @@ class Index:
                 if isinstance(shard, QueryShard):
                     self._check_queries(split, shard, tensors)
                 else:
-                    self._check_images(shard, tensors, exact)
+                    check_images(self.manifest, shard, tensors, exact)
                 self._mapped[split, file] = tensors, header
             except (OSError, SafetensorError, KeyError, ValueError) as error:
                 if self.manifest != read_index_manifest(self.folder / "manifest.json"):
@@ -172,13 +211,13 @@ class Index:
         right = isinstance(names, list) and len(names) == shard.count and all(isinstance(n, str) for n in names)
         right = right and (not images or len(set(names)) == shard.count)
         files = stamp.get("files", [])
-        right = right and isinstance(files, list) and len(files) in (0, shard.count) and all(map(_is_stamp, files))
+        right = right and isinstance(files, list) and len(files) in (0, shard.count) and all(map(is_stamp, files))
         if not right:
             raise ValueError("its names are not what the manifest says")
         if "contents" in stamp:
             check_contents(stamp["contents"], shard.count)
         if "grades" in stamp:
-            _check_grades(stamp["grades"], shard.count)
+            check_grades(stamp["grades"], shard.count)
 
     def _check_queries(self, split: str, shard: QueryShard, tensors: dict[str, Tensor]) -> None:
         """Raises ValueError or KeyError for tensors that are not what the manifest says."""
@@ -189,46 +228,6 @@ class Index:
         images = sum(entry.count for entry in self._split(split).images)
         if not (right and int(image.min()) >= 0 and int(image.max()) < images):
             raise ValueError("its tensors are not what the manifest says")
-
-    def _check_images(self, shard: Shard, tensors: dict[str, Tensor], exact: bool) -> None:
-        """Raises ValueError or KeyError for tensors that are not what the manifest says; those of format 3 are filled.
-
-        Afterwards a shard of any format holds what `samer.index.write` says of today's.
-        """
-        dtype, width = self.manifest.dtype, self.manifest.embedding_dim
-        kind = FLOATS.get(dtype, torch.int8 if dtype == "int8" else torch.uint8)
-        kind, width = (torch.bfloat16, width) if exact else (kind, width // 8 if dtype == "binary" else width)
-        wanted = {"tokens": (kind, (shard.count, shard.regions, width))}
-        if exact:
-            return _check_tensors(tensors, wanted)
-        wanted["mask"] = torch.bool, (shard.count, shard.regions)
-        _check_tensors(tensors, wanted)
-        if shard.version == 3:
-            self._fill(shard, tensors)
-        wanted = {"grids": (torch.int32, (shard.count, 2))}
-        if dtype == "int8":
-            wanted["scales"] = torch.float32, (shard.count,)
-        if self.manifest.has_regions:
-            kind = torch.uint8 if self.manifest.assignments else torch.int32
-            wanted["assignments"] = kind, (shard.count, tensors["assignments"].shape[-1])
-        _check_tensors(tensors, wanted)
-        grids = tensors["grids"].long()
-        right = bool(((grids > 0).all(1) | (grids == 0).all(1)).all())  # 0 where it is not known
-        if self.manifest.has_regions:
-            right = right and int(grids.prod(1).max()) <= tensors["assignments"].shape[1]
-        if "scales" in wanted:
-            right = right and bool((tensors["scales"] > 0).all() and tensors["scales"].isfinite().all())
-        if not right:
-            raise ValueError("its grids or scales can't be true")
-
-    def _fill(self, shard: Shard, tensors: dict[str, Tensor]) -> None:
-        """Adds to a shard of format 3 what today's holds; it did not know grids."""
-        tensors["grids"] = torch.zeros(shard.count, 2, dtype=torch.int32)
-        if shard.scale is not None:
-            tensors["scales"] = torch.full((shard.count,), shard.scale)
-        if self.manifest.merge.compressor == "none":  # every token is a vector of its own
-            tokens = torch.arange(shard.regions, dtype=torch.int32)
-            tensors["assignments"] = torch.where(tensors["mask"], tokens, -1)
 
     def _header(self, split: str, shard: Shard) -> dict:
         return self._map(split, shard)[1]
@@ -270,30 +269,29 @@ class Index:
                 ids = [name for name, here in zip(stamp["ids"], live.tolist()) if here]
                 yield ids, tensors["tokens"][live], tensors["mask"][live]
 
-    def stored(self, split: str, device: torch.device | str = "cpu") -> Iterator[tuple[list[str], StoredImages]]:
-        """Shards of a split in order, mapped and unchecked, for scanning; deleted images are marked, not taken out."""
-        for shard in self._split(split).images:
-            tensors, header = self._map(split, shard)
-            mask, live = tensors["mask"], self._live(split, shard)
-            full = header.setdefault("full", bool(mask.all()))  # asked once
-            yield (
-                header["stamp"]["ids"],
-                StoredImages(
-                    self._tokens_on(device, split, shard.file, tensors["tokens"]),
-                    tensors["scales"].to(device) if "scales" in tensors else None,
-                    None if full else mask.to(device),
-                    None if live is None else live.to(device),
-                ),
-            )
+    def stored(
+        self, split: str, device: torch.device | str = "cpu", budget: int = 0
+    ) -> Iterator[tuple[list[str], StoredImages]]:
+        """Shards of a split in order, mapped and unchecked, for scanning; deleted images are marked, not taken out.
 
-    def _tokens_on(self, device: torch.device | str, split: str, file: str, tokens: Tensor) -> Tensor:
-        """Mapped tokens, or their copy on a device, which holds the index from its first search there on."""
-        if torch.device(device).type == "cpu":
-            return tokens
-        key = (str(device), split, file)
-        if key not in self._uploaded:
-            self._uploaded[key] = tokens.to(device)
-        return self._uploaded[key]
+        `budget`: of the smaller ones that the index holds; 0: all vectors.
+
+        Raises:
+            InputError: no such budget.
+        """
+        budget, shards = self._budget(budget), self._split(split).images
+        sizes = {shard.sha256: most_scanned(self.manifest, shard, budget) for shard in shards}
+        self._uploads.use(self, {level_name(name, budget): size for name, size in sizes.items()})
+        for shard in shards:
+            tensors, header = self._map(split, shard)
+            own = _level(tensors, budget)
+            if header.setdefault(level_name("full", budget), bool(own["mask"].all())):  # asked once
+                del own["mask"]
+            live = self._live(split, shard)
+            there = self._uploads.on(device, level_name(shard.sha256, budget), own)
+            found = [there.get(name) for name in ("tokens", "scales", "mask")]
+            live = None if live is None else live.to(device)
+            yield header["stamp"]["ids"], StoredImages(*found, live, there.get("bases"), self._codes_on(device))
 
     def assignments(self, split: str) -> Iterator[tuple[list[str], Tensor, Tensor]]:
         """Shards of a split in order, checked, without deleted images: what every patch went to.
@@ -361,9 +359,7 @@ class Index:
         shard, row = self._place(split, number)
         tensors, _ = self._map(split, shard)
         exact = self._map(split, shard, exact=True)[0] if shard.exact else tensors
-        tokens = exact["tokens"][row].float()
-        if "scales" in exact:
-            tokens = tokens * exact["scales"][row]
+        tokens = floats_of(exact, [row], self.codes)[0]
         grid = tuple(tensors["grids"][row].tolist())
         regions = tensors["assignments"][row].long() if self.manifest.has_regions else None
         if regions is not None:
@@ -417,10 +413,10 @@ class Index:
         summary = summarise(split, self._split(split))
         return summary.images, summary.queries, summary.regions, summary.bytes_per_image
 
-    def scores(self, split: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    def scores(self, split: str, device: torch.device | str = "cpu", budget: int = 0) -> tuple[Tensor, Tensor]:
         """Every query against every image: scores (Q, I) float32 and the image that each query describes (Q,).
 
-        With 1-bit tokens each query's best candidates are scored exactly and rank above the others.
+        With signs each query's best candidates are scored exactly and rank above the others. `budget`: as of `stored`.
 
         Raises:
             InputError: a damaged shard, or as `check_captions`.
@@ -429,70 +425,64 @@ class Index:
         self.check_captions(split)
         blocks = [(QueryTokens(q.tokens.to(device), q.mask.to(device)), image) for q, image, _ in self.queries(split)]
         columns = []
-        for shard, (_, images) in zip(held.images, self.stored(split, device)):
+        for shard, (_, images) in zip(held.images, self.stored(split, device, budget)):
             self._read(split, shard)  # an evaluation checks what it reads
             if shard.exact:
                 self._read(split, shard, exact=True)
             columns.append(torch.cat([score_stored(query, images).cpu() for query, _ in blocks]))
         scores = torch.cat(columns, dim=1)
         if self.manifest.dtype == "binary":
-            tokens = joined([self._map(split, shard, exact=True)[0]["tokens"] for shard in held.images])
-            masks = joined([self._map(split, shard)[0]["mask"] for shard in held.images])
+            masks = [self._map(split, shard)[0]["mask"] for shard in held.images]
             queries = [(tokens, mask) for query, _ in blocks for tokens, mask in zip(query.tokens, query.mask)]
-            count = min(CANDIDATES * 10, scores.shape[1])
-            chosen = scores.topk(count, dim=1).indices  # (Q, candidates)
-            scores -= 4  # below any exact score of unit tokens
-            for row, (query, query_mask) in enumerate(queries):
-                exact = maxsim(
-                    query[query_mask][None], tokens[chosen[row]].to(device), None, masks[chosen[row]].to(device)
-                )
-                scores[row, chosen[row]] = exact[0].cpu()
+            scores = exact_scores(scores, queries, [each.tokens for each in self._exact(split)], masks, device)
         return scores, torch.cat([image for _, image in blocks])
 
+    def _exact(self, split: str, device: torch.device | str = "cpu") -> list[StoredImages]:
+        """The exact vectors of signs, shard by shard, mapped."""
+        shards = self._split(split).images
+        rows = [(self._map(split, each, exact=True)[0]["tokens"], self._map(split, each)[0]["mask"]) for each in shards]
+        return [StoredImages(tokens, None, mask) for tokens, mask in rows]
+
     def search(
-        self, queries: QueryTokens, split: str, top: int, device: torch.device | str = "cpu", keep: Tensor | None = None
+        self,
+        queries: QueryTokens,
+        split: str,
+        top: int,
+        device: torch.device | str = "cpu",
+        keep: Tensor | None = None,
+        *,
+        budget: int = 0,
+        coarse: int = 0,
     ) -> list[list[tuple[str, float]]]:
         """The best images of each query: at most `top` pairs (id, score), best first, ties by id.
 
-        One pass over the mapped shards; with 1-bit tokens the `CANDIDATES` * top best, at least 100, are then scored
-        exactly from the second file. `keep`, (rows,) bool, names those that may be found, as `samer.index.filters`.
+        One pass over the mapped shards; with signs, or with `coarse`, the best candidates are then ranked by more of
+        their bytes, as `samer.index.stages` says.
+
+        Args:
+            queries: (Q, M, D).
+            split: of the index.
+            top: how many images per query.
+            device: to score on.
+            keep: (rows,) bool, those that may be found, as `samer.index.filters`; None: all.
+            budget: of the smaller ones that the index holds: score by so many vectors; 0: by all.
+            coarse: likewise: choose candidates by so many vectors, and rank them by all; 0: rank all.
+
+        Raises:
+            InputError: no such budget.
         """
-        shards = self.stored(split, device) if keep is None else only(self.stored(split, device), keep)
-        if self.manifest.dtype != "binary":
-            return search(queries, shards, top)
-        found = search(queries, shards, max(100, CANDIDATES * top))
-        numbers, held = self.numbers(split), self._split(split).images
-        tokens = [self._map(split, shard, exact=True)[0]["tokens"] for shard in held]
-        masks = [self._map(split, shard)[0]["mask"] for shard in held]
-        result = []
-        for number, candidates in enumerate(found):
-            query = queries.tokens[number][queries.mask[number]][None]
-            names = [name for name, _ in candidates]
-            if not names:  # every image was deleted
-                result.append([])
-                continue
-            rows = torch.tensor([numbers[name] for name in names])
-            vectors, mask = (rows_of(parts, rows).to(device) for parts in (tokens, masks))
-            exact = maxsim(query, vectors.float(), None, mask)[0].tolist()
-            result.append(sorted(zip(names, exact), key=lambda pair: (-pair[1], pair[0]))[:top])
-        return result
+        shards = self.stored(split, device, coarse or budget)
+        shards = shards if keep is None else only(shards, keep)
+        if self.manifest.dtype == "binary":
+            return search_signs(queries, shards, top, self.numbers(split), self._exact(split))
+        if coarse:
+            whole = [images for _, images in self.stored(split)]
+            return search_coarse(queries, shards, top, self.numbers(split), whole)
+        return search(queries, shards, top)
 
 
-def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-    """Raises ValueError or KeyError unless the tensors have these dtypes and shapes."""
-    if any((tensors[name].dtype, tuple(tensors[name].shape)) != about for name, about in wanted.items()):
-        raise ValueError("its tensors are not what the manifest says")
-
-
-def _check_grades(held: object, count: int) -> None:
-    """Raises ValueError unless `held` can be what a shard of so many queries says of the images that answer them."""
-    rows = held if isinstance(held, list) and len(held) == count else [None]
-    pairs = [pair for row in rows for pair in (row if isinstance(row, list) and row else [None])]
-    right = (isinstance(pair, list) and [type(each) for each in pair] == [int, int] for pair in pairs)
-    if not all(right) or not all(number >= 0 and 0 < grade <= MOST_GRADE for number, grade in pairs):
-        raise ValueError("its grades can't be true")
-
-
-def _is_stamp(value: object) -> bool:
-    """Whether a header of an earlier version may note an image's file so."""
-    return value is None or (isinstance(value, list) and len(value) == 2 and all(type(part) is int for part in value))
+def _level(tensors: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
+    """What of a shard is scored at a budget (0: all vectors): tokens, mask, and scales and bases where it has some."""
+    own = {name: tensors.get(level_name(name, budget)) for name in ("tokens", "scales", "mask")}
+    own |= {name: tensors[name] for name in COMMON} if "bases" in tensors else {}
+    return {name: tensor for name, tensor in own.items() if tensor is not None}

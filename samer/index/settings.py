@@ -12,7 +12,8 @@ import torch
 from samer.compressors import settings_used
 from samer.config import Config, InputError, ModelConfig, ReduceConfig, load_config
 from samer.features.read import open_encoder
-from samer.index.manifest import FLOATS, NO_REGION
+from samer.index.codes import refuse_new_codes
+from samer.index.manifest import FLOATS, NO_REGION, read_index_manifest, write_index_manifest
 from samer.index.read import Index
 from samer.reducers import settings_used as reduction_used
 from samer.reducers.calibration import with_statistics
@@ -20,8 +21,9 @@ from samer.retrievers.base import Encoder, Projector
 from samer.retrievers.hf import COMPILED, identify
 from samer.retrievers.identity import model_folder
 from samer.retrievers.projectors import load_projector
-from samer.runtime.files import exists, is_file, lookup, read_json
+from samer.runtime.files import exists, is_file, lookup, only_writer, read_json
 from samer.runtime.hub import model_name, projector_place
+from samer.runtime.processes import gather_objects, rank
 from samer.settings import load_yaml, vectors_of
 
 FARTHEST = (
@@ -43,6 +45,8 @@ class Asked:
         overrides: `section.key=value`.
         dtype: of the stored vectors; a launcher passes an empty one on.
         assignments: whether the region of every patch is kept.
+        computed_in: the dtype that the backbone computes in.
+        also_computed_in: likewise, and an index of another one may hold both from now on.
     """
 
     adapter_path: str = ""
@@ -50,6 +54,8 @@ class Asked:
     overrides: Sequence[str] = ()
     dtype: str | None = None
     assignments: bool | None = None
+    computed_in: str | None = None
+    also_computed_in: str | None = None
 
     def keys(self) -> set[str]:
         """The settings that are said, as `section.key`."""
@@ -71,6 +77,7 @@ class Settings:
         index: as it is now; None where there is none yet.
         asked: the settings that were said, as `section.key`.
         notes: lines for people on what was chosen for them.
+        computed_in, also_computed_in: as asked for.
     """
 
     folder: Path
@@ -81,12 +88,15 @@ class Settings:
     index: Index | None
     asked: frozenset[str]
     notes: tuple[str, ...]
+    computed_in: str = ""
+    also_computed_in: str = ""
 
     def open(self, device: torch.device | str, features: str = "", compiled: bool = False) -> Encoder:
         """The encoder of the index, with its projector.
 
         Args:
-            device: to compute on; an index goes on in the dtype that it was computed in.
+            device: to compute on; an index goes on in the dtype that it was computed in, unless its owner asks for
+                another, which its manifest says then.
             features: a feature store to read instead of images; empty: none.
             compiled: have torch compile the model; an index that was made so goes on so.
 
@@ -95,10 +105,9 @@ class Settings:
         """
         model = self.config.model
         where = {"features": features, "local_files_only": model.local_files_only, "revision": model.revision}
-        if self.index:
-            kind, _, how = self.index.manifest.hidden_states.get("computed_in", "").partition(" ")
-            where["dtype"] = FLOATS.get(kind)
-            compiled = compiled or (how == COMPILED and not features)
+        held = self.index.manifest.hidden_states.get("computed_in", "") if self.index else ""
+        where["dtype"] = FLOATS.get((self.also_computed_in or self.computed_in or held).partition(" ")[0])
+        compiled = compiled or (held.endswith(f" {COMPILED}") and not (features or self.also_computed_in))
         made = self.folder if self.index else self.adapter_path
         hint = (
             ""
@@ -145,17 +154,32 @@ class Settings:
     def _check_encoder(self, index: Index, encoder: Encoder) -> None:
         """Refuses another model, and hidden states that come from elsewhere than the index's."""
         index.check_model(encoder)
-        before, now = index.manifest.hidden_states, encoder.origin
-        if before == now:
+        manifest, before, now = index.manifest, index.manifest.hidden_states, encoder.origin
+        known, asked = (before.get("computed_in"), *manifest.also_computed_in), now["computed_in"]
+        if {**before, "computed_in": asked} == now and asked in (*known, self.also_computed_in):
+            if asked not in known:
+                self._allow(asked)
             return
         remedy = "read the feature store that it was made from"
-        if before.get("stored_in") == "nothing":
+        if before.get("stored_in") == now["stored_in"]:
+            remedy = f"leave --dtype out, or say --also-computed-in {now['computed_in']} to have both in it"
+        elif before.get("stored_in") == "nothing":
             remedy = "leave --features out"
         elif now.get("stored_in") == "nothing":
             remedy = "give the feature store that it was made from as --features"
         raise InputError(
             f"{self.folder} holds an index with hidden_states={before}, now {now}; {remedy}, or name another folder"
         )
+
+    def _allow(self, dtype: str) -> None:
+        """Has the index say that images computed in this dtype, too, may be in it."""
+        if rank() == 0:
+            with only_writer(self.folder):
+                path = self.folder / "manifest.json"
+                held = read_index_manifest(path)
+                both = tuple(sorted({*held.also_computed_in, dtype}))
+                write_index_manifest(path, replace(held, also_computed_in=both))
+        gather_objects(None)  # no process reads it before
 
     def _projector(self, index: Index, encoder: Encoder) -> Projector:
         """The index's projector; what --adapter-path names must be the same.
@@ -184,6 +208,7 @@ def encoder_of(
     model: str | None = None,
     features: str = "",
     pictures: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Encoder:
     """The encoder that an index was made with, whatever its projection.
 
@@ -193,13 +218,14 @@ def encoder_of(
         model: where it is instead.
         features: a feature store to read instead of images; empty: none.
         pictures: False: it is for queries alone, as in `Retriever.load`.
+        dtype: that it computes in; None: as `open_encoder` chooses.
 
     Raises:
         InputError: it can't be loaded, or it is another one than the index was made with.
     """
     name, revision = index.model_place(model)
     hint = "" if model else f"{index.folder} was made with it: say where it is with --model FOLDER"
-    where = {"features": features, "revision": revision, "pictures": pictures}
+    where = {"features": features, "revision": revision, "pictures": pictures, "dtype": dtype}
     encoder = _opened(name, device, hint, **where, reduce=index.manifest.reduce if pictures else None)
     index.check_model(encoder)
     return encoder
@@ -245,7 +271,11 @@ def _of_new(folder: Path, asked: Asked, dtype: str) -> Settings:
         if not few and merge.compressor != "none":
             notes.append(f"{TOO_MANY}, not {merge.num_regions}")
     name = asked.dtype or dtype
-    return Settings(folder, config, asked.adapter_path, name, assignments, None, frozenset(keys), tuple(notes))
+    refuse_new_codes(folder, name)
+    if asked.also_computed_in:
+        raise InputError(f"{folder}: there is no index yet, so nothing is mixed; say --dtype {asked.also_computed_in}")
+    settings = name, assignments, None, frozenset(keys), tuple(notes), asked.computed_in or ""
+    return Settings(folder, config, asked.adapter_path, *settings)
 
 
 def _of_index(folder: Path, asked: Asked) -> Settings:
@@ -287,7 +317,12 @@ def _of_index(folder: Path, asked: Asked) -> Settings:
     config = replace(
         config, merge=held.merge, reduce=held.reduce, model=ModelConfig(name, revision, model.local_files_only)
     )
-    settings = held.dtype, held.assignments, index, frozenset(keys), tuple(notes)
+    also = asked.also_computed_in or ""
+    if also and asked.computed_in not in (None, "", also):
+        raise InputError(f"--dtype {asked.computed_in} --also-computed-in {also}: what is added now has one dtype")
+    if also and also not in (held.hidden_states.get("computed_in"), *held.also_computed_in):
+        notes.append(f"images computed in {also} join those in {held.hidden_states.get('computed_in')}; it says so")
+    settings = held.dtype, held.assignments, index, frozenset(keys), tuple(notes), asked.computed_in or "", also
     return Settings(folder, config, asked.adapter_path, *settings)
 
 

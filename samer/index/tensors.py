@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from samer.index.manifest import FLOATS, NO_REGION, Making, check_regions
+from samer.budgets import smaller_budgets
+from samer.codes import Codebook
+from samer.index.manifest import COMMON, FLOATS, NO_REGION, Making, check_regions, level_name
 from samer.runtime.shards import joined
 from samer.scoring import pack_signs, quantise_images
 from samer.tokens import MergedTokens, VisualTokens, regions_of_patches
@@ -45,20 +47,76 @@ def kept_part(making: Making, visual: VisualTokens, merged: MergedTokens) -> Par
     return Part(*(value.cpu().clone() for value in values))
 
 
-def image_tensors(making: Making, parts: Sequence[Part]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of a shard, and those of the exact file beside one of 1-bit tokens, else none."""
-    tokens = joined([part.tokens for part in parts])
-    tensors = {**_stored(making.dtype, tokens), "mask": joined([part.mask for part in parts])}
+def image_tensors(
+    making: Making, parts: Sequence[Part], codebook: Codebook | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a shard, and those of the exact file beside one of 1-bit tokens, else none.
+
+    Args:
+        making: of the index.
+        parts: of the shard.
+        codebook: of an index of codes.
+    """
+    tokens, mask = joined([part.tokens for part in parts]), joined([part.mask for part in parts])
+    regions = joined([part.regions for part in parts], -1) if making.has_regions else None
+    tensors = stored_tensors(making, tokens, mask, regions, codebook)
     tensors["grids"] = torch.cat([part.grids for part in parts])
-    if making.has_regions:
-        regions = joined([part.regions for part in parts], -1)
+    if regions is not None:
         whole = making.merge.compressor == "none"  # a byte would not tell that many vectors apart
         tensors["assignments"] = regions.to(torch.int32) if whole else regions.remainder(NO_REGION + 1).byte()
     return tensors, {"tokens": tokens.to(torch.bfloat16)} if making.dtype == "binary" else {}
 
 
-def _stored(dtype: str, tokens: Tensor) -> dict[str, Tensor]:
-    """Tokens (n, K, D) as they are stored, with their scales where they have some."""
+def stored_tensors(
+    making: Making, tokens: Tensor, mask: Tensor, regions: Tensor | None, codebook: Codebook | None
+) -> dict[str, Tensor]:
+    """What is stored of images' vectors, and of those of smaller budgets.
+
+    Args:
+        making: of the index.
+        tokens: (n, K, D), 0 where `mask` (n, K) is False.
+        mask: likewise.
+        regions: (n, P) long, the vector of every patch, -1 for none; None: not known.
+        codebook: of an index of codes.
+    """
+    found = {**_stored(making.dtype, tokens, mask, codebook), "mask": mask}
+    if making.budgets:
+        mass = None if regions is None else masses(regions, mask)
+        for budget, (few, there) in zip(making.budgets, smaller_budgets(tokens, mask, mass, making.budgets)):
+            bases = (found["bases"], found["scales"]) if codebook else None
+            own = {**_stored(making.dtype, few, there, codebook, bases), "mask": there}
+            found |= {level_name(name, budget): own[name] for name in own if not (codebook and name in COMMON)}
+    return without_full_masks(making, found)
+
+
+def masses(regions: Tensor, mask: Tensor) -> Tensor:
+    """(n, K), how many patches each vector stands for; at least 1.
+
+    Args:
+        regions: (n, P) long, the vector of every patch, -1 for none.
+        mask: (n, K).
+    """
+    count = torch.zeros(len(mask), mask.shape[1] + 1).scatter_add_(1, regions + 1, torch.ones(regions.shape))
+    return count[:, 1:].clamp(min=1)
+
+
+def without_full_masks(making: Making, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without the masks that need not be stored: of codes and smaller budgets where every vector is there."""
+    spare = ["mask"] if making.codes else []
+    spare = [name for name in [*spare, *(level_name("mask", each) for each in making.budgets)] if tensors[name].all()]
+    return {name: tensor for name, tensor in tensors.items() if name not in spare}
+
+
+def _stored(
+    dtype: str, tokens: Tensor, mask: Tensor, codebook: Codebook | None, bases: tuple[Tensor, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Tokens (n, K, D) as they are stored, with their scales where they have some.
+
+    `bases`: of codes, where the images have some already.
+    """
+    if codebook:
+        codes = codebook.encode(tokens, mask, bases)
+        return {"tokens": codes.codes, "bases": codes.bases, "scales": codes.scales}
     if dtype == "int8":
         whole, scales = quantise_images(tokens)
         return {"tokens": whole, "scales": scales}

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from samer.config import InputError
 from samer.features import manifest as store_manifest
 from samer.index import manifest as index_manifest
+from samer.index.codes import FILE as CODES
 from samer.index.columns import FILE as METADATA
 from samer.index.columns import read_columns
 from samer.retrievers.banks import FILE as BANK
@@ -122,6 +123,8 @@ def _listed(path: Path, kind: str) -> Iterator[tuple[Path, str, str]]:
         yield folder / "projector.safetensors", "projector", index.projector
         if index.bank:
             yield folder / BANK, "header", index.bank
+        if index.codes:
+            yield folder / CODES, "header", index.codes
         yield from ((folder / file, "bytes", checksum) for file, checksum in index_manifest.files_of(index))
         told = (folder / split / METADATA for split in index.splits)
         yield from ((file, "metadata", "") for file in told if exists(file))

@@ -5,11 +5,19 @@
                                             must be projected with
     DIR/bank.safetensors                    only with compressor "querybank": the bank of queries that images are
                                             compressed with, as `samer.retrievers.banks` says
+    DIR/codes.safetensors                   only with codes: the tables that they are looked up in, as
+                                            `samer.index.codes` and `samer.codes` say
     DIR/<split>/images-00000.safetensors    n images, of which image i is row i of each tensor:
         tokens       (n, K, D) float32, bfloat16, float16 or int8; or (n, K, D / 8) uint8, the signs of D components,
-                     lowest bit first, 1 for positive
-        scales       (n,) float32, int8 only: value = int8 * scale
-        mask         (n, K) bool, False where the image has fewer vectors than K; tokens are 0 there
+                     lowest bit first, 1 for positive; or (n, K, G) uint8 codes, G = D / 8 for 1bit, D / 4, D / 2
+        scales       (n,) float32, of int8: value = int8 * scale; of codes that of the bases
+        bases        (n, D) int8, of codes only: what an image's vectors have in common. A vector is base * scale + r Q'
+                     with r, its entries in the tables, times their scale, and Q, the tables' `queries`
+        mask         (n, K) bool, False where the image has fewer vectors than K; tokens are 0 there. Of codes it is
+                     left out where all are True
+        tokens_B, scales_B, mask_B    for each B of the manifest's `budgets`: the image's vectors at a smaller budget,
+                     min(B, K) of them; scales_B with int8 only (codes share `scales` and `bases`), mask_B only where
+                     one is False
         grids        (n, 2) int32, rows and columns of the image's patches
         assignments  (n, P) uint8, the vector of every patch in row-major order, 255: none, as past an image's own
                      patches; only if the manifest's `assignments` is true. Where all tokens are kept (compressor
@@ -22,8 +30,8 @@
 
 A shard is a safetensors file with one metadata key, "samer", whose value is JSON:
     checksum    SHA-256 over the bytes of its tensors in the order of their names
-    entry       its `count`, and for images `regions` (K) and `bytes` (of tokens, scales and mask)
-    stamp       what it was made from: the manifest's keys `model` to `bank`; `ids` of the n images, unique in
+    entry       its `count`, and for images `regions` (K) and `bytes` (of tokens, bases, scales and masks)
+    stamp       what it was made from: the manifest's keys `model` to `budgets`; `ids` of the n images, unique in
                 the file, or of the image of each query; `texts` of the queries, and `grades` where relevance is graded:
                 per query [number of an image, 1 to 100] of all that answer it; `contents`, per image null or the hash
                 of its file when it was read, BLAKE2b of 16 bytes in hexadecimal; `corpus`, a hash of the ids that a
@@ -37,10 +45,13 @@ The manifest is JSON:
     projector                       SHA-256 of the projector: for weight, then bias, its shape as Python writes a tuple
                                     and its bytes
     merge                           the compressor and its settings, `samer.config.MergeConfig`
-    dtype, embedding_dim            float32, bfloat16, float16, int8 or binary; D
+    dtype, embedding_dim            float32, bfloat16, float16, int8, binary (signs), or codes: 1bit, 2bit, 4bit; D
     hidden_states                   the dtypes that they were computed and stored in
+    also_computed_in                only where its owner allowed other dtypes to compute in: a list of those
     assignments                     true or false
     bank                            only with bank.safetensors: the checksum in its header
+    codes                           only with codes.safetensors: likewise
+    budgets                         only where there are some: falling
     base_model, revision, transformers, bank_source    where the retriever is, what computed the first images, and
                                     what the bank was made of; not compared
     processing                      what the processor does, in words: picture sizes, prompts, padding; not compared
@@ -90,10 +101,13 @@ from samer.data.contents import Contents
 from samer.data.records import ImageRecord
 from samer.evaluation import caption_grades, fit_records, fitted_compressor
 from samer.index.banks import bank_of_captions, held_bank, keep_bank
+from samer.index.codes import FILE as CODES
+from samer.index.codes import held_codes, refuse_new_codes
 from samer.index.manifest import (
     DTYPES,
     FLOATS,
     FORMAT_VERSION,
+    STORED,
     ExactFile,
     IndexManifest,
     IndexSummary,
@@ -202,7 +216,7 @@ def build_index(
 
 
 def check_settings(retriever: Encoder, merge: MergeConfig, batch_size: int, dtype: str, assignments: bool) -> None:
-    if dtype not in DTYPES:
+    if dtype not in STORED:
         raise InputError(f"index dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     make_compressor(merge)  # an unknown name is refused before any work
     if batch_size < 1:
@@ -217,20 +231,14 @@ def check_settings(retriever: Encoder, merge: MergeConfig, batch_size: int, dtyp
 
 def write_image_shard(path: Path, tensors: dict[str, Tensor], half: dict[str, Tensor], stamp: dict) -> Shard:
     """Writes a shard of images, with 1-bit tokens the exact ones beside it, and returns its manifest entry."""
-    size = sum(tensors[name].nbytes for name in ("tokens", "scales", "mask") if name in tensors)
+    read = ("tokens", "scales", "mask", "bases")  # in a search
+    size = sum(tensor.nbytes for name, tensor in tensors.items() if name.partition("_")[0] in read)
     facts = {"count": len(tensors["tokens"]), "regions": tensors["tokens"].shape[1], "bytes": size}
     exact = None
     if half:  # first, so that a shard with a manifest entry always has its exact file
         side = path.with_suffix(".exact.safetensors")
         exact = ExactFile(**write_shard(side, half, stamp, {"bytes": half["tokens"].nbytes}))
     return Shard(**write_shard(path, tensors, stamp, facts), exact=exact)
-
-
-def _same_stamp(found: dict, stamp: dict) -> bool:
-    """Whether a shard was made from what another would be now; one of an older format is as good."""
-    making = {"format", "format_version", "base_projector", "scale", *(each.name for each in fields(Making))}
-    rest, wanted = ({key: stamp[key] for key in stamp.keys() - making} for stamp in (found, stamp))
-    return rest == wanted and making_from_stamp(found).difference(making_from_stamp(stamp)) is None
 
 
 @contextmanager
@@ -244,8 +252,12 @@ def writing(
     bank: Bank | None = None,
 ):
     check_folder(folder)
+    refuse_new_codes(folder, dtype)
     with only_writer(folder), stoppable():
         making = making_of(retriever, merge, dtype, assignments, bank)
+        if is_file(folder / "manifest.json"):  # neither is chosen by who adds to an index
+            held = read_index_manifest(folder / "manifest.json")
+            making = replace(making, codes=held.codes, budgets=held.budgets)
         yield _Writer(folder, retriever, making, batch_size, bank)
 
 
@@ -266,7 +278,7 @@ def making_of(retriever: Encoder, merge: MergeConfig, dtype: str, assignments: b
 
 def check_folder(folder: Path) -> None:
     """Refuses a folder that holds something else than an index, or one that was never finished."""
-    ours = ("projector.safetensors", BANK)
+    ours = ("projector.safetensors", BANK, CODES)
     known = lambda entry: is_dir(entry) or entry.name in ours or entry.name.startswith(".")
     folder = lookup(folder)
     if is_file(folder / "manifest.json") or not exists(folder):
@@ -285,6 +297,7 @@ class _Writer:
         self.learned = ""  # a hash of the files that it was fitted on; "": not known
         self.projector, self.bank = retriever.current_projector(), bank
         self.making, path = making, folder / "manifest.json"
+        self.codebook = held_codes(folder, making)
         if not is_file(path):
             own = {each.name: getattr(making, each.name) for each in fields(making)}
             source = {"base_model": retriever.name, "revision": retriever.revision}
@@ -398,13 +411,19 @@ class _Writer:
             entry |= {"version": found["format_version"], "scale": found["scale"]}
         if self.making.dtype != "binary":
             return Shard(**entry)
-        exact = finished_shard(path.with_suffix(".exact.safetensors"), found, _same_stamp)
+        exact = finished_shard(path.with_suffix(".exact.safetensors"), found, self._same_stamp)
         return exact and Shard(**entry, exact=ExactFile(**exact))
+
+    def _same_stamp(self, found: dict, stamp: dict) -> bool:
+        """Whether a shard was made from what another would be now; one of an older format is as good."""
+        making = {"format", "format_version", "base_projector", "scale", *(each.name for each in fields(Making))}
+        rest, wanted = ({key: own[key] for key in own.keys() - making} for own in (found, stamp))
+        return rest == wanted and self.manifest.difference(making_from_stamp(found)) is None
 
     def _as_now(self, found: dict, stamp: dict, records: Sequence[ImageRecord]) -> bool:
         """Whether a shard's stamp says what one of these records would now, and their pictures are still the same."""
         rest = {key: value for key, value in found.items() if key not in ("contents", "corpus_contents")}
-        if not _same_stamp(rest, stamp):
+        if not self._same_stamp(rest, stamp):
             return False
         learned = found.get("corpus_contents", "")
         same = not (learned and self.learned) or learned == self.learned
@@ -419,7 +438,7 @@ class _Writer:
         contents: Sequence[str | None] | None = None,
     ) -> Shard:
         """Writes one shard of compressed images and returns its manifest entry; `contents` are their files' hashes."""
-        tensors, half = image_tensors(self.making, parts)
+        tensors, half = image_tensors(self.making, parts, self.codebook)
         more = {"contents": contents and list(contents), "corpus_contents": self.learned or None}
         more = {key: value for key, value in more.items() if value is not None}
         stamp = self._stamp([record.image_id for record in records], **more)
@@ -438,7 +457,7 @@ class _Writer:
             path = self.folder / split / f"queries-{number:05d}.safetensors"
             return path, self._stamp(ids, texts=list(texts), **more)
 
-        own = {number: finished_shard(*place(number), _same_stamp) for number in shards}
+        own = {number: finished_shard(*place(number), self._same_stamp) for number in shards}
         reused = {number for number, entry in own.items() if entry is not None}
 
         def encoded() -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:

@@ -64,14 +64,22 @@ def metric_places(output: str | Path, index: str | Path) -> tuple[Path, Path]:
 def _is_part(path: Path, index: Path) -> bool:
     """Whether a path is one of an index's own: metrics may lie beside its manifest."""
     if path.parent == index:
-        return path.name in ("manifest.json", "projector.safetensors", "bank.safetensors")
+        return path.name in ("manifest.json", "projector.safetensors", "bank.safetensors", "codes.safetensors")
     return index in path.parents and path.suffix == ".safetensors"
 
 
-def evaluate_index(index: Index, split: str, device: torch.device) -> tuple[dict, Tensor]:
-    """Metrics of a split as scripts/eval.py writes them, and the scores (Q, I) that they were made from."""
+def evaluate_index(index: Index, split: str, device: torch.device, budget: int = 0) -> tuple[dict, Tensor]:
+    """Metrics of a split as scripts/eval.py writes them, and the scores (Q, I) that they were made from.
+
+    `budget`: of the smaller ones that the index holds; 0: all vectors.
+
+    Raises:
+        InputError: no such budget, or as `Index.scores`.
+    """
     images, queries, regions, size = index.size(split)
-    scores, image_of = index.scores(split, device)
+    if budget:
+        regions, size = min(budget, regions), scanned_bytes(index, split, budget)
+    scores, image_of = index.scores(split, device, budget)
     grades = index.grades(split)
     directions = both_directions(scores, image_of, grades=grades)
     made = index.manifest
@@ -89,7 +97,7 @@ def evaluate_index(index: Index, split: str, device: torch.device) -> tuple[dict
         "queries": queries,
         "vectors_per_image": regions,
         "bytes_per_image": size,
-        **means_and_totals(index, split),
+        **means_and_totals(index, split, budget),
         **directions,
         "cache": about,
     }
@@ -98,14 +106,23 @@ def evaluate_index(index: Index, split: str, device: torch.device) -> tuple[dict
     return result, scores
 
 
-def means_and_totals(index: Index, split: str) -> dict:
+def scanned_bytes(index: Index, split: str, budget: int = 0) -> float:
+    """Bytes per image that a search reads of an index at a budget (0: all its vectors)."""
+    size = count = 0
+    for ids, images in index.stored(split, budget=budget):
+        read = (images.tokens, images.scale, images.mask, images.bases)
+        size, count = size + sum(each.nbytes for each in read if isinstance(each, Tensor)), count + len(ids)
+    return size / count
+
+
+def means_and_totals(index: Index, split: str, budget: int = 0) -> dict:
     """Size and cost of a split whose images differ in their vectors, padding left out; empty where they are all alike.
 
     Returns:
         `sizes`: `vectors` {mean, fewest, most, total}; `bytes` {mean, total} of the stored vectors; `operations` of
         MaxSim, 2 D sum(M) sum(vectors), {mean, total}, whose mean is per query and image.
     """
-    counts = torch.cat([_counts(images) for _, images in index.stored(split)])  # (I,)
+    counts = torch.cat([_counts(images) for _, images in index.stored(split, budget=budget)])  # (I,)
     fewest, most, total = int(counts.min()), int(counts.max()), int(counts.sum())
     if fewest == most:
         return {}
@@ -157,6 +174,7 @@ def index_gallery(
     features: str,
     device: torch.device,
     model: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Gallery:
     """Failures by rule, and what winning vectors stand on; the captions shown are encoded again.
 
@@ -169,6 +187,7 @@ def index_gallery(
         features: a feature store to read instead of the images; empty: none.
         device: to encode on.
         model: where it is, if not where the index says.
+        dtype: that it computes in; None: as `open_encoder` chooses.
 
     Raises:
         InputError: data or a model that are not those of the index.
@@ -176,7 +195,7 @@ def index_gallery(
     records = make_reader(reader, data_root).load_split(data_root, split, boxes=True, limit_images=index.size(split)[0])
     check_images(index, split, records, data_root)
     made = index.manifest
-    encoder = encoder_of(index, device, model=model, features=features)
+    encoder = encoder_of(index, device, model=model, features=features, dtype=dtype)
     shown = [Shown(made.merge.compressor, made.merge, index.projector(), scores, index.bank())]
     return noting_replaced(make_gallery(encoder, records, shown), encoder, split, [index])
 

@@ -65,10 +65,46 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
-def add_compute_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --device and --threads, which `compute_device` reads."""
+COMPUTED = ("float32", "bfloat16", "float16")
+
+
+def add_compute_options(parser: argparse.ArgumentParser, dtype: str = "") -> None:
+    """Adds --device and --threads, which `compute_device` reads, and what `compute_dtype` reads.
+
+    `dtype` is the name of the latter, "--dtype" unless that says what is stored; empty: the command opens no model.
+    """
     parser.add_argument("--device", default="auto", help="e.g. cpu, cuda:0; default: a GPU if there is one")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all, or OMP_NUM_THREADS)")
+    if dtype:
+        words = f"that the model computes in: {', '.join(COMPUTED)} (default: bfloat16 on a GPU, else float32)"
+        parser.add_argument(dtype, dest="computed_in", choices=COMPUTED, metavar="DTYPE", help=words)
+
+
+def add_gpu_memory(parser: argparse.ArgumentParser) -> None:
+    """Adds --gpu-memory, which `gpu_budget` reads."""
+    words = "of a GPU that the index takes at most, what is beyond is read anew by each search (80 %% of what is free)"
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help=words)
+
+
+def gpu_budget(options: argparse.Namespace) -> int | None:
+    """Bytes that --gpu-memory asks for; None: nothing.
+
+    Raises:
+        InputError: no number above 0.
+    """
+    asked = options.gpu_memory
+    if asked is not None and not 0 < asked < float("inf"):
+        from samer.config import InputError
+
+        raise InputError(f"--gpu-memory is {asked}; it must be a number of GB above 0")
+    return None if asked is None else int(asked * 1e9)
+
+
+def compute_dtype(options: argparse.Namespace) -> torch.dtype | None:
+    """The dtype that the options ask to compute in; None: none."""
+    import torch
+
+    return getattr(torch, options.computed_in) if options.computed_in else None
 
 
 def add_compile_option(parser: argparse.ArgumentParser) -> None:

@@ -40,6 +40,7 @@ def find_documents(
     pages: int = 1,
     keep: Tensor | None = None,
     device: torch.device | str = "cpu",
+    budget: int = 0,
 ) -> list[Document]:
     """The best documents for a query; ties go by name.
 
@@ -53,13 +54,14 @@ def find_documents(
         pages: how many of a document's best pages count; of one that has fewer, all do.
         keep: (I,) bool by row, False for pages that may not be found; None: all may.
         device: to score on.
+        budget: as of `Index.stored`.
 
     Raises:
-        InputError: `top` or `pages` below 1.
+        InputError: `top` or `pages` below 1; no such budget.
     """
     if top < 1 or pages < 1:
         raise InputError(f"{top} documents by {pages} pages: both must be at least 1")
-    shards = index.stored(split, device)
+    shards = index.stored(split, device, budget)
     ids: list[str] = []
     scores: list[Tensor] = []
     for own, images in shards if keep is None else only(shards, keep):

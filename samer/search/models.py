@@ -1,4 +1,4 @@
-"""The models that open indexes share, and what they have read."""
+"""What open indexes share: models, what these have read, and room on a GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from samer.index.read import Index
 from samer.index.settings import encoder_of
+from samer.index.uploads import Uploads
 from samer.retrievers.base import Encoder, Projector
 from samer.search.latest import Latest
 from samer.tokens import QueryTokens
@@ -21,9 +22,24 @@ class Models:
     projected anew but not encoded anew. One thread at a time.
     """
 
-    def __init__(self, device: torch.device | str, name: str | None = None) -> None:
-        """`name` says where the model is, if not where an index says."""
-        self.device, self.name = torch.device(device), name
+    def __init__(
+        self,
+        device: torch.device | str,
+        name: str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        uploads: Uploads | None = None,
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            device: to encode and to search on.
+            name: where the model is, if not where an index says.
+            dtype: that the backbone computes in; None: as `open_encoder` chooses.
+            uploads: the indexes' shards on the device; None: as many as fit.
+        """
+        self.device, self.name, self.dtype = torch.device(device), name, dtype
+        self.uploads = Uploads() if uploads is None else uploads
         self._encoders: dict[tuple[str, str], Encoder] = {}  # by name and revision
         self._states = Latest(32)  # 1,000 letters of ColPali take 8 MB, a usual query 0.2 MB
 
@@ -37,7 +53,7 @@ class Models:
         if key in self._encoders:
             index.check_model(self._encoders[key])
         else:
-            self._encoders[key] = encoder_of(index, self.device, model=self.name, pictures=False)
+            self._encoders[key] = encoder_of(index, self.device, model=self.name, pictures=False, dtype=self.dtype)
         return self._encoders[key]
 
     @torch.no_grad()

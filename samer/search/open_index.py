@@ -62,12 +62,15 @@ class Wanted:
         conditions: on the images' metadata, as `samer.index.filters` writes them; all must be met.
         documents: the column that names the document of a page; empty: images are found.
         pages: how many of a document's best pages count.
+        budget, coarse: of the smaller budgets that an index may hold, as `Index.search`.
     """
 
     top: int = 10
     conditions: tuple[str, ...] = ()
     documents: str = ""
     pages: int = 1
+    budget: int = 0
+    coarse: int = 0
 
 
 class SearchIndex:
@@ -100,7 +103,7 @@ class SearchIndex:
         self._arguments = (folder, models, split, data_root, reader)
         self.folder, self.models = Path(folder), models
         self.stamp = _stamp(self.folder)  # before it is read: what is written in between is seen next time
-        self.index = Index(folder)
+        self.index = Index(folder, models.uploads)
         splits = list(self.index.manifest.splits)
         if split is None and len(splits) != 1:
             raise InputError(f"{folder} holds {', '.join(splits) or 'nothing'}; name one with --split")
@@ -169,11 +172,12 @@ class SearchIndex:
         started = time.perf_counter()
         documents = None
         if wanted.documents:
-            how = {"pages": wanted.pages, "keep": keep, "device": self.models.device}
+            how = {"pages": wanted.pages, "keep": keep, "device": self.models.device, "budget": wanted.budget}
             documents = find_documents(self.index, self.split, query, names, wanted.top, **how)
             hits = [document.pages[0] for document in documents]
         else:
-            hits = self.index.search(query, self.split, wanted.top, self.models.device, keep)[0]
+            how = {"budget": wanted.budget, "coarse": wanted.coarse}
+            hits = self.index.search(query, self.split, wanted.top, self.models.device, keep, **how)[0]
         took = 1000 * (time.perf_counter() - started)
         return Found(hits, [self._state(name) for name, _ in hits], query, encode_ms, took, documents)
 

@@ -69,13 +69,15 @@ class _Told:
     spans: tuple[Span, ...]
 
 
-def open_scorers(model: ModelConfig, device: torch.device, features: str) -> tuple[Encoder, Encoder]:
+def open_scorers(
+    model: ModelConfig, device: torch.device, features: str, dtype: torch.dtype | None = None
+) -> tuple[Encoder, Encoder]:
     """What encodes images, from a feature store where one is given, and what encodes texts.
 
     Raises:
         InputError: as `open_encoder`.
     """
-    where = {"local_files_only": model.local_files_only, "revision": model.revision}
+    where = {"local_files_only": model.local_files_only, "revision": model.revision, "dtype": dtype}
     texts = open_encoder(model.name, device, pictures=not features, **where)
     return open_encoder(model.name, device, features=features, **where) if features else texts, texts
 

@@ -35,8 +35,13 @@ from samer.training.align_settings import AlignConfig
 from samer.training.alignment import Alignment
 
 
-def align(config: AlignConfig, device: torch.device) -> Path:
+def align(config: AlignConfig, device: torch.device, dtype: torch.dtype | None = None) -> Path:
     """Trains a tower retriever as configured, and writes it; an interrupted run goes on where it stopped.
+
+    Args:
+        config: what to train.
+        device: to compute on.
+        dtype: that the towers compute in; None: as `open_encoder` chooses.
 
     Returns:
         The retriever's folder.
@@ -47,10 +52,10 @@ def align(config: AlignConfig, device: torch.device) -> Path:
         Stopped: SIGTERM came; the epoch at hand is computed again.
     """
     with only_writer(config.align.output_dir), stoppable():
-        return _align(config, device)
+        return _align(config, device, dtype)
 
 
-def _align(config: AlignConfig, device: torch.device) -> Path:
+def _align(config: AlignConfig, device: torch.device, dtype: torch.dtype | None) -> Path:
     output = Path(config.align.output_dir)
     towers = {kind: _place(getattr(config.towers, kind)) for kind in ("vision", "text")}
     config = replace(config, towers=replace(config.towers, **towers))
@@ -64,7 +69,7 @@ def _align(config: AlignConfig, device: torch.device) -> Path:
         print0(f"{output} holds this retriever, finished; nothing is left to train")
         return output
     records, validation = _records(config)
-    store = _tower_outputs(config, output, device)
+    store = _tower_outputs(config, output, device, dtype)
     store.check_records([*records, *validation])
     if lacking := store.lacking(phrase_texts(records)) if config.align.phrases else []:
         raise InputError(
@@ -154,7 +159,9 @@ def _check_towers(output: Path, made: TowerConfig, asked: TowerConfig) -> None:
         )
 
 
-def _tower_outputs(config: AlignConfig, output: Path, device: torch.device) -> FeatureStore:
+def _tower_outputs(
+    config: AlignConfig, output: Path, device: torch.device, dtype: torch.dtype | None = None
+) -> FeatureStore:
     """The store of what the towers give for both splits, computed where it is not there yet."""
     bare, data = output / "towers", config.data
     if rank() == 0 and not is_file(bare / "config.json"):
@@ -166,7 +173,7 @@ def _tower_outputs(config: AlignConfig, output: Path, device: torch.device) -> F
         check_whole(store)
         return store
     splits = dict.fromkeys(split_part(split)[0] for split in (data.train_split, data.eval_split) if split)
-    retriever = open_encoder(str(bare), device)
+    retriever = open_encoder(str(bare), device, dtype=dtype)
     print0(f"the towers' outputs are computed once, into {output / 'features'}")
     write_features(
         output / "features",

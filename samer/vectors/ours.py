@@ -118,7 +118,8 @@ class IndexStore(Store):
         self._plan = plan
 
     def dtype_for(self, source: Store) -> str:
-        return source.index.manifest.dtype if isinstance(source, IndexStore) else super().dtype_for(source)
+        own = source.index.manifest.dtype if isinstance(source, IndexStore) else ""
+        return own if own in DTYPES else super().dtype_for(source)  # codes have an index's own tables
 
     def write(self, parts: Parts) -> None:
         source, plan = self._plan.source, self._plan
@@ -131,7 +132,9 @@ class IndexStore(Store):
             )
             own = {each.name: getattr(held, each.name) for each in fields(Making)}
             keeps = places and few and plan.merge.compressor != "none"
-            making = Making(**{**own, "merge": merge, "dtype": plan.dtype, "assignments": keeps})
+            making = Making(
+                **{**own, "merge": merge, "dtype": plan.dtype, "assignments": keeps, "codes": "", "budgets": ()}
+            )
             contents = source.index.contents(split)
             shards = []
             for number, file in enumerate(Progress(parts.files, "writing", unit="shards")):

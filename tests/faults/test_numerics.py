@@ -21,7 +21,7 @@ from samer.config import InputError, MergeConfig
 from samer.losses import multi_positive_t2i_loss
 from samer.merging import merge_tokens
 from samer.metrics import query_metrics
-from samer.scoring import StoredImages, maxsim, pack_signs, quantise_queries, score_stored, unpack_signs
+from samer.scoring import StoredImages, maxsim, pack_signs, quantise_rows, score_stored, unpack_signs
 from samer.tokens import QueryTokens
 
 SEEDS = st.integers(0, 10**9)
@@ -410,7 +410,7 @@ def test_quantised_queries_of_any_size():
 
     def law(seed, size, count):
         tokens = (drawn(seed, count, 16, dtype=torch.float64) * size).float()
-        whole, scale = quantise_queries(tokens)
+        whole, scale = quantise_rows(tokens)
         assert whole.abs().max() <= 127
         assert scale.isfinite().all()
         assert (scale > 0).all()

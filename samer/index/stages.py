@@ -1,0 +1,117 @@
+"""Searches and scores in two stages: few bytes of every image choose candidates, more bytes of those rank them.
+
+With signs the second stage reads the exact file; with `coarse` it reads all vectors of an index that keeps smaller
+budgets, too. What the first stage does not choose is not found: of images whose scores the stages order differently
+some are missed. No bound tells which are safe to leave out: a query token's best product with an image is at most its
+product with a cluster's vector plus the cluster's radius, and radii of real images leave nearly all of them open
+(`python scripts/bench.py coarse` measures how many).
+
+Shape letters: Q queries, M tokens, I images, K vectors, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from samer.runtime.shards import joined, rows_of
+from samer.scoring import StoredImages, maxsim, score_stored, search
+from samer.tokens import QueryTokens
+
+CANDIDATES, LEAST = 10, 100  # of signs: so many times the results asked for, at least so many
+COARSE, COARSE_LEAST = 100, 1000  # of a smaller budget
+
+
+def exact_scores(
+    scores: Tensor, queries: Iterable[tuple[Tensor, Tensor]], tokens: list[Tensor], masks: list[Tensor], device: object
+) -> Tensor:
+    """Scores (Q, I) by signs, whose best candidates are scored exactly and rank above the others; in place.
+
+    Args:
+        scores: (Q, I) on the CPU.
+        queries: of each tokens (M, D) and mask (M,).
+        tokens, masks: (n, K, D) and (n, K) of all images.
+        device: to score on.
+    """
+    tokens, masks = joined(tokens), joined(masks)
+    count = min(CANDIDATES * 10, scores.shape[1])
+    chosen = scores.topk(count, dim=1).indices  # (Q, candidates)
+    scores -= 4  # below any exact score of unit tokens
+    for row, (query, mask) in enumerate(queries):
+        exact = maxsim(query[mask][None], tokens[chosen[row]].to(device), None, masks[chosen[row]].to(device))
+        scores[row, chosen[row]] = exact[0].cpu()
+    return scores
+
+
+def search_signs(
+    queries: QueryTokens,
+    shards: Iterable[tuple[list[str], StoredImages]],
+    top: int,
+    numbers: dict[str, int],
+    exact: list[StoredImages],
+) -> list[list[tuple[str, float]]]:
+    """As `samer.scoring.search`; candidates by signs, then ranked by `exact`, the shards of the second file."""
+    found = search(queries, shards, max(LEAST, CANDIDATES * top))
+    return _ranked(queries, found, numbers, exact, top)
+
+
+def search_coarse(
+    queries: QueryTokens,
+    shards: Iterable[tuple[list[str], StoredImages]],
+    top: int,
+    numbers: dict[str, int],
+    whole: list[StoredImages],
+    candidates: int = 0,
+) -> list[list[tuple[str, float]]]:
+    """As `samer.scoring.search`; candidates by `shards` of a smaller budget, then ranked by `whole`.
+
+    Args:
+        queries: (Q, M, D).
+        shards: ids and images at a smaller budget.
+        top: how many images per query.
+        numbers: of the images, by id.
+        whole: all shards with all vectors.
+        candidates: how many per query; 0: `COARSE` times `top`, at least `COARSE_LEAST`.
+    """
+    found = search(queries, shards, max(top, candidates or max(COARSE_LEAST, COARSE * top)))
+    return _ranked(queries, found, numbers, whole, top)
+
+
+def _ranked(
+    queries: QueryTokens,
+    found: list[list[tuple[str, float]]],
+    numbers: dict[str, int],
+    shards: list[StoredImages],
+    top: int,
+) -> list[list[tuple[str, float]]]:
+    """The best of each query's candidates, by what shards store of them."""
+    result = []
+    for row, candidates in enumerate(found):
+        own = queries.mask[row]
+        one = QueryTokens(queries.tokens[row][own][None], own[own][None])
+        names = sorted((name for name, _ in candidates), key=numbers.__getitem__)
+        if not names:  # every image was deleted
+            result.append([])
+            continue
+        rows = torch.tensor([numbers[name] for name in names])
+        scores = score_stored(one, picked(shards, rows, queries.tokens.device))[0].tolist()
+        result.append(sorted(zip(names, scores), key=lambda pair: (-pair[1], pair[0]))[:top])
+    return result
+
+
+def picked(shards: list[StoredImages], rows: Tensor, device: torch.device) -> StoredImages:
+    """Some images of an index's shards on a device, by their rows, counted over all; only those are read."""
+    tokens, masks = [shard.tokens for shard in shards], [shard.mask for shard in shards]
+    mask = None
+    if len({each.shape[1] for each in tokens}) > 1 or any(each is not None for each in masks):
+        full = torch.ones(1, 1, dtype=torch.bool)
+        masks = [full.expand(own.shape[:2]) if each is None else each for own, each in zip(tokens, masks)]
+        mask = rows_of(masks, rows).to(device)
+    scale = bases = codebook = None
+    if shards[0].scale is not None:
+        scale = rows_of([shard.scale[:, None] for shard in shards], rows)[:, 0].to(device)
+    if shards[0].codebook is not None:
+        bases, codebook = rows_of([shard.bases for shard in shards], rows).to(device), shards[0].codebook.to(device)
+    return StoredImages(rows_of(tokens, rows).to(device), scale, mask, None, bases, codebook)
