@@ -36,7 +36,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import multiprocessing
@@ -1252,9 +1251,13 @@ def main(argv=None):
     """Runs one of them."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["pipelines"]:
-        return importlib.import_module(f"{__package__ or 'scripts'}.bench_pipelines").main(words[1:])
+        from scripts import bench_pipelines
+
+        return bench_pipelines.main(words[1:])
     if words and words[0] in ("bits", "coarse", "small"):
-        return importlib.import_module(f"{__package__ or 'scripts'}.bench_bits").main(words)
+        from scripts import bench_bits
+
+        return bench_bits.main(words)
     what = {
         "merge": merge,
         "querybank": queries,

@@ -14,7 +14,7 @@ from oracle import naive_merge
 from torch.nn.functional import pad
 
 from samer.config import InputError, MergeConfig
-from samer.data import pictures
+from samer.data import flickr, pictures
 from samer.index import write as index_write
 from samer.index.manifest import describe
 from samer.index.read import Index
@@ -312,6 +312,18 @@ def stop_at(monkeypatch, owner, name, call, error=KeyboardInterrupt):
     monkeypatch.setattr(owner, name, stopping)
 
 
+def stop_at_picture(monkeypatch, path):
+    """Raises where a picture is read."""
+    original = retrievers_hf.load_image
+
+    def stopping(picture, *words, **named):
+        if picture == path:
+            raise KeyboardInterrupt
+        return original(picture, *words, **named)
+
+    monkeypatch.setattr(retrievers_hf, "load_image", stopping)
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "call", "finished"),
     [
@@ -328,7 +340,10 @@ def test_an_interrupted_build_goes_on(world, frozen, tmp_path, small_shards, mon
     build(tmp_path / "whole", world, frozen)
     broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
-        stop_at(patch, owner, name, call)
+        if name == "load_image":  # by several threads: not the call of that number, but the picture
+            stop_at_picture(patch, flickr.load_split(world, "test", boxes=False)[call - 1].image_path)
+        else:
+            stop_at(patch, owner, name, call)
         with pytest.raises(KeyboardInterrupt):
             build(broken, world, frozen)
     whole = contents(tmp_path / "whole")
