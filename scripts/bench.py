@@ -375,21 +375,33 @@ def engines(queries, images, place, options):
 
     Those of other libraries where they are installed: pip install -e ".[peers]".
     """
+    import torch
     from transformers import ColPaliProcessor
 
     from samer import maxsim
+    from samer.codes import COMPONENTS, learn
     from samer.scoring import StoredImages, pack_signs, quantise_images, score_stored
 
     ten = lambda scores: scores.topk(10, dim=1).indices
     each = images[0].numel()
     rows = [tokens[mask] for tokens, mask in zip(queries.tokens, queries.mask)]  # of a query
-    stored = {
-        "float16": (StoredImages(images.half()), 2 * each),
-        "int8": (StoredImages(*quantise_images(images)), each + 4),
-        "1-bit, before re-ranking": (StoredImages(pack_signs(images)), each // 8),
-    }
+    coded, stored = (
+        {},
+        {
+            "float16": (StoredImages(images.half()), 2 * each),
+            "int8": (StoredImages(*quantise_images(images)), each + 4),
+            "1-bit, before re-ranking": (StoredImages(pack_signs(images)), each // 8),
+        },
+    )
+    full = torch.ones(images.shape[:2], dtype=torch.bool)
+    for kind in COMPONENTS:
+        book = learn(kind, images[:1024], full[:1024])
+        held = book.encode(images, full)
+        size = held.codes[0].numel() + images.shape[2] + 4
+        coded[f"code {kind}"] = StoredImages(held.codes, held.scales, None, None, held.bases, book), size
     found = {"SaMer, float32": (lambda: ten(maxsim(queries.tokens, images, queries.mask)), 4 * each)}
-    found |= {f"SaMer, {k}": (lambda v=v: ten(score_stored(queries, v)), size) for k, (v, size) in stored.items()}
+    ours = {**stored, **coded}
+    found |= {f"SaMer, {k}": (lambda v=v: ten(score_stored(queries, v)), size) for k, (v, size) in ours.items()}
     if options.before or options.fast_plaid:
         held = {"images": images.numpy(), "queries": queries.tokens.numpy(), "mask": queries.mask.numpy()}
         import numpy as np
