@@ -291,7 +291,8 @@ def test_binary_reads_and_ranks_only_the_candidates(crowd, monkeypatch):
         index_stages, "score_stored", lambda *words: seen.append(words[1].tokens.shape) or original(*words)
     )
     found = Index(folder / "binary").search(queries, "images", 5)
-    assert seen == [(100, 6, DIM)] * 20
+    assert [shape for shape in seen if shape[-1] == DIM] == [(100, 6, DIM)] * 20
+    assert all(shape[-1] == DIM // 8 for shape in seen[:-20])  # before, signs
     exact = Index(folder / "bfloat16").search(queries, "images", 150)
     for row, chosen, scores in zip(found, search(queries, Index(folder / "binary").stored("images"), 100), exact):
         candidates = {name for name, _ in chosen}

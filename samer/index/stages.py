@@ -11,13 +11,14 @@ Shape letters: Q queries, M tokens, I images, K vectors, D embedding.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from samer.runtime.shards import joined, rows_of
-from samer.scoring import StoredImages, maxsim, score_stored, search
+from samer.scoring import StoredImages, maxsim, score_stored
 from samer.tokens import QueryTokens
 
 CANDIDATES, LEAST = 10, 100  # of signs: so many times the results asked for, at least so many
@@ -53,8 +54,7 @@ def search_signs(
     exact: list[StoredImages],
 ) -> list[list[tuple[str, float]]]:
     """As `samer.scoring.search`; candidates by signs, then ranked by `exact`, the shards of the second file."""
-    found = search(queries, shards, max(LEAST, CANDIDATES * top))
-    return _ranked(queries, found, numbers, exact, top)
+    return _ranked(queries, *_candidates(queries, shards, max(LEAST, CANDIDATES * top), numbers), exact, top)
 
 
 def search_coarse(
@@ -75,29 +75,53 @@ def search_coarse(
         whole: all shards with all vectors.
         candidates: how many per query; 0: `COARSE` times `top`, at least `COARSE_LEAST`.
     """
-    found = search(queries, shards, max(top, candidates or max(COARSE_LEAST, COARSE * top)))
-    return _ranked(queries, found, numbers, whole, top)
+    count = max(top, candidates or max(COARSE_LEAST, COARSE * top))
+    return _ranked(queries, *_candidates(queries, shards, count, numbers), whole, top)
+
+
+def _candidates(
+    queries: QueryTokens, shards: Iterable[tuple[list[str], StoredImages]], count: int, numbers: dict[str, int]
+) -> tuple[list[Tensor], list[tuple[int, list[str]]]]:
+    """Rows of the best `count` images of each query, rising; and per shard its first row and its ids."""
+    scores, rows, names = torch.empty(len(queries.tokens), 0), torch.empty(len(queries.tokens), 0, dtype=torch.long), []
+    for ids, images in shards:
+        found, live = score_stored(queries, images), 0
+        if images.live is not None:
+            if not images.live.any():
+                continue
+            found, live = found.masked_fill(~images.live, float("-inf")), int(images.live.int().argmax())
+        best = found.topk(min(count, len(ids)), dim=1)
+        names.append((numbers[ids[live]] - live, ids))  # a deleted id has no number, or that of another row
+        scores = torch.cat([scores, best.values.cpu()], dim=1)
+        rows = torch.cat([rows, best.indices.cpu() + names[-1][0]], dim=1)
+        if scores.shape[1] > count:
+            scores, kept = scores.topk(count, dim=1)
+            rows = rows.gather(1, kept)
+    return [own[held.isfinite()].sort().values for own, held in zip(rows, scores)], names
 
 
 def _ranked(
     queries: QueryTokens,
-    found: list[list[tuple[str, float]]],
-    numbers: dict[str, int],
+    found: list[Tensor],
+    names: list[tuple[int, list[str]]],
     shards: list[StoredImages],
     top: int,
 ) -> list[list[tuple[str, float]]]:
-    """The best of each query's candidates, by what shards store of them."""
-    result = []
-    for row, candidates in enumerate(found):
-        own = queries.mask[row]
-        one = QueryTokens(queries.tokens[row][own][None], own[own][None])
-        names = sorted((name for name, _ in candidates), key=numbers.__getitem__)
-        if not names:  # every image was deleted
+    """The best of each query's candidates, by what shards store of them; ties by id."""
+    starts, result = [start for start, _ in names], []
+    for number, rows in enumerate(found):
+        if not len(rows):  # every image was deleted
             result.append([])
             continue
-        rows = torch.tensor([numbers[name] for name in names])
-        scores = score_stored(one, picked(shards, rows, queries.tokens.device))[0].tolist()
-        result.append(sorted(zip(names, scores), key=lambda pair: (-pair[1], pair[0]))[:top])
+        own = queries.mask[number]
+        one = QueryTokens(queries.tokens[number][own][None], own[own][None])
+        scores = score_stored(one, picked(shards, rows, queries.tokens.device))[0].cpu()
+        cut = scores >= scores.topk(min(top, len(scores))).values[-1]  # all that tie with the last: the id decides
+        pairs = []
+        for row, score in zip(rows[cut].tolist(), scores[cut].tolist()):
+            start, ids = names[bisect.bisect_right(starts, row) - 1]
+            pairs.append((ids[row - start], score))
+        result.append(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:top])
     return result
 
 

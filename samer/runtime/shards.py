@@ -269,8 +269,8 @@ def joined(parts: Sequence[Tensor], fill: int = 0) -> Tensor:
 def rows_of(parts: Sequence[Tensor], numbers: Tensor) -> Tensor:
     """Rows (n, K, ...) by their numbers, (n,) long, counted over all batches and in any order; others are not read."""
     ends = torch.tensor([len(part) for part in parts]).cumsum(0)
-    which = torch.bucketize(numbers, ends, right=True)
-    order = which.argsort(stable=True)
-    places = numbers - ends[which] + torch.tensor([len(part) for part in parts])[which]
-    found = [parts[k][places[order][which[order] == k]] for k in which.unique().tolist()]
+    which, order = torch.bucketize(numbers, ends, right=True).sort(stable=True)
+    places = numbers[order] - ends[which] + torch.tensor([len(part) for part in parts])[which]
+    own, counts = which.unique_consecutive(return_counts=True)
+    found = [parts[k][rows] for k, rows in zip(own.tolist(), places.split(counts.tolist()))]
     return joined(found)[order.argsort()]
