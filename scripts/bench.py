@@ -831,22 +831,6 @@ def training(runs):
     )
 
 
-def write_photo(path, width, height, seed):
-    """A JPEG with shapes and grain, so that it is as large as a camera's; the same for the same seed."""
-    import numpy as np
-    from PIL import Image
-
-    rng = np.random.default_rng(seed)
-    shapes = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
-    grain = Image.fromarray(rng.integers(0, 256, (512, 512, 3), dtype=np.uint8)).resize((1024, 1024), Image.BICUBIC)
-    for top in range(0, height, 1024):
-        for left in range(0, width, 1024):
-            box = left, top, min(left + 1024, width), min(top + 1024, height)
-            size = box[2] - left, box[3] - top
-            shapes.paste(Image.blend(shapes.crop(box), grain.crop((0, 0, *size)), 0.15), box)
-    shapes.save(path, "JPEG", quality=88)
-
-
 def index_photos(folder, batch, whole):
     """Pictures per second and peak memory (GB) of scripts/index.py in a process of its own; `whole`: not reduced."""
     from samer.retrievers.hf import Retriever
@@ -871,6 +855,8 @@ def index_photos(folder, batch, whole):
 
 def photographs(runs):
     """Indexing generated photographs with the small retriever, each run in a process of its own, whole and reduced."""
+    from scripts.bench_pipelines import write_photo
+
     sizes = {12: (4000, 3000, 24), 50: (8192, 6144, 24), 108: (12000, 9000, 6)}
     with tempfile.TemporaryDirectory() as place:
         print(f"{'':18}{'batch':>6}{'whole, GB':>11}{'reduced, GB':>13}{'whole, 1/s':>12}{'reduced, 1/s':>14}")

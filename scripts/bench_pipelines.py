@@ -171,11 +171,26 @@ def measured(retriever=None):
     found["busy"] = (time.process_time() - used) / seconds / cores
 
 
+def write_photo(path, width, height, seed):
+    """A JPEG with shapes and grain, so that it is as large as a camera's; the same for the same seed."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    shapes = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    grain = Image.fromarray(rng.integers(0, 256, (512, 512, 3), dtype=np.uint8)).resize((1024, 1024), Image.BICUBIC)
+    for top in range(0, height, 1024):
+        for left in range(0, width, 1024):
+            box = left, top, min(left + 1024, width), min(top + 1024, height)
+            size = box[2] - left, box[3] - top
+            shapes.paste(Image.blend(shapes.crop(box), grain.crop((0, 0, *size)), 0.15), box)
+    shapes.save(path, "JPEG", quality=88)
+
+
 def make_pictures(place, images, photos):
     """The world, and the same with photographs in the place of its first pictures."""
     from samer.data import flickr
     from samer.world.write import write_world
-    from scripts.bench import write_photo
 
     write_world(place / "world", {"test": images})
     write_world(place / "photos", {"test": photos})
