@@ -200,9 +200,14 @@ def make_pictures(place, images, photos):
 
 def one(stage, checkout, place):
     """One run of a stage with the code of a checkout, in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    words = [sys.executable, __file__, "--stage", stage, "--place", str(place)]
-    done = subprocess.run(words, env=environment, cwd=checkout, capture_output=True, text=True, check=False)
+    # this file as a module of no folder: a script would put its own checkout before the other
+    code = (
+        "import importlib.util, sys; sys.path.insert(0, sys.argv[1]); "
+        "found = importlib.util.spec_from_file_location('scripts.bench_here', sys.argv[2]); "
+        "module = importlib.util.module_from_spec(found); found.loader.exec_module(module); module.main(sys.argv[3:])"
+    )
+    words = [sys.executable, "-c", code, str(checkout), __file__, "--stage", stage, "--place", str(place)]
+    done = subprocess.run(words, cwd=checkout, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{stage} with {checkout}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
