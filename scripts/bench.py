@@ -51,6 +51,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from samer.runtime.commands import WAITING, run
+from scripts.bench_bits import overlap, resident
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOOR = "the product alone, blocked (the floor)"
@@ -425,12 +426,6 @@ def engines(queries, images, place, options):
     return found
 
 
-def overlap(exact, found):
-    """Mean share of (Q, n) ids that two rankings have in common."""
-    pairs = zip(exact.tolist(), found.tolist())
-    return statistics.mean(len(set(a) & set(b)) / len(a) for a, b in pairs)
-
-
 def clustered(count):
     """Unit tokens (count, 64, 128) of images that differ as real ones do: around a few directions each."""
     import torch
@@ -608,12 +603,6 @@ def million(folder):
     print(
         f"1,000,000 images, {sum(f.stat().st_size for f in folder.glob('images/*')) / 1e9:.1f} GB on disk", flush=True
     )
-
-
-def resident():
-    """Gigabytes of this process's own, and of mapped files, that are in memory."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(int(status[key].split()[0]) / 1e6 for key in ("RssAnon", "RssFile"))
 
 
 def scale(runs):

@@ -26,8 +26,8 @@ if __name__ == "__main__":
 import argparse
 
 from samer.runtime.commands import (
-    COMPUTED,
     DATA_KINDS,
+    add_also_computed_in,
     add_compile_option,
     add_compute_options,
     compute_device,
@@ -54,12 +54,7 @@ def main(argv=None):
     parser.add_argument("--bank", default="", help="query bank for merge.compressor=querybank (scripts/bank.py)")
     add_compute_options(parser, "--dtype")
     add_compile_option(parser)
-    parser.add_argument(
-        "--also-computed-in",
-        choices=COMPUTED,
-        metavar="DTYPE",
-        help="go on with an index in another dtype than its own; it says then that it holds both",
-    )
+    add_also_computed_in(parser)
     parser.add_argument("--config", help="YAML file with model and merge settings")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. merge.num_regions=32")
     options = parser.parse_args(argv)

@@ -114,6 +114,12 @@ def add_compile_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_also_computed_in(parser: argparse.ArgumentParser) -> None:
+    """Adds --also-computed-in, which `samer.index.settings` reads."""
+    words = "go on with an index in another dtype than its own; it says then that it holds both"
+    parser.add_argument("--also-computed-in", choices=COMPUTED, metavar="DTYPE", help=words)
+
+
 def compute_device(options: argparse.Namespace) -> torch.device:
     """The device that the options ask for, with the threads they ask for.
 
