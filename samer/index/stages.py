@@ -3,7 +3,7 @@
 With signs the second stage reads the exact file; with `coarse` it reads all vectors of an index that keeps smaller
 budgets, too. What the first stage does not choose is not found: of images whose scores the stages order differently
 some are missed. No bound tells which are safe to leave out: a query token's best product with an image is at most its
-product with a cluster's vector plus the cluster's radius, and radii of real images leave nearly all of them open
+product with a cluster's vector plus the cluster's radius, and radii of real images leave more than half of them open
 (`python scripts/bench.py coarse` measures how many).
 
 Shape letters: Q queries, M tokens, I images, K vectors, D embedding.
