@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from samer.config import InputError
-from samer.products import quantise_rows
+from samer.products import WORDS, quantise_rows
 
 COMPONENTS = {"1bit": 8, "2bit": 4, "4bit": 2}  # W, by the name of the code
 TENSORS = ("tables", "images", "queries", "costs")  # of a `Codebook`
@@ -35,7 +35,6 @@ ENOUGH = 2**16  # vectors to learn from
 FLOOR = 0.05  # of the second moment's mean, added to its diagonal: no direction is free
 _STARTS = 2**14  # vectors that tables begin with some of
 _ROWS = 4096  # of a product with a table: what fits a cache
-_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # W bytes as one number
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,9 @@ class Codebook:
         return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
     @cached_property
-    def _words(self) -> Tensor:
+    def words(self) -> Tensor:
         """(G * 256,), each table entry as one number."""
-        return self.tables.contiguous().view(_WORDS[self.tables.shape[2]]).flatten()
+        return self.tables.contiguous().view(WORDS[self.tables.shape[2]]).flatten()
 
     @cached_property
     def _starts(self) -> Tensor:
@@ -92,7 +91,7 @@ class Codebook:
 
     def decode(self, codes: Tensor) -> Tensor:
         """(..., G) uint8 as (..., D) int8, what a vector has beside its image's base, in units of `scale`."""
-        words = self._words.index_select(0, (codes.int() + self._starts).flatten())
+        words = self.words.index_select(0, (codes.int() + self._starts).flatten())
         return words.view(torch.int8).view(*codes.shape[:-1], self.width)
 
     def encode(self, tokens: Tensor, mask: Tensor, bases: tuple[Tensor, Tensor] | None = None) -> Codes:

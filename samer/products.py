@@ -12,11 +12,26 @@ from torch import Tensor
 
 from samer.config import InputError
 
+WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # bytes as one number
+
 
 def quantise_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """(n, D) float tokens as int8 and a scale each, (n,), by which its largest component is 127."""
     scale = tokens.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return (tokens / scale[:, None]).round().to(torch.int8), scale
+
+
+@functools.cache
+def sign_table(device: torch.device) -> Tensor:
+    """The eight signs, +1 or -1 as int8, of every byte: (256,) int64, eight int8 each."""
+    signs = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.int8) * 2 - 1
+    return signs.contiguous().view(torch.int64).flatten().to(device)
+
+
+def unpack_signs(packed: Tensor) -> Tensor:
+    """(..., D / 8) uint8 as (..., D) int8 of +1 and -1."""
+    eights = sign_table(packed.device).index_select(0, packed.flatten().int())
+    return eights.view(torch.int8).view(*packed.shape[:-1], -1)
 
 
 class ReusedProduct:
@@ -88,8 +103,73 @@ def half_product_works(device: torch.device, dtype: torch.dtype) -> bool:
     return product.dtype == torch.float32 and torch.allclose(product.cpu(), left.float() @ right.float(), atol=1e-4)
 
 
+@functools.cache
+def fused_scan_works(device: torch.device, dtype: torch.dtype, width: int, code_bytes: int) -> bool:
+    """Whether `samer.kernels` scans images stored so, rightly; asked once. It needs CUDA and Triton."""
+    if device.type != "cuda" or dtype == torch.float64:
+        return False
+    try:
+        from samer.kernels import fits, scan
+
+        if not fits(width, code_bytes):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randint(-127, 128, shape, generator=generator)
+        asked, lengths, mask = draw(20, width), torch.tensor([17, 3]), draw(5, 3) % 3 > 0
+        mask[:, 1] = True
+        whole, words = draw(5, 3, width), None
+        stored = whole.to(dtype)
+        if code_bytes:
+            tables = draw(code_bytes, 256, width // code_bytes).to(torch.int8)
+            stored = (draw(5, 3, code_bytes) + 127).to(torch.uint8)
+            whole = torch.stack([table[stored[..., k].long()] for k, table in enumerate(tables)], dim=2).flatten(2)
+            words = tables.flatten(0, 1).view(WORDS[width // code_bytes]).flatten().to(device)
+        asked = asked.to(torch.float32 if dtype.is_floating_point else torch.int8)
+        found = scan(
+            asked.to(device), torch.ones(20, device=device), lengths, stored.to(device), mask.to(device), words
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # no Triton, or none that this GPU is for: torch takes its place
+        return False
+    best = torch.einsum("nd,ikd->nik", asked.double(), whole.double()).masked_fill(~mask, -torch.inf).amax(2)
+    expected = torch.stack([own.sum(0) for own in best.split(lengths.tolist())])
+    return bool(((found.cpu() - expected).abs() <= 1e-5 * expected.abs().amax()).all())
+
+
 def float_product(left: Tensor, right: Tensor) -> Tensor:
     """The int32 product, by float32: exact, as |values| <= 127 keep every partial sum of D <= 1,040 below 2^24."""
     if left.shape[1] > 1040:
         raise InputError(f"int8 tokens of width {left.shape[1]}: without an int8 product at most 1,040 can be scored")
     return (left.float() @ right.float()).to(torch.int32)
+
+
+class WholeQueries:
+    """Query tokens in int8, and their products with images' vectors in int8."""
+
+    def __init__(self, tokens: Tensor, most: int) -> None:
+        """(n, D) float32, of which `most` are multiplied at once."""
+        whole, self.scales = quantise_rows(tokens)
+        self.count, self.width = whole.shape
+        self.fast = int8_product_works(whole.device) and self.width % 8 == 0
+        self.product = ReusedProduct(int_product, torch.int32) if self.fast else float_product
+        # the products' second operand has a multiple of 8 columns, as some kernels want
+        self.columns = -(-self.count // 8) * 8
+        right = torch.zeros(self.columns, self.width, dtype=torch.int8, device=whole.device)
+        right[: self.count] = whole
+        self.right = as_columns(right)
+        self.wide = min(self.columns, most)
+
+    def best(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """(b, n) float32, each token's best product with an image's vectors (b, K, D) int8; exact below 2^24."""
+        left = images.reshape(-1, self.width)
+        if len(left) <= 16 and self.fast:  # CUDA's kernel wants more rows than 16
+            left = torch.cat([left, left.new_zeros(17 - len(left), self.width)])
+        best = []
+        for start in range(0, self.columns, self.wide):
+            found = self.product(left, self.right[:, start : start + self.wide])[: images.shape[0] * images.shape[1]]
+            found = found.view(images.shape[0], images.shape[1], -1)
+            if mask is not None:
+                found = found.masked_fill_(~mask[..., None], torch.iinfo(torch.int32).min)
+            best.append(found.amax(1))
+        return torch.cat(best, dim=1)[:, : self.count].float()

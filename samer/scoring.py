@@ -6,7 +6,6 @@ int8 with scales, signs, or codes; their products run in the fastest kernel that
 Q queries, M query tokens, I images, K image tokens, D embedding width; b images and q queries of one block.
 """
 
-import functools
 import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ from samer.codes import Codebook
 from samer.config import InputError
 from samer.products import (
     ReusedProduct,
-    as_columns,
-    float_product,
+    WholeQueries,
+    fused_scan_works,
     half_product,
     half_product_works,
-    int8_product_works,
-    int_product,
     quantise_rows,
+    sign_table,
+    unpack_signs,
 )
 from samer.settings import whole_number
 from samer.tokens import QueryTokens, check_tensor
@@ -289,19 +288,6 @@ def pack_signs(tokens: Tensor) -> Tensor:
     return (bits << torch.arange(8, dtype=torch.uint8, device=tokens.device)).sum(-1, dtype=torch.uint8)
 
 
-@functools.cache
-def _sign_table(device: torch.device) -> Tensor:
-    """The eight signs, +1 or -1 as int8, of every byte: (256,) int64, eight int8 each."""
-    signs = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.int8) * 2 - 1
-    return signs.contiguous().view(torch.int64).flatten().to(device)
-
-
-def unpack_signs(packed: Tensor) -> Tensor:
-    """(..., D / 8) uint8 as (..., D) int8 of +1 and -1."""
-    eights = _sign_table(packed.device).index_select(0, packed.flatten().int())
-    return eights.view(torch.int8).view(*packed.shape[:-1], -1)
-
-
 def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: int | None = None) -> Tensor:
     """Scores every query against every stored image.
 
@@ -330,16 +316,19 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
         _check_block(block_elements)
     _check_tokens("images", tokens, images.mask)
     check_tensor("queries", queries.tokens)
+    if not tokens.is_floating_point():
+        _check_scale(images)
+    if tokens.is_cuda and (found := _in_one_pass(queries, images)) is not None:
+        return found
     if tokens.is_floating_point():
         return maxsim(queries.tokens, tokens, queries.mask, images.mask, block_elements=block_elements)
     width = queries.tokens.shape[-1]
-    _check_scale(images)
     if _width(images) != width or tokens.device != queries.tokens.device:
         raise InputError(f"queries of width {width} do not fit stored {tuple(tokens.shape)} on {tokens.device}")
     _check_tokens("queries", queries.tokens, queries.mask)
     flat, spans = _valid_rows(queries)  # (n, D) float32
-    asked = _WholeQueries8(flat if images.codebook is None else flat @ images.codebook.queries)
-    plain = None if images.codebook is None else _WholeQueries8(flat)
+    asked = WholeQueries(flat if images.codebook is None else flat @ images.codebook.queries, _BLOCK_QUERY_TOKENS)
+    plain = None if images.codebook is None else WholeQueries(flat, _BLOCK_QUERY_TOKENS)
     if block_elements is None:
         block_elements = _CPU_BLOCK_ELEMENTS if tokens.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
     per_block = max(1, block_elements // (asked.wide * tokens.shape[1]))
@@ -367,35 +356,34 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     return torch.cat(parts, dim=1)
 
 
-class _WholeQueries8:
-    """Query tokens in int8, and their products with images' vectors in int8."""
+def _in_one_pass(queries: QueryTokens, images: StoredImages) -> Tensor | None:
+    """Scores (Q, I) by `samer.kernels`; None where it does not take these tensors, or floats are not finite."""
+    tokens, width, codebook = images.tokens, queries.tokens.shape[-1], images.codebook
+    code = tokens.shape[-1] if tokens.dtype == torch.uint8 else 0
+    fits = _width(images) == width and tokens.device == queries.tokens.device
+    fits = fits and not (tokens.requires_grad or queries.tokens.requires_grad)
+    if not fits or not fused_scan_works(tokens.device, tokens.dtype, width, code):
+        return None
+    from samer.kernels import scan
 
-    def __init__(self, tokens: Tensor) -> None:
-        """(n, D) float32."""
-        whole, self.scales = quantise_rows(tokens)
-        self.count, self.width = whole.shape
-        self.fast = int8_product_works(whole.device) and self.width % 8 == 0
-        self.product = ReusedProduct(int_product, torch.int32) if self.fast else float_product
-        # the products' second operand has a multiple of 8 columns, as some kernels want
-        self.columns = -(-self.count // 8) * 8
-        right = torch.zeros(self.columns, self.width, dtype=torch.int8, device=whole.device)
-        right[: self.count] = whole
-        self.right = as_columns(right)
-        self.wide = min(self.columns, _BLOCK_QUERY_TOKENS)
-
-    def best(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """(b, n) float32, each token's best product with an image's vectors (b, K, D) int8; exact below 2^24."""
-        left = images.reshape(-1, self.width)
-        if len(left) <= 16 and self.fast:  # CUDA's kernel wants more rows than 16
-            left = torch.cat([left, left.new_zeros(17 - len(left), self.width)])
-        best = []
-        for start in range(0, self.columns, self.wide):
-            found = self.product(left, self.right[:, start : start + self.wide])[: images.shape[0] * images.shape[1]]
-            found = found.view(images.shape[0], images.shape[1], -1)
-            if mask is not None:
-                found = found.masked_fill_(~mask[..., None], torch.iinfo(torch.int32).min)
-            best.append(found.amax(1))
-        return torch.cat(best, dim=1)[:, : self.count].float()
+    _check_tokens("queries", queries.tokens, queries.mask)
+    flat, spans = _valid_rows(queries)
+    lengths = torch.tensor([span.stop - span.start for span in spans])
+    mask = _drop_full_mask("images", images.mask)
+    share = (1 / lengths).repeat_interleave(lengths).to(tokens.device)
+    if tokens.is_floating_point():
+        found = scan(flat, share, lengths, tokens, mask)
+        return found if found.isfinite().all() else None
+    units = _units(images, width)
+    whole, scales = quantise_rows(flat if codebook is None else flat @ codebook.queries)
+    if codebook is None:
+        return scan(whole, scales * share, lengths, tokens, mask, sign_table(tokens.device) if code else None) * units
+    found = scan(whole, scales * share, lengths, tokens, mask, codebook.words) * codebook.scale
+    whole, scales = quantise_rows(flat)
+    weighed = whole * (scales * share)[:, None]  # what an image's vectors share adds up beforehand
+    sums = torch.stack([weighed[span].sum(0) for span in spans])  # (Q, D)
+    shared = [sums @ own.float().t() for own in images.bases.split(_GPU_BLOCK_ELEMENTS // width)]
+    return found.addcmul_(torch.cat(shared, dim=1), units)
 
 
 def _width(images: StoredImages) -> int:

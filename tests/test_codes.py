@@ -126,7 +126,7 @@ def test_scores_are_those_of_what_is_stored(made, masked, block):
 def test_scores_do_not_depend_on_the_kernel(made, monkeypatch):
     images, queries = stored(made), asked()
     expected = score_stored(queries, images)
-    monkeypatch.setattr(scoring, "int8_product_works", lambda device: False)
+    monkeypatch.setattr(products, "int8_product_works", lambda device: False)
     assert torch.equal(score_stored(queries, images), expected)
     assert products.int8_product_works(torch.device("cpu")) in (True, False)
 

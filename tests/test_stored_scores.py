@@ -168,9 +168,9 @@ def test_stored_floats_are_scored_by_maxsim(kind):
 
 @pytest.fixture
 def fresh_check():
-    scoring.int8_product_works.cache_clear()
+    products.int8_product_works.cache_clear()
     yield
-    scoring.int8_product_works.cache_clear()
+    products.int8_product_works.cache_clear()
 
 
 def written(result, out):
@@ -194,12 +194,12 @@ WRONG = {
 def test_a_product_that_does_not_work_is_not_used(how, monkeypatch, fresh_check):
     cases = [(ask(9, 4, 24), images(40, 3, 24)) for images in (stored_int8, stored_signs)]
     expected = [score_stored(*case) for case in cases]
-    scoring.int8_product_works.cache_clear()
+    products.int8_product_works.cache_clear()
     if WRONG[how] is None:
         monkeypatch.delattr(torch, "_int_mm")
     else:
         monkeypatch.setattr(torch, "_int_mm", lambda a, b, out: written(WRONG[how](a, b), out))
-    assert not scoring.int8_product_works(CPU)
+    assert not products.int8_product_works(CPU)
     for case, scores in zip(cases, expected):
         assert torch.equal(score_stored(*case), scores)
 
@@ -207,7 +207,7 @@ def test_a_product_that_does_not_work_is_not_used(how, monkeypatch, fresh_check)
 def test_sizes_that_the_kernel_refuses_are_multiplied_otherwise(monkeypatch, fresh_check):
     case = ask(9, 4, 24), stored_int8(40, 3, 24)
     expected = score_stored(*case)
-    assert scoring.int8_product_works(CPU)
+    assert products.int8_product_works(CPU)
     refused = []
 
     def refuse(left, right, out):
@@ -225,12 +225,12 @@ def test_both_products_give_the_same_scores(sizes, monkeypatch):
     queries, images = ask(q, m, width), stored_int8(i, k, width)
     images.tokens[0] = 127  # the largest sums
     scores = score_stored(queries, images)
-    monkeypatch.setattr(scoring, "int8_product_works", lambda device: False)
+    monkeypatch.setattr(products, "int8_product_works", lambda device: False)
     assert torch.equal(score_stored(queries, images), scores)
 
 
 def test_a_width_that_float32_cannot_sum_is_refused(monkeypatch):
-    monkeypatch.setattr(scoring, "int8_product_works", lambda device: False)
+    monkeypatch.setattr(products, "int8_product_works", lambda device: False)
     images = StoredImages(torch.full((1, 1, 1040), 127, dtype=torch.int8), 1.0)
     ones = QueryTokens(torch.ones(1, 1, 1040), torch.ones(1, 1, dtype=torch.bool))
     assert score_stored(ones, images).item() == np.float32(127 * 127 * 1040) * (np.float32(1) / np.float32(127))
