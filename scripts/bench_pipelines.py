@@ -70,9 +70,7 @@ def index(place, source, out):
 
     retriever = Retriever.load(str(ROOT / "assets" / "retriever"))
     with measured(retriever) as found:
-        (summary,) = build_index(
-            out, place / source, ["test"], retriever, MergeConfig(num_regions=16), dtype="int8"
-        )
+        (summary,) = build_index(out, place / source, ["test"], retriever, MergeConfig(num_regions=16), dtype="int8")
     return {**found, "rate": summary.images / found["seconds"]}
 
 

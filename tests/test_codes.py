@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from samer import products, scoring
+from samer import products
 from samer.codes import COMPONENTS, ENTRIES, Codes, learn, second_moment
 from samer.config import InputError
 from samer.scoring import StoredImages, maxsim, pack_signs, score_stored, search, unpack_signs

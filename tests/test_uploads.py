@@ -95,6 +95,29 @@ def test_a_budget_is_kept_by_streaming(budget):
     assert len(device.copies) == staying + 3 * (4 - staying)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or hidden without -m gpu")
+@pytest.mark.parametrize("kept", [0, 2, 5])
+def test_a_scan_on_a_gpu_takes_no_more_than_its_budget(kept):
+    size, user = 2**26, User()
+    shards = {name: {"tokens": torch.full((2**20, 64), k, dtype=torch.int8)} for k, name in enumerate("abcde")}
+    budget = size * (kept if kept == len(shards) else kept + 2)
+    uploads = Uploads(budget)
+    uploads.use(user, dict.fromkeys(shards, size))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        for k, (name, parts) in enumerate(shards.items()):
+            assert int(uploads.on("cuda", name, parts)["tokens"][-1, -1]) == k
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() - before == size * kept
+    assert torch.cuda.max_memory_allocated() - before <= budget
+    del user
+    uploads.on("cuda", "another", {"tokens": torch.zeros(4, 4, dtype=torch.int8)})
+    assert torch.cuda.memory_allocated() - before < 2**20
+
+
 def test_what_is_there_stays_when_others_come_before_it():
     device, first, second = Device(), User(), User()
     uploads = Uploads(120, device)
