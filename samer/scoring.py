@@ -367,21 +367,22 @@ def _in_one_pass(queries: QueryTokens, images: StoredImages) -> Tensor | None:
     from samer.kernels import scan
 
     _check_tokens("queries", queries.tokens, queries.mask)
-    flat, spans = _valid_rows(queries)
-    lengths = torch.tensor([span.stop - span.start for span in spans])
     mask = _drop_full_mask("images", images.mask)
-    share = (1 / lengths).repeat_interleave(lengths).to(tokens.device)
+    # queries are little: prepared on the CPU, they are rounded as there, and no step waits for the GPU
+    flat, spans = _valid_rows(QueryTokens(queries.tokens.cpu(), queries.mask.cpu()))
+    lengths = torch.tensor([span.stop - span.start for span in spans])
+    share = (1 / lengths).repeat_interleave(lengths)
     if tokens.is_floating_point():
         found = scan(flat, share, lengths, tokens, mask)
         return found if found.isfinite().all() else None
     units = _units(images, width)
-    whole, scales = quantise_rows(flat if codebook is None else flat @ codebook.queries)
+    whole, scales = quantise_rows(flat if codebook is None else flat @ codebook.queries.cpu())
     if codebook is None:
         return scan(whole, scales * share, lengths, tokens, mask, sign_table(tokens.device) if code else None) * units
     found = scan(whole, scales * share, lengths, tokens, mask, codebook.words) * codebook.scale
     whole, scales = quantise_rows(flat)
     weighed = whole * (scales * share)[:, None]  # what an image's vectors share adds up beforehand
-    sums = torch.stack([weighed[span].sum(0) for span in spans])  # (Q, D)
+    sums = torch.stack([weighed[span].sum(0) for span in spans]).to(tokens.device)  # (Q, D)
     shared = [sums @ own.float().t() for own in images.bases.split(_GPU_BLOCK_ELEMENTS // width)]
     return found.addcmul_(torch.cat(shared, dim=1), units)
 
