@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_VECTORS = 128  # of images in one program
-_ROWS = 64  # query tokens that are multiplied at once; of float32 twice as many
+VECTORS = 128  # of images in one program
+ROWS = 64  # query tokens that are multiplied at once
 _SCALE = tl.constexpr(256.0)  # of images' floats, so that small ones keep their bits: float16 ends at 65,504 and 6e-8
 
 
@@ -151,9 +151,8 @@ def scan(
     images, regions, last = stored.shape
     count, longest, floats = len(lengths), int(lengths.max()), stored.is_floating_point()
     # queries side by side, each as long as the longest: several in one product, or one in several
-    rows = 2 * _ROWS if stored.dtype == torch.float32 else _ROWS
-    length = max(16, triton.next_power_of_2(longest)) if longest <= rows else -(-longest // rows) * rows
-    side = max(1, min(rows // length, triton.next_power_of_2(count)))
+    length = max(16, triton.next_power_of_2(longest)) if longest <= ROWS else -(-longest // ROWS) * ROWS
+    side = max(1, min(ROWS // length, triton.next_power_of_2(count)))
     groups = -(-count // side)
     here = (torch.arange(length) < lengths[:, None]).flatten()
     high = low = tokens.new_zeros(groups * side * length, tokens.shape[1])
@@ -166,14 +165,14 @@ def scan(
         low = (whole - high.float()).half()
     high, low, weighed = (each.to(stored.device) for each in (high, low, weighed))
     found = torch.empty(count, images, device=stored.device)
-    size = min(_VECTORS, triton.next_power_of_2(regions))
-    per = _VECTORS // size
+    size = min(VECTORS, triton.next_power_of_2(regions))
+    per = VECTORS // size
     _scan[(-(-images // per),)](
         high, low, weighed, stored.contiguous(), stored if words is None else words,
         stored if mask is None else mask.contiguous().view(torch.uint8), found, images, regions, count, groups,
         side * length, WIDTH=tokens.shape[1], GROUPS=0 if words is None else last,
         STRIDE=0 if words is None or len(words) == 256 else 256, MASKED=mask is not None, FLOAT=floats, PER=per,
-        REGIONS=size, ROWS=min(rows, side * length), SIDE=side, ONCE=regions <= size,
-        ALL=mask is None and regions == size and images % per == 0, num_warps=4,
+        REGIONS=size, ROWS=min(ROWS, side * length), SIDE=side, ONCE=regions <= size,
+        ALL=mask is None and regions == size and images % per == 0, num_warps=4, num_stages=2,
     )  # fmt: skip
     return found

@@ -103,34 +103,42 @@ def half_product_works(device: torch.device, dtype: torch.dtype) -> bool:
     return product.dtype == torch.float32 and torch.allclose(product.cpu(), left.float() @ right.float(), atol=1e-4)
 
 
-@functools.cache
-def fused_scan_works(device: torch.device, dtype: torch.dtype, width: int, code_bytes: int) -> bool:
-    """Whether `samer.kernels` scans images stored so, rightly; asked once. It needs CUDA and Triton."""
+def fused_scan_works(device: torch.device, dtype: torch.dtype, width: int, code_bytes: int, regions: int) -> bool:
+    """Whether `samer.kernels` scans images stored so, `regions` vectors of each, rightly. It needs CUDA and Triton."""
     if device.type != "cuda" or dtype == torch.float64:
         return False
     try:
-        from samer.kernels import fits, scan
+        from samer.kernels import VECTORS
+    except ImportError:
+        return False
+    return _scan_works(device, dtype, width, code_bytes, 3 if regions <= VECTORS else VECTORS + 3)
 
+
+@functools.cache
+def _scan_works(device: torch.device, dtype: torch.dtype, width: int, code_bytes: int, regions: int) -> bool:
+    """Whether a trial succeeds, which needs as much of a GPU's shared memory as any search; made once."""
+    from samer.kernels import ROWS, fits, scan
+
+    try:
         if not fits(width, code_bytes):
             return False
         generator = torch.Generator().manual_seed(0)
         draw = lambda *shape: torch.randint(-127, 128, shape, generator=generator)
-        asked, lengths, mask = draw(20, width), torch.tensor([17, 3]), draw(5, 3) % 3 > 0
+        lengths = torch.tensor([ROWS + 5, 3])
+        asked, mask = draw(int(lengths.sum()), width), draw(5, regions) % 3 > 0
         mask[:, 1] = True
-        whole, words = draw(5, 3, width), None
+        whole, words = draw(5, regions, width), None
         stored = whole.to(dtype)
         if code_bytes:
             tables = draw(code_bytes, 256, width // code_bytes).to(torch.int8)
-            stored = (draw(5, 3, code_bytes) + 127).to(torch.uint8)
+            stored = (draw(5, regions, code_bytes) + 127).to(torch.uint8)
             whole = torch.stack([table[stored[..., k].long()] for k, table in enumerate(tables)], dim=2).flatten(2)
             words = tables.flatten(0, 1).view(WORDS[width // code_bytes]).flatten().to(device)
         asked = asked.to(torch.float32 if dtype.is_floating_point else torch.int8)
-        found = scan(
-            asked.to(device), torch.ones(20, device=device), lengths, stored.to(device), mask.to(device), words
-        )
+        found = scan(asked, torch.ones(len(asked)), lengths, stored.to(device), mask.to(device), words)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # no Triton, or none that this GPU is for: torch takes its place
+    except Exception:  # Triton has many kinds of errors where a GPU is not for it: torch takes its place
         return False
     best = torch.einsum("nd,ikd->nik", asked.double(), whole.double()).masked_fill(~mask, -torch.inf).amax(2)
     expected = torch.stack([own.sum(0) for own in best.split(lengths.tolist())])

@@ -362,7 +362,7 @@ def _in_one_pass(queries: QueryTokens, images: StoredImages) -> Tensor | None:
     code = tokens.shape[-1] if tokens.dtype == torch.uint8 else 0
     fits = _width(images) == width and tokens.device == queries.tokens.device
     fits = fits and not (tokens.requires_grad or queries.tokens.requires_grad)
-    if not fits or not fused_scan_works(tokens.device, tokens.dtype, width, code):
+    if not fits or not fused_scan_works(tokens.device, tokens.dtype, width, code, tokens.shape[1]):
         return None
     from samer.kernels import scan
 

@@ -14,7 +14,6 @@ python scripts/bench.py pictures  photographs of 12, 50 and 108 megapixels: memo
 python scripts/bench.py latency   one query at a time, alone and beside a busy process, by how torch's threads wait
 python scripts/bench.py reduce    a vision tower on fewer tokens: pictures a second and FLOPs, by reducer and tier
 python scripts/bench.py gpu       a random ColPali of the published size on a GPU: encoding, merging, training
-python scripts/bench.py scan      exact scores on a GPU in one pass, beside torch's and other kernels' (--images 200000)
 python scripts/bench.py bits      codes of 1, 2 and 4 bits, and smaller budgets: bytes against recall (bits --help)
 python scripts/bench.py coarse    two stages of search against one (coarse --help)
 python scripts/bench.py small     one million images in 1 bit a component on disk (small --help)
@@ -1151,13 +1150,6 @@ def commands_on_gpu(retriever, place):
         timed(f"index, {name}", 192, "pictures (and 960 captions)", index)
 
 
-def scanning(runs, images):
-    """Exact scores of stored images by the one-pass kernel, by torch, and by other kernels."""
-    from scripts.bench_scan import tables
-
-    return [Table(*each) for each in tables(max(5, runs // 10), images)]
-
-
 def reducing(runs, folder="", size=448, batch=4, file=""):
     """Pictures a second of a vision tower, plain and reduced to 75 and 50 % of its FLOPs, in turn in one process.
 
@@ -1262,7 +1254,6 @@ def main(argv=None):
         "pictures": photographs,
         "latency": latency,
         "gpu": on_gpu,
-        "scan": scanning,
     }  # they measure processes of their own, or train
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*what, *apart, "maxsim", "reduce", "help"])
@@ -1271,7 +1262,7 @@ def main(argv=None):
     parser.add_argument("--wait", type=float, default=60, metavar="SECONDS", help="for a quiet machine, at most (60)")
     parser.add_argument("--json", default="", metavar="FILE", help="figures, and what they were measured on")
     parser.add_argument("--markdown", default="", metavar="FILE", help="the same as a page's table")
-    parser.add_argument("--images", type=int, default=5000, help="maxsim, scan: how many (5000)")
+    parser.add_argument("--images", type=int, default=5000, help="maxsim: how many (5000)")
     parser.add_argument("--index", default="", help="maxsim: take images and captions of this index")
     parser.add_argument("--before", default="", metavar="CHECKOUT", help="maxsim: also this other SaMer")
     parser.add_argument("--fast-plaid", default="", metavar="PYTHON", help="maxsim: an interpreter that has fast-plaid")
@@ -1293,8 +1284,7 @@ def main(argv=None):
     about["machine"] = machine()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     if options.what in apart:
-        more = [options.images] if options.what == "scan" else []
-        return keep(apart[options.what](options.runs, *more) or [], about, options)
+        return keep(apart[options.what](options.runs) or [], about, options)
     with torch.no_grad():
         if options.what == "reduce":  # scripts/reduce.py reads its figures
             return reducing(max(5, options.runs // 40), options.tower, options.size, options.batch, options.json)

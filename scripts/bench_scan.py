@@ -1,15 +1,29 @@
 """Benchmark of MaxSim on a GPU: the one-pass kernel beside torch's products, and beside other kernels where they are.
 
-python scripts/bench.py scan [--images 200000] [--json FILE] [--markdown FILE]
+python scripts/bench_scan.py [--images 200000] [--json FILE] [--markdown FILE]
 
 Other kernels are flash-maxsim and late-interaction-kernels. Each is called with what it takes; errors are against
 float64 on some of the images, overlaps against the ten best of float32. Vectors are random, 64 of each image, 128 wide.
 """
 
+import sys
+from os.path import dirname, realpath
+
+if not __package__:
+    sys.path.insert(0, dirname(dirname(realpath(__file__))))
+if __name__ == "__main__":
+    from samer.runtime.early import heed_interrupts
+
+    heed_interrupts()
+
+import argparse
 import statistics
 import time
 from contextlib import contextmanager
 from importlib.util import find_spec
+
+from samer.runtime.commands import run
+from scripts.bench import Table, await_quiet, keep, machine
 
 REGIONS, WIDTH, LENGTH = 64, 128, 24
 CHECKED = 2000  # images that are scored in float64, too
@@ -187,13 +201,27 @@ def training(runs, device):
     return rows
 
 
-def tables(runs, count):
-    """(name, rows, notes) of each table."""
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=200000, help="how many (200000), at least 2000")
+    parser.add_argument("--runs", type=int, default=10, help="timed calls of each (10)")
+    parser.add_argument("--wait", type=float, default=60, metavar="SECONDS", help="for a quiet machine, at most (60)")
+    parser.add_argument("--json", default="", metavar="FILE", help="figures, and what they were measured on")
+    parser.add_argument("--markdown", default="", metavar="FILE", help="the same as a page's table")
+    options = parser.parse_args(argv)
+    quiet, load = await_quiet(options.wait)
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    about = {"command": f"python scripts/bench_scan.py --images {options.images}", "quiet": quiet, "load": load}
+    about["machine"] = machine()
     with torch.no_grad():
-        rows, beside = searching(runs, count, device)
-    found = [(f"{count:,} images of {REGIONS} vectors, queries of {LENGTH} tokens", rows, [])]
-    found += [("Other kernels, the same vectors", beside, [])] if beside else []
-    return [*found, ("Scores of a batch and their gradients", training(runs, device), [])]
+        rows, beside = searching(options.runs, options.images, device)
+    found = [Table(f"{options.images:,} images of {REGIONS} vectors, queries of {LENGTH} tokens", rows)]
+    found += [Table("Other kernels, the same vectors", beside)] if beside else []
+    found.append(Table("Scores of a batch and their gradients", training(options.runs, device)))
+    return keep(found, about, options)
+
+
+if __name__ == "__main__":
+    run(main)

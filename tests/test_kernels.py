@@ -120,37 +120,49 @@ def exact(asked, weights, lengths, stored, mask, words):
     return torch.stack([own.sum(0) for own in (best * weights[:, None]).split(lengths.tolist())])
 
 
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Puts a kernel in the place of the real one, which nothing was asked of yet."""
+    products._scan_works.cache_clear()
+    yield lambda scan, fits=lambda *_: True: monkeypatch.setitem(
+        sys.modules, "samer.kernels", SimpleNamespace(scan=scan, fits=fits, ROWS=64, VECTORS=128)
+    )
+    products._scan_works.cache_clear()
+
+
 def refused(*_):
     raise RuntimeError("no kernel image is available for execution on the device")
 
 
 @pytest.mark.parametrize(
     ("scan", "right"),
-    [(exact, True), (lambda *words: exact(*words) + 50, False), (refused, False)],
+    [(exact, True), (lambda *words: exact(*words) * 1.001, False), (refused, False)],
     ids=["right", "wrong", "refused"],
 )
-def test_a_kernel_that_does_not_work_is_not_used(monkeypatch, scan, right):
-    fake = SimpleNamespace(scan=scan, fits=lambda width, code_bytes: width == 128)
-    monkeypatch.setitem(sys.modules, "samer.kernels", fake)
-    trial = fused_scan_works.__wrapped__
+def test_a_kernel_that_does_not_work_is_not_used(stand_in, scan, right):
+    stand_in(scan, lambda width, code_bytes: width == 128)
+    trial = fused_scan_works
     for dtype in (torch.int8, torch.float32, torch.bfloat16):
-        assert trial(Stand("cpu"), dtype, 128, 0) is right
-        assert trial(Stand("cpu"), dtype, 96, 0) is False  # a width that it does not take
-    assert trial(torch.device("cpu"), torch.int8, 128, 0) is False
+        assert trial(Stand("cpu"), dtype, 128, 0, 64) is right
+        assert trial(Stand("cpu"), dtype, 128, 0, 200) is right
+        assert trial(Stand("cpu"), dtype, 96, 0, 64) is False  # a width that it does not take
+    assert trial(torch.device("cpu"), torch.int8, 128, 0, 64) is False
 
 
 def test_without_triton_torch_scans(monkeypatch):
     monkeypatch.setitem(sys.modules, "samer.kernels", None)
-    assert fused_scan_works.__wrapped__(Stand("cpu"), torch.int8, 128, 0) is False
+    assert fused_scan_works(Stand("cpu"), torch.int8, 128, 0, 64) is False
 
 
-def test_too_little_memory_is_no_kernel_that_does_not_work(monkeypatch):
+def test_too_little_memory_is_no_kernel_that_does_not_work(stand_in):
     def scan(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(sys.modules, "samer.kernels", SimpleNamespace(scan=scan, fits=lambda *_: True))
+    monkeypatch.setitem(
+        sys.modules, "samer.kernels", SimpleNamespace(scan=scan, fits=lambda *_: True, ROWS=64, VECTORS=128)
+    )
     with pytest.raises(torch.OutOfMemoryError):
-        fused_scan_works.__wrapped__(Stand("cpu"), torch.int8, 128, 0)
+        fused_scan_works(Stand("cpu"), torch.int8, 128, 0, 64)
 
 
 @interpreted
@@ -161,7 +173,7 @@ def test_scores_in_one_pass_are_those_of_torch(monkeypatch):
     from samer.codes import COMPONENTS, learn
     from samer.scoring import pack_signs, quantise_images
 
-    trial = products.fused_scan_works.__wrapped__
+    trial = products.fused_scan_works
     monkeypatch.setattr(scoring, "fused_scan_works", lambda _, *words: trial(Stand("cpu"), *words))
     generator = torch.Generator().manual_seed(1)
     normal = lambda *shape: F.normalize(torch.randn(*shape, generator=generator), dim=-1)
