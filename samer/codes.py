@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from samer.config import InputError
-from samer.products import WORDS, quantise_rows
+from samer.products import WORDS, Lookup, quantise_rows
 
 COMPONENTS = {"1bit": 8, "2bit": 4, "4bit": 2}  # W, by the name of the code
 TENSORS = ("tables", "images", "queries", "costs")  # of a `Codebook`
@@ -85,14 +85,14 @@ class Codebook:
         """(G * 256,), each table entry as one number."""
         return self.tables.contiguous().view(WORDS[self.tables.shape[2]]).flatten()
 
-    @cached_property
-    def _starts(self) -> Tensor:
-        return torch.arange(self.code_bytes, dtype=torch.int32, device=self.tables.device) * ENTRIES
+    def lookup(self) -> Lookup:
+        """What looks codes up, (..., G) uint8 as (..., D) int8: what vectors have beside their base, in `scale`s."""
+        starts = torch.arange(self.code_bytes, dtype=torch.int32, device=self.tables.device) * ENTRIES
+        return Lookup(self.words, starts)
 
     def decode(self, codes: Tensor) -> Tensor:
         """(..., G) uint8 as (..., D) int8, what a vector has beside its image's base, in units of `scale`."""
-        words = self.words.index_select(0, (codes.int() + self._starts).flatten())
-        return words.view(torch.int8).view(*codes.shape[:-1], self.width)
+        return self.lookup()(codes)
 
     def encode(self, tokens: Tensor, mask: Tensor, bases: tuple[Tensor, Tensor] | None = None) -> Codes:
         """Images as codes: in each group the nearest entry.

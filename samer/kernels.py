@@ -17,6 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
+
+Refused = TritonError  # a GPU that a kernel can't be made for, or that has too little room for it
 
 VECTORS = 128  # of images in one program
 ROWS = 64  # query tokens that are multiplied at once
@@ -147,6 +150,9 @@ def scan(
         (Q, I) float32; of floats NaN for an image with a vector that is not finite, or has a component beyond 255.
 
     `fits` says which widths it takes.
+
+    Raises:
+        Refused: by Triton.
     """
     images, regions, last = stored.shape
     count, longest, floats = len(lengths), int(lengths.max()), stored.is_floating_point()

@@ -30,8 +30,12 @@ def sign_table(device: torch.device) -> Tensor:
 
 def unpack_signs(packed: Tensor) -> Tensor:
     """(..., D / 8) uint8 as (..., D) int8 of +1 and -1."""
-    eights = sign_table(packed.device).index_select(0, packed.flatten().int())
-    return eights.view(torch.int8).view(*packed.shape[:-1], -1)
+    return sign_lookup(packed)(packed)
+
+
+def sign_lookup(packed: Tensor) -> Lookup:
+    """What unpacks signs (..., D / 8)."""
+    return Lookup(sign_table(packed.device), torch.zeros(packed.shape[-1], dtype=torch.int32, device=packed.device))
 
 
 class ReusedProduct:
@@ -47,6 +51,24 @@ class ReusedProduct:
         if self.memory is None or len(self.memory) < size:
             self.memory = left.new_empty(size, dtype=self.dtype or left.dtype)
         return self.function(left, right, out=self.memory[:size].view(len(left), -1))
+
+
+class Lookup:
+    """What bytes stand for, looked up into memory that is used again."""
+
+    def __init__(self, words: Tensor, starts: Tensor) -> None:
+        """`words`, integers of W bytes; byte g of a vector stands for the one `starts[g]` + its value, (G,) int32."""
+        self.words, self.starts = words, starts
+        self.places, self.found = starts.new_empty(0), words.new_empty(0)
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """(..., G) uint8 as (..., G * W) int8; valid until the next call."""
+        if len(self.places) < codes.numel():
+            self.places, self.found = (each.new_empty(codes.numel()) for each in (self.places, self.found))
+        places, found = self.places[: codes.numel()], self.found[: codes.numel()]
+        torch.add(codes.reshape(-1, len(self.starts)), self.starts, out=places.view(-1, len(self.starts)))
+        torch.index_select(self.words, 0, places, out=found)
+        return found.view(torch.int8).view(*codes.shape[:-1], -1)
 
 
 @functools.cache

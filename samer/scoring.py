@@ -22,8 +22,8 @@ from samer.products import (
     half_product,
     half_product_works,
     quantise_rows,
+    sign_lookup,
     sign_table,
-    unpack_signs,
 )
 from samer.settings import whole_number
 from samer.tokens import QueryTokens, check_tensor
@@ -32,6 +32,7 @@ from samer.tokens import QueryTokens, check_tensor
 # (4 MB of float32: measured within 1.2x of the bare product); on a GPU the block must amortise kernel launches.
 _CPU_BLOCK_ELEMENTS = 2**20
 _GPU_BLOCK_ELEMENTS = 2**25
+_CPU_LOOKUP_ELEMENTS = 2**22  # of codes as int8: fewer keep threads waiting for each other, more leave the cache
 # Columns of one block's matrix product: enough to run it at full speed, few enough to leave room for many images.
 _BLOCK_QUERY_TOKENS = 1024
 
@@ -264,11 +265,11 @@ class StoredImages:
     bases: Tensor | None = None
     codebook: Codebook | None = None
 
-    def whole(self, block: Tensor) -> Tensor:
-        """Stored vectors (b, K, .) of some of these images as int8 (b, K, D)."""
+    def lookup(self) -> Callable[[Tensor], Tensor]:
+        """What makes int8 (b, K, D) of stored vectors (b, K, .), valid until its next call."""
         if self.codebook is not None:
-            return self.codebook.decode(block)
-        return unpack_signs(block) if block.dtype == torch.uint8 else block
+            return self.codebook.lookup()
+        return sign_lookup(self.tokens) if self.tokens.dtype == torch.uint8 else lambda block: block
 
 
 def quantise_images(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -333,19 +334,19 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
         block_elements = _CPU_BLOCK_ELEMENTS if tokens.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
     per_block = max(1, block_elements // (asked.wide * tokens.shape[1]))
     if tokens.dtype == torch.uint8 and not tokens.is_cuda:  # what is looked up should stay in cache, too
-        per_block = max(1, min(per_block, _CPU_BLOCK_ELEMENTS // (tokens.shape[1] * width)))
+        per_block = max(1, min(per_block, _CPU_LOOKUP_ELEMENTS // (tokens.shape[1] * width)))
     units = _units(images, width).split(per_block)
     lengths = queries.mask.sum(1)
     owners = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)
-    parts = []
+    parts, whole = [], images.lookup()
     blocks = -(-len(tokens) // per_block)
     masks = _split(_drop_full_mask("images", images.mask), per_block, blocks)
     bases = [None] * blocks if images.bases is None else images.bases.split(per_block)
     for block, mask, unit, base in zip(tokens.split(per_block), masks, units, bases):
         if base is None:
-            similar = asked.best(images.whole(block), mask) * (unit[:, None] * asked.scales)  # (b, n)
+            similar = asked.best(whole(block), mask) * (unit[:, None] * asked.scales)  # (b, n)
         else:  # what an image's vectors have in common adds the same to each
-            similar = asked.best(images.whole(block), mask) * (images.codebook.scale * asked.scales)
+            similar = asked.best(whole(block), mask) * (images.codebook.scale * asked.scales)
             similar += plain.best(base[:, None], None) * (unit[:, None] * plain.scales)
         if tokens.is_cuda:  # sums by index have no fixed order there
             parts.append(torch.stack([similar[:, span].mean(1) for span in spans]))
@@ -364,22 +365,28 @@ def _in_one_pass(queries: QueryTokens, images: StoredImages) -> Tensor | None:
     fits = fits and not (tokens.requires_grad or queries.tokens.requires_grad)
     if not fits or not fused_scan_works(tokens.device, tokens.dtype, width, code, tokens.shape[1]):
         return None
-    from samer.kernels import scan
+    from samer.kernels import Refused, scan
 
     _check_tokens("queries", queries.tokens, queries.mask)
     mask = _drop_full_mask("images", images.mask)
     # queries are little: prepared on the CPU, they are rounded as there, and no step waits for the GPU
     flat, spans = _valid_rows(QueryTokens(queries.tokens.cpu(), queries.mask.cpu()))
     lengths = torch.tensor([span.stop - span.start for span in spans])
-    share = (1 / lengths).repeat_interleave(lengths)
+    share, words = (1 / lengths).repeat_interleave(lengths), sign_table(tokens.device) if code else None
+    rows, weights = flat, share
+    if not tokens.is_floating_point():
+        rows, scales = quantise_rows(flat if codebook is None else flat @ codebook.queries.cpu())
+        weights = scales * share
+    try:
+        found = scan(rows, weights, lengths, tokens, mask, words if codebook is None else codebook.words)
+    except Refused:
+        return None
     if tokens.is_floating_point():
-        found = scan(flat, share, lengths, tokens, mask)
         return found if found.isfinite().all() else None
     units = _units(images, width)
-    whole, scales = quantise_rows(flat if codebook is None else flat @ codebook.queries.cpu())
     if codebook is None:
-        return scan(whole, scales * share, lengths, tokens, mask, sign_table(tokens.device) if code else None) * units
-    found = scan(whole, scales * share, lengths, tokens, mask, codebook.words) * codebook.scale
+        return found * units
+    found *= codebook.scale
     whole, scales = quantise_rows(flat)
     weighed = whole * (scales * share)[:, None]  # what an image's vectors share adds up beforehand
     sums = torch.stack([weighed[span].sum(0) for span in spans]).to(tokens.device)  # (Q, D)

@@ -75,7 +75,8 @@ def stored_kinds(images, device):
     import torch
 
     from samer.codes import learn
-    from samer.scoring import StoredImages, pack_signs, quantise_images, unpack_signs
+    from samer.products import unpack_signs
+    from samer.scoring import StoredImages, pack_signs, quantise_images
 
     some = images[:CHECKED]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -11,7 +11,8 @@ from samer.compressors import make_compressor
 from samer.config import MergeConfig
 from samer.coords import visual_coords
 from samer.merging import merge_tokens
-from samer.scoring import pack_signs, unpack_signs
+from samer.products import unpack_signs
+from samer.scoring import pack_signs
 from samer.tokens import VisualTokens
 from samer.vectors.advice import advice
 from samer.vectors.merge import Grid

@@ -8,7 +8,8 @@ from torch.nn.functional import normalize
 from samer import products
 from samer.codes import COMPONENTS, ENTRIES, Codes, learn, second_moment
 from samer.config import InputError
-from samer.scoring import StoredImages, maxsim, pack_signs, score_stored, search, unpack_signs
+from samer.products import unpack_signs
+from samer.scoring import StoredImages, maxsim, pack_signs, score_stored, search
 from samer.tokens import QueryTokens
 
 DIM, WIDTH, IMAGES = 16, 6, 120

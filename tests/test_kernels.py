@@ -158,11 +158,24 @@ def test_too_little_memory_is_no_kernel_that_does_not_work(stand_in):
     def scan(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(
-        sys.modules, "samer.kernels", SimpleNamespace(scan=scan, fits=lambda *_: True, ROWS=64, VECTORS=128)
-    )
+    stand_in(scan)
     with pytest.raises(torch.OutOfMemoryError):
         fused_scan_works(Stand("cpu"), torch.int8, 128, 0, 64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_triton_refuses_later_is_left_to_torch(monkeypatch, device):
+    from samer import kernels
+
+    def scan(*_):
+        raise kernels.Refused("out of resource: shared memory")
+
+    monkeypatch.setattr(scoring, "fused_scan_works", lambda *_: True)
+    monkeypatch.setattr(kernels, "scan", scan)
+    queries = QueryTokens(torch.rand(2, 3, 128, device=device), torch.ones(2, 3, dtype=torch.bool, device=device))
+    images = StoredImages(torch.rand(5, 4, 128, device=device))
+    assert scoring._in_one_pass(queries, images) is None
+    assert score_stored(queries, images).shape == (2, 5)
 
 
 @interpreted
@@ -173,8 +186,7 @@ def test_scores_in_one_pass_are_those_of_torch(monkeypatch):
     from samer.codes import COMPONENTS, learn
     from samer.scoring import pack_signs, quantise_images
 
-    trial = products.fused_scan_works
-    monkeypatch.setattr(scoring, "fused_scan_works", lambda _, *words: trial(Stand("cpu"), *words))
+    monkeypatch.setattr(scoring, "fused_scan_works", lambda _, *words: fused_scan_works(Stand("cpu"), *words))
     generator = torch.Generator().manual_seed(1)
     normal = lambda *shape: F.normalize(torch.randn(*shape, generator=generator), dim=-1)
     tokens, mask = normal(70, 7, 32), torch.arange(7) < torch.arange(70)[:, None] % 7 + 1

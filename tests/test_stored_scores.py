@@ -14,6 +14,7 @@ from oracle import ask, best_of, unit
 
 from samer import products, scoring
 from samer.config import InputError
+from samer.products import unpack_signs
 from samer.scoring import (
     StoredImages,
     maxsim,
@@ -22,7 +23,6 @@ from samer.scoring import (
     quantise_rows,
     score_stored,
     search,
-    unpack_signs,
 )
 from samer.tokens import QueryTokens
 

@@ -21,7 +21,8 @@ from samer.config import InputError, MergeConfig
 from samer.losses import multi_positive_t2i_loss
 from samer.merging import merge_tokens
 from samer.metrics import query_metrics
-from samer.scoring import StoredImages, maxsim, pack_signs, quantise_rows, score_stored, unpack_signs
+from samer.products import unpack_signs
+from samer.scoring import StoredImages, maxsim, pack_signs, quantise_rows, score_stored
 from samer.tokens import QueryTokens
 
 SEEDS = st.integers(0, 10**9)
