@@ -283,7 +283,8 @@ def score(runs, options):
     import torch
 
     from samer import QueryTokens
-    from samer.scoring import StoredImages, int8_product_works, quantise_images, search
+    from samer.products import int8_product_works
+    from samer.scoring import StoredImages, quantise_images, search
 
     data = {"clustered": drawn(options.images)}
     if options.index:
