@@ -33,6 +33,7 @@ from samer.tokens import QueryTokens, check_tensor
 _CPU_BLOCK_ELEMENTS = 2**20
 _GPU_BLOCK_ELEMENTS = 2**25
 _CPU_LOOKUP_ELEMENTS = 2**22  # of codes as int8: fewer keep threads waiting for each other, more leave the cache
+_BASES = 2**16  # bases of images that are multiplied at once, as float32
 # Columns of one block's matrix product: enough to run it at full speed, few enough to leave room for many images.
 _BLOCK_QUERY_TOKENS = 1024
 
@@ -292,8 +293,8 @@ def pack_signs(tokens: Tensor) -> Tensor:
 def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: int | None = None) -> Tensor:
     """Scores every query against every stored image.
 
-    Floats are scored in float32. int8 and signs are scored against queries in int8 (a scale per query token) with int32
-    products, so that only rounding differs from the exact score of what is stored; where this machine has no working
+    Floats are scored in float32. int8, signs and codes are scored against queries in int8 (a scale per query token)
+    with int32 products, so that only rounding differs from the exact score of what is stored; where this machine has no working
     int8 product the same numbers are multiplied in float32, with the same result.
 
     Args:
@@ -329,7 +330,6 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     _check_tokens("queries", queries.tokens, queries.mask)
     flat, spans = _valid_rows(queries)  # (n, D) float32
     asked = WholeQueries(flat if images.codebook is None else flat @ images.codebook.queries, _BLOCK_QUERY_TOKENS)
-    plain = None if images.codebook is None else WholeQueries(flat, _BLOCK_QUERY_TOKENS)
     if block_elements is None:
         block_elements = _CPU_BLOCK_ELEMENTS if tokens.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
     per_block = max(1, block_elements // (asked.wide * tokens.shape[1]))
@@ -341,20 +341,29 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     parts, whole = [], images.lookup()
     blocks = -(-len(tokens) // per_block)
     masks = _split(_drop_full_mask("images", images.mask), per_block, blocks)
-    bases = [None] * blocks if images.bases is None else images.bases.split(per_block)
-    for block, mask, unit, base in zip(tokens.split(per_block), masks, units, bases):
-        if base is None:
-            similar = asked.best(whole(block), mask) * (unit[:, None] * asked.scales)  # (b, n)
-        else:  # what an image's vectors have in common adds the same to each
-            similar = asked.best(whole(block), mask) * (images.codebook.scale * asked.scales)
-            similar += plain.best(base[:, None], None) * (unit[:, None] * plain.scales)
+    for block, mask, unit in zip(tokens.split(per_block), masks, units):
+        similar = asked.best(whole(block), mask) * (unit[:, None] * asked.scales)  # (b, n)
         if tokens.is_cuda:  # sums by index have no fixed order there
             parts.append(torch.stack([similar[:, span].mean(1) for span in spans]))
         else:
             parts.append(
                 similar.new_zeros(len(spans), len(block)).index_add_(0, owners, similar.t()) / lengths[:, None]
             )
-    return torch.cat(parts, dim=1)
+    return _with_bases(torch.cat(parts, dim=1), images, flat, spans)
+
+
+def _with_bases(scores: Tensor, images: StoredImages, flat: Tensor, spans: list[slice]) -> Tensor:
+    """Scores (Q, I) of codes, and what is stored without them: a base adds as much to each of its image's vectors.
+
+    So what it adds to a score is its product with the mean of a query's tokens, of `flat` (n, D), each in its span.
+    """
+    if images.bases is None:
+        return scores
+    means = torch.stack([flat[span].mean(0) for span in spans]).to(scores.device)
+    for start in range(0, len(images.bases), _BASES):
+        own = slice(start, start + _BASES)
+        scores[:, own] += means @ images.bases[own].float().t() * images.scale[own]
+    return scores
 
 
 def _in_one_pass(queries: QueryTokens, images: StoredImages) -> Tensor | None:
@@ -383,15 +392,7 @@ def _in_one_pass(queries: QueryTokens, images: StoredImages) -> Tensor | None:
         return None
     if tokens.is_floating_point():
         return found if found.isfinite().all() else None
-    units = _units(images, width)
-    if codebook is None:
-        return found * units
-    found *= codebook.scale
-    whole, scales = quantise_rows(flat)
-    weighed = whole * (scales * share)[:, None]  # what an image's vectors share adds up beforehand
-    sums = torch.stack([weighed[span].sum(0) for span in spans]).to(tokens.device)  # (Q, D)
-    shared = [sums @ own.float().t() for own in images.bases.split(_GPU_BLOCK_ELEMENTS // width)]
-    return found.addcmul_(torch.cat(shared, dim=1), units)
+    return _with_bases(found * _units(images, width), images, flat, spans)
 
 
 def _width(images: StoredImages) -> int:
@@ -419,8 +420,10 @@ def _check_scale(images: StoredImages) -> None:
 
 
 def _units(images: StoredImages, width: int) -> Tensor:
-    """What the products of each image's values are worth, (I,) float32: its scale, or 1 / sqrt(D) for signs."""
+    """What the products of each image's values are worth, (I,) float32: its scale, that of codes, or 1 / sqrt(D)."""
     unit = width**-0.5 if images.scale is None else images.scale
+    if images.codebook is not None:
+        unit = images.codebook.scale
     return torch.as_tensor(unit, dtype=torch.float32, device=images.tokens.device).expand(len(images.tokens))
 
 

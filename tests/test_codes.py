@@ -103,13 +103,13 @@ def whole_numbers(words):
 
 
 def naive(queries, images, mask):
-    """Scores of what is stored with query tokens in int8, in float64."""
+    """Scores of what is stored with query tokens in int8, but for those that meet bases, in float64."""
     codebook, rows = images.codebook, []
     entries = torch.from_numpy(looked_up(codebook, images.tokens)).double() * codebook.scale
     bases = images.bases.double() * images.scale.double()[:, None]
     for tokens, here in zip(queries.tokens, queries.mask):
-        plain, turned = (whole_numbers(words) for words in (tokens[here], tokens[here] @ codebook.queries))
-        similar = torch.einsum("md,nkd->nmk", turned, entries) + (bases @ plain.t())[..., None]
+        turned = whole_numbers(tokens[here] @ codebook.queries)
+        similar = torch.einsum("md,nkd->nmk", turned, entries) + (bases @ tokens[here].double().t())[..., None]
         similar = similar.masked_fill(~mask[:, None], float("-inf"))
         rows.append(similar.amax(2).mean(1))
     return torch.stack(rows)
