@@ -294,8 +294,9 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     """Scores every query against every stored image.
 
     Floats are scored in float32. int8, signs and codes are scored against queries in int8 (a scale per query token)
-    with int32 products, so that only rounding differs from the exact score of what is stored; where this machine has no working
-    int8 product the same numbers are multiplied in float32, with the same result.
+    with int32 products, so that only rounding differs from the exact score of what is stored; where this machine has no
+    working int8 product the same numbers are multiplied in float32, with the same result. On a CUDA GPU `samer.kernels`
+    does it all in one pass, where Triton is there.
 
     Args:
         queries: (Q, M, D).
