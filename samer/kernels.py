@@ -124,8 +124,8 @@ def _scan(
 
 def fits(width: int, code_bytes: int) -> bool:
     """Whether the kernel takes vectors of D components, and G bytes of each if they are looked up, else 0."""
-    whole = lambda number: number & (number - 1) == 0
-    return 32 <= width <= 256 and whole(width) and whole(code_bytes) and (not code_bytes or width // code_bytes <= 8)
+    halved = width in (32, 64, 128, 256)  # Triton's blocks are powers of two
+    return halved and code_bytes in (0, width // 8, width // 4, width // 2)
 
 
 def scan(

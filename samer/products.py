@@ -12,7 +12,7 @@ from torch import Tensor
 
 from samer.config import InputError
 
-WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # bytes as one number
+WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # bytes as one number
 
 
 def quantise_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ def float_product(left: Tensor, right: Tensor) -> Tensor:
     return (left.float() @ right.float()).to(torch.int32)
 
 
-class WholeQueries:
+class Int8Queries:
     """Query tokens in int8, and their products with images' vectors in int8."""
 
     def __init__(self, tokens: Tensor, most: int) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from samer.codes import Codebook
 from samer.config import InputError
 from samer.products import (
+    Int8Queries,
     ReusedProduct,
-    WholeQueries,
     fused_scan_works,
     half_product,
     half_product_works,
@@ -330,7 +330,7 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
         raise InputError(f"queries of width {width} do not fit stored {tuple(tokens.shape)} on {tokens.device}")
     _check_tokens("queries", queries.tokens, queries.mask)
     flat, spans = _valid_rows(queries)  # (n, D) float32
-    asked = WholeQueries(flat if images.codebook is None else flat @ images.codebook.queries, _BLOCK_QUERY_TOKENS)
+    asked = Int8Queries(flat if images.codebook is None else flat @ images.codebook.queries, _BLOCK_QUERY_TOKENS)
     if block_elements is None:
         block_elements = _CPU_BLOCK_ELEMENTS if tokens.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
     per_block = max(1, block_elements // (asked.wide * tokens.shape[1]))

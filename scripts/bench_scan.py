@@ -24,6 +24,7 @@ from importlib.util import find_spec
 
 from samer.runtime.commands import run
 from scripts.bench import Table, await_quiet, keep, machine
+from scripts.bench_bits import overlap
 
 REGIONS, WIDTH, LENGTH = 64, 128, 24
 CHECKED = 2000  # images that are scored in float64, too
@@ -103,7 +104,7 @@ def searching(runs, count, device):
     import torch
     import torch.nn.functional as F
 
-    from samer.scoring import score_stored
+    from samer.scoring import StoredImages, score_stored
     from samer.tokens import QueryTokens
 
     generator = torch.Generator(device).manual_seed(0)
@@ -112,10 +113,8 @@ def searching(runs, count, device):
         part.copy_(F.normalize(torch.randn(part.shape, generator=generator, device=device), dim=-1))
     tokens = F.normalize(torch.randn(32, LENGTH, WIDTH, generator=generator, device=device), dim=-1)
     asked = {n: QueryTokens(tokens[:n], torch.ones(n, LENGTH, dtype=torch.bool, device=device)) for n in (1, 32)}
-    best = score_stored(asked[32], next(stored_kinds(images, device))[1]).topk(10, dim=1).indices
-    same = lambda scores: statistics.mean(
-        len(set(a) & set(b)) / 10 for a, b in zip(best.tolist(), scores.topk(10, dim=1).indices.tolist())
-    )
+    best = score_stored(asked[32], StoredImages(images)).topk(10, dim=1).indices
+    same = lambda scores: overlap(best, scores.topk(10, dim=1).indices)
     rows = []
     for name, stored, numbers in stored_kinds(images, device):
         expected = float64(tokens, numbers)
@@ -130,7 +129,6 @@ def searching(runs, count, device):
             row |= {"torch, error": error, "error": float((scores[:, :CHECKED] - expected[:n]).abs().max())}
             # codes are of the first images, again and again, so that their ten best say nothing
             rows.append({**row, "overlap@10": same(scores) if n == 32 and not name.endswith("bit") else None})
-        del stored
     return rows, [*others(runs, images, tokens, same)]
 
 

@@ -257,9 +257,9 @@ def _announce(
 
 def _tokens_of(texts: Sequence[str], retriever: Retriever) -> int:
     """Tokens of texts together; of many counted in some, as to prepare all takes a part of the whole work."""
-    few = texts[:: -(-len(texts) // SAMPLE)] if texts else []
-    if not few:
+    if not texts:
         return 0
+    few = texts[:: -(-len(texts) // SAMPLE)]
     return round(int(retriever.query_inputs(few)["attention_mask"].sum()) * len(texts) / len(few))
 
 
