@@ -93,6 +93,21 @@ def test_typing_searches_and_the_address_keeps_it(chromium, server):
         assert page.input_value("#query") == "a red car"
 
 
+def test_what_is_typed_before_the_list_of_indexes_comes_is_searched(chromium, server):
+    held = []
+    with opened(chromium, server) as page:
+        page.route("**/api/indexes", lambda route: held.append(route))
+        page.reload()
+        page.fill("#query", "a red car")
+        while not held:
+            page.wait_for_timeout(20)
+        assert page.input_value("#query") == "a red car"
+        held[0].continue_()
+        settled(page)
+        assert page.input_value("#query") == "a red car"
+        assert "q=a+red+car" in page.url
+
+
 def test_pictures_that_are_gone_or_changed_bear_a_mark(chromium, server):
     def on_disk(route):
         response = route.fetch()

@@ -320,14 +320,9 @@ function draw(canvas, image, { regions, grid: [rows, columns] }, told) {
 
 // --- start -----------------------------------------------------------------------------------------------------------
 
-function readAddress() {
-  const asked = new URLSearchParams(location.search);
-  at("query").value = asked.get("q") || "";
-  const place = state.indexes.findIndex((index) => String(index.index) === asked.get("index"));
-  state.place = Math.max(place, 0);
-}
-
 async function start() {
+  const asked = new URLSearchParams(location.search);
+  at("query").value = asked.get("q") || ""; // at once: what is typed while the list of indexes comes stays
   try {
     const { indexes } = await fetched("/api/indexes");
     state.indexes = indexes.sort((a, b) => a.bytes_per_image - b.bytes_per_image || a.index - b.index);
@@ -335,7 +330,7 @@ async function start() {
     say(error.message, true);
     return;
   }
-  readAddress();
+  state.place = Math.max(0, state.indexes.findIndex((index) => String(index.index) === asked.get("index")));
   showChoice();
   at("form").addEventListener("submit", (event) => {
     event.preventDefault();
