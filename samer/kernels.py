@@ -153,6 +153,8 @@ def scan(
 
     Raises:
         Refused: by Triton.
+
+    Source: METHOD section 4, as `samer.scoring.maxsim`; the kernel is ours.
     """
     images, regions, last = stored.shape
     count, longest, floats = len(lengths), int(lengths.max()), stored.is_floating_point()
