@@ -348,7 +348,7 @@ def test_pictures_held_are_not_read_again(pictures, tmp_path, monkeypatch):
     note = lambda path, needs=None: read.append(path.name) or original(path, needs)
     monkeypatch.setattr(index_sync, "read_picture", note)
     add(tmp_path / "c", pictures, [*NAMES[:7], NAMES[6]])  # named twice, taken once
-    assert read == NAMES[5:7]
+    assert sorted(read) == NAMES[5:7]  # several threads read: in any order
     assert list(held(Index(tmp_path / "c"))) == NAMES[:7]
     after = contents(tmp_path / "c")
     assert {name: after[name] for name in before if name != "manifest.json"}.items() <= before.items()
