@@ -25,13 +25,15 @@ def test_the_page_is_what_the_script_writes(script, tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", scale.STORED)
 def test_bytes_are_those_of_a_real_shard(dtype):
-    vector = {"float16": 256, "int8": 128, "binary": 16 + 256}[dtype]
-    least = 64 * (vector + 1) + (4 if dtype == "int8" else 0) + 8 + 1024  # vectors, mask, scale, grid, patches
+    # a vector with its place in the mask; codes have none, where all vectors are there
+    vector = {"float16": 256 + 1, "int8": 128 + 1, "binary": 16 + 256 + 1, "1bit": 16}[dtype]
+    common = {"int8": 4, "1bit": 128 + 4}.get(dtype, 0)  # a scale, a base
+    least = 64 * vector + common + 8 + 1024  # and a grid, patches
     found = scale.shard_bytes(dtype, 64)
     share = 200 if dtype == "binary" else 100  # an id, a hash, and a share of the header, in each of the files
     assert least < found < least + share
     assert scale.shard_bytes(dtype, 64, assignments=False) == pytest.approx(found - 1024, abs=1)
-    own = {"float16": 64 * 257, "int8": 64 * 129 + 4, "binary": 64 * 17}[dtype]
+    own = {"float16": 64 * 257, "int8": 64 * 129 + 4, "binary": 64 * 17, "1bit": 64 * 16 + 132}[dtype]
     assert scale.scan_bytes(dtype, 64) == own
 
 
@@ -45,8 +47,8 @@ def test_hours_machines_and_engines():
     assert cells(text, "all 1,030 vectors, float16") == ["264 GB", "13.2 TB"]
     assert cells(text, "of int8, what a search reads") == ["8.26 GB", "413 GB"]
     assert cells(text, "shards of 1,024") == ["977", "48,829"]
-    fit = [cell for cell in text.splitlines() if cell.startswith("| GPUs that hold it in int8")]
-    assert re.findall(r"\| (\d+) ", fit[0]) == ["9", "413"]
+    fit = [cell for cell in text.splitlines() if cell.startswith("| GPUs that hold it in")]
+    assert [re.findall(r"\| (\d+) ", each) for each in fit] == [["9", "413"], ["2", "58"]]
     assert "wants 4 CPU threads" in text
 
 

@@ -30,13 +30,14 @@ from samer.index import pictures as index_pictures
 from samer.index import settings as index_settings
 from samer.index.pictures import delete_images
 from samer.index.read import Index
+from samer.index.recode import recode
 from samer.index.sync import update_images
 from samer.index.write import build_index
 from samer.retrievers.base import Projector
 from samer.retrievers.hf import Retriever
 from samer.scoring import pack_signs
 from samer.search.models import Models
-from samer.search.open_index import SearchIndex
+from samer.search.open_index import SearchIndex, Wanted
 from samer.search.server import loopback_names
 from samer.search.words import check_query, query_words
 
@@ -615,6 +616,25 @@ def test_an_index_that_changes_is_opened_again(album):
         assert "manifest.json: not readable" in broken.json()["error"]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_candidates_by_a_smaller_budget(caches, tmp_path, monkeypatch, dtype):
+    recode(caches / "samer", tmp_path / "c", dtype, [2, 3])
+    whole = SearchIndex(tmp_path / "c", Models("cpu"))
+    everything = whole.search(QUERY, 20).hits
+    assert [name for name, _ in whole.search(QUERY, Wanted(20, coarse=2)).hits] == [name for name, _ in everything]
+    few = {name for name, _ in whole.search(QUERY, Wanted(3, budget=2)).hits}
+    assert few != {name for name, _ in everything[:3]}  # else the candidates would not be seen
+    monkeypatch.setattr("samer.index.stages.COARSE", 1)
+    monkeypatch.setattr("samer.index.stages.COARSE_LEAST", 1)
+    with TestClient(make_app([whole], None, 2)) as client:
+        found = asked(client, top=3)["results"]
+        assert [row["id"] for row in found] == [name for name, _ in everything if name in few]
+        shutil.rmtree(tmp_path / "c")
+        shutil.copytree(caches / "samer", tmp_path / "c")
+        lost = client.get("/api/search?q=a")
+        assert (lost.status_code, "no budget of 2 vectors" in lost.json()["error"]) == (503, True)
+
+
 # --- the script ----------------------------------------------------------------------------------------------------
 
 
@@ -625,6 +645,10 @@ def test_the_script_refuses_what_is_wrong(caches, world, script, tmp_path, monke
         main(["--cache-dir", str(tmp_path)])
     with pytest.raises(InputError, match="no split 'val'"):
         main([*good, "--split", "val"])
+    with pytest.raises(InputError, match="no budget of 8 vectors in this index"):
+        main([*good, "--coarse", "8"])
+    with pytest.raises(SystemExit):
+        main([*good, "--coarse", "-1"])
     with pytest.raises(InputError, match="not a folder; point DATA_ROOT"):
         main([*good, "--data-root", str(tmp_path / "no")])
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -135,8 +135,8 @@ class Index:
             self._tables[str(device)] = self.codes.to(device)
         return self._tables.get(str(device))
 
-    def _budget(self, budget: int) -> int:
-        """A smaller budget that the index holds; 0: all its vectors.
+    def check_budget(self, budget: int) -> None:
+        """Refuses a smaller budget that the index does not hold; 0, all its vectors, is always there.
 
         Raises:
             InputError: it holds no such.
@@ -147,7 +147,6 @@ class Index:
                 f"{self.folder}: no budget of {budget} vectors in this index; it holds: {held} "
                 "(scripts/recode.py --budgets makes one that has some)"
             )
-        return budget
 
     def model_place(self, model: str | None = None) -> tuple[str, str]:
         """Name and revision of the model to open: as the index says, or `model`, whose revisions are its own."""
@@ -279,7 +278,8 @@ class Index:
         Raises:
             InputError: no such budget.
         """
-        budget, shards = self._budget(budget), self._split(split).images
+        self.check_budget(budget)
+        shards = self._split(split).images
         sizes = {shard.sha256: most_scanned(self.manifest, shard, budget) for shard in shards}
         self._uploads.use(self, {level_name(name, budget): size for name, size in sizes.items()})
         for shard in shards:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from samer.codes import COMPONENTS, ENTRIES, Codebook
 from samer.config import InputError, MergeConfig
 from samer.index.manifest import Making, stamp_of
 from samer.index.tensors import Part, image_tensors
@@ -18,7 +19,7 @@ from samer.retrievers.identity import ModelIdentity
 from samer.runtime.files import listing
 
 TOKENS, WIDTH, PATCHES = 1030, 128, 1024  # of ColPali
-STORED = ("float16", "int8", "binary")
+STORED = ("float16", "int8", "binary", "1bit")
 MAPPED_FILES = 65_530  # vm.max_map_count, as Linux comes
 NODE_GPUS = 8
 
@@ -70,24 +71,33 @@ def shard_bytes(dtype: str, regions: int, assignments: bool = True, count: int =
     """
     if regions < 1:
         raise InputError(f"{regions} vectors an image: give at least 1")
-    making = Making(ModelIdentity("", "", "", ""), "0" * 64, MergeConfig(), dtype, WIDTH, assignments=assignments)
+    codebook = _codebook(COMPONENTS[dtype]) if dtype in COMPONENTS else None
+    how = {"assignments": assignments, "codes": "0" * 64 if codebook else ""}
+    making = Making(ModelIdentity("", "", "", ""), "0" * 64, MergeConfig(), dtype, WIDTH, **how)
     random = torch.Generator().manual_seed(0)
     tokens = F.normalize(torch.randn(count, regions, WIDTH, generator=random), dim=-1)
     cells = torch.zeros(count, PATCHES if assignments else 0, dtype=torch.long)
     mask, grids = torch.ones(count, regions, dtype=torch.bool), torch.full((count, 2), 32, dtype=torch.int32)
-    tensors, half = image_tensors(making, [Part(tokens, mask, grids, cells)])
+    tensors, half = image_tensors(making, [Part(tokens, mask, grids, cells)], codebook)
     stamp = {**stamp_of(making), "ids": [f"{k:09d}" for k in range(count)], "texts": [], "contents": ["0" * 32] * count}
     with tempfile.TemporaryDirectory() as folder:
         write_image_shard(Path(folder, "images-00000.safetensors"), tensors, half, stamp)
         return sum(path.stat().st_size for path in listing(folder)) / count
 
 
+def _codebook(group: int) -> Codebook:
+    """Tables of no use but to see how large what they make is; a byte of theirs stands for `group` components."""
+    same = torch.eye(WIDTH)
+    return Codebook(torch.zeros(WIDTH // group, ENTRIES, group, dtype=torch.int8), 1.0, same, same, torch.ones(WIDTH))
+
+
 def scan_bytes(dtype: str, regions: int) -> int:
-    """Bytes of an image that a search reads: vectors, mask, and of int8 a scale."""
+    """Bytes of an image that a search reads: vectors, mask, of int8 a scale; of 1bit codes, a base and its scale."""
     return {
         "float16": regions * (2 * WIDTH + 1),
         "int8": regions * (WIDTH + 1) + 4,
         "binary": regions * (WIDTH // 8 + 1),
+        "1bit": regions * WIDTH // 8 + WIDTH + 4,
     }[dtype]
 
 
@@ -138,12 +148,14 @@ def page(counts: Sequence[int], regions: int = 64, measured: Measured | None = N
     measured = measured or Measured()
     files = {dtype: shard_bytes(dtype, regions) for dtype in STORED}
     whole = TOKENS * WIDTH * 2
+    memory = size(measured.gpu_memory)
     heads = [count_of(count) for count in counts]
     rows = [
         ("all 1,030 vectors, float16", [size(count * whole) for count in counts]),
         *((f"{regions} vectors, {dtype}", [size(count * files[dtype]) for count in counts]) for dtype in STORED),
         ("of int8, what a search reads", [size(count * scan_bytes("int8", regions)) for count in counts]),
         ("of binary, what a search reads first", [size(count * scan_bytes("binary", regions)) for count in counts]),
+        ("of 1bit, what a search reads", [size(count * scan_bytes("1bit", regions)) for count in counts]),
         (f"shards of {IMAGES_PER_SHARD:,}", [f"{-(-count // IMAGES_PER_SHARD):,}" for count in counts]),
         ("GPU hours, encoding and merging", [_hours(count * measured.gpu_seconds) for count in counts]),
         *(
@@ -151,7 +163,10 @@ def page(counts: Sequence[int], regions: int = 64, measured: Measured | None = N
             for gpus in (1, NODE_GPUS, 64, 1024)
         ),
         ("parts of a job array, a day on one GPU each", [f"{_parts(count, measured):,}" for count in counts]),
-        (f"GPUs that hold it in int8, {size(measured.gpu_memory)} each", [_gpus(c, regions, measured) for c in counts]),
+        *(
+            (f"GPUs that hold it in {dtype}, {memory} each", [_gpus(dtype, each, regions, measured) for each in counts])
+            for dtype in ("int8", "1bit")
+        ),
         ("searched by", [engine_for(count, regions, measured) for count in counts]),
     ]
     table = [f"| images | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
@@ -172,7 +187,7 @@ def page(counts: Sequence[int], regions: int = 64, measured: Measured | None = N
         most=count_of(MAPPED_FILES * IMAGES_PER_SHARD // 10**6 * 10**6),
         regions=regions,
         times=TOKENS / regions,
-        **{dtype: f"{files[dtype]:,.0f}" for dtype in STORED},
+        **{f"of_{dtype}": f"{files[dtype]:,.0f}" for dtype in STORED},
     )
 
 
@@ -184,8 +199,8 @@ def _parts(count: int, measured: Measured) -> int:
     return max(1, -(-int(count * measured.gpu_seconds) // 86400))
 
 
-def _gpus(count: int, regions: int, measured: Measured) -> str:
-    return f"{-(-count * scan_bytes('int8', regions) // int(measured.gpu_memory)):,}"
+def _gpus(dtype: str, count: int, regions: int, measured: Measured) -> str:
+    return f"{-(-count * scan_bytes(dtype, regions) // int(measured.gpu_memory)):,}"
 
 
 _PAGE = """\
@@ -196,10 +211,11 @@ on one GPU: nothing of more than 1,000,000 images has been run. Encoding, mergin
 
 {table}
 
-Bytes are those of files: {float16}, {int8} and {binary} an image (float16, int8, binary with the bfloat16 that it
-re-ranks from), a byte per patch, ids and content hashes among them. GPU hours are of the model's own work: every GPU
-wants {threads} CPU threads that read pictures, else it waits (the whole `scripts/index.py` made 43 a second on that
-GPU), and pictures that come over a network want that as well.
+Bytes are those of files: {of_float16}, {of_int8}, {of_binary} and {of_1bit} an image (float16, int8, binary with the
+bfloat16 that it re-ranks from, and 1bit, the codes of `scripts/recode.py`, whose quality is on
+[bits.md](results/bits.md)), a byte per patch, ids and content hashes among them. GPU hours are of the model's own work:
+every GPU wants {threads} CPU threads that read pictures, else it waits (the whole `scripts/index.py` made 43 a second
+on that GPU), and pictures that come over a network want that as well.
 
 ## What it is computed from
 

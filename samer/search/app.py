@@ -25,7 +25,7 @@ from samer.config import InputError
 from samer.data.pictures import load_image
 from samer.runtime.files import DiskError, FileTrouble, trouble
 from samer.search.latest import Latest
-from samer.search.open_index import SearchIndex
+from samer.search.open_index import SearchIndex, Wanted
 from samer.search.words import check_query
 
 MOST_RESULTS = 100
@@ -42,7 +42,7 @@ HEADERS = {
 }
 
 
-def make_app(indexes: Sequence[SearchIndex], hosts: Sequence[str] | None = None) -> Starlette:
+def make_app(indexes: Sequence[SearchIndex], hosts: Sequence[str] | None = None, coarse: int = 0) -> Starlette:
     """The page and its interface.
 
         GET /, /page.css, /page.js    the page
@@ -55,8 +55,9 @@ def make_app(indexes: Sequence[SearchIndex], hosts: Sequence[str] | None = None)
     Args:
         indexes: opened; one whose manifest is replaced is opened again at its next search.
         hosts: names that a request may address; None: any (see `server.loopback_names`).
+        coarse: searches choose candidates by so many vectors, as `Index.search`; 0: they look at all.
     """
-    app = SearchApp(indexes)
+    app = SearchApp(indexes, coarse)
     return Starlette(
         routes=[
             *(Route(path, _page_file(*words)) for path, words in PAGE_FILES.items()),
@@ -79,8 +80,8 @@ class SearchApp:
     calls it. Pictures are read beside them.
     """
 
-    def __init__(self, indexes: Sequence[SearchIndex]) -> None:
-        self.indexes = list(indexes)
+    def __init__(self, indexes: Sequence[SearchIndex], coarse: int) -> None:
+        self.indexes, self.coarse = list(indexes), coarse
         self.searching = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")
         # 4 large pictures at a time in memory
         self.reading = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pictures")
@@ -124,6 +125,7 @@ class SearchApp:
         """An index as it is on disk now; in the searching thread only, so that it is opened once."""
         with _on_disk():
             self.indexes[place] = self.indexes[place].now()
+            self.indexes[place].index.check_budget(self.coarse)
         return self.indexes[place]
 
     def _facts(self) -> list[dict]:
@@ -133,7 +135,8 @@ class SearchApp:
         """What `search` says."""
         check_query(text)  # before anything is read
         index = self._current(place)
-        found = index.search(text, top)  # what it refuses is the text, or a `DiskError`
+        # what it refuses is the text, or a `DiskError`
+        found = index.search(text, Wanted(top, coarse=self.coarse))
         with _on_disk():
             words, rows = index.explain(text, found)
         version = format(hash(index.stamp) & 0xFFFFFFFF, "08x")

@@ -23,24 +23,28 @@ def loopback_names(host: str) -> list[str] | None:
     return sorted({"localhost", "127.0.0.1", "[::1]", "::1", host}) if local else None
 
 
-def serve(indexes: Sequence[SearchIndex], host: str, port: int) -> None:
+def serve(indexes: Sequence[SearchIndex], host: str, port: int, coarse: int = 0) -> None:
     """Serves the page until it is interrupted; prints its address once it can be asked. Queries are not logged.
 
     Args:
         indexes: to search, in the order of their numbers.
         host: address to listen on; one of this machine alone (127.0.0.1) answers to this machine's names only.
         port: 0: any that is free.
+        coarse: searches choose candidates by so many vectors of each image, and rank those by all; 0: rank all images.
 
     Raises:
-        InputError: the address can't be had, or uvicorn or starlette are not installed.
+        InputError: an index that holds no such budget; the address can't be had, or uvicorn or starlette are not
+            installed.
     """
+    for index in indexes:
+        index.index.check_budget(coarse)
     try:
         import uvicorn
 
         from samer.search.app import make_app
     except ImportError as error:
         raise InputError(f"the search page needs {error.name}: pip install -e '.[serve]'") from None
-    app = make_app(indexes, loopback_names(host))
+    app = make_app(indexes, loopback_names(host), coarse)
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
