@@ -202,4 +202,4 @@ class Int8Queries:
             if mask is not None:
                 found = found.masked_fill_(~mask[..., None], torch.iinfo(torch.int32).min)
             best.append(found.amax(1))
-        return torch.cat(best, dim=1)[:, : self.count].float()
+        return (best[0] if len(best) == 1 else torch.cat(best, dim=1))[:, : self.count].float()

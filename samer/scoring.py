@@ -6,9 +6,11 @@ int8 with scales, signs, or codes; their products run in the fastest kernel that
 Q queries, M query tokens, I images, K image tokens, D embedding width; b images and q queries of one block.
 """
 
+from __future__ import annotations
+
 import heapq
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -266,6 +268,12 @@ class StoredImages:
     bases: Tensor | None = None
     codebook: Codebook | None = None
 
+    def at(self, rows: Tensor) -> StoredImages:
+        """Some of them, by their rows (n,) long."""
+        parts = {name: getattr(self, name) for name in ("tokens", "scale", "mask", "live", "bases")}
+        own = {name: each.index_select(0, rows) for name, each in parts.items() if isinstance(each, Tensor)}
+        return replace(self, **own)
+
     def lookup(self) -> Callable[[Tensor], Tensor]:
         """What makes int8 (b, K, D) of stored vectors (b, K, .), valid until its next call."""
         if self.codebook is not None:
@@ -343,13 +351,12 @@ def score_stored(queries: QueryTokens, images: StoredImages, *, block_elements: 
     blocks = -(-len(tokens) // per_block)
     masks = _split(_drop_full_mask("images", images.mask), per_block, blocks)
     for block, mask, unit in zip(tokens.split(per_block), masks, units):
-        similar = asked.best(whole(block), mask) * (unit[:, None] * asked.scales)  # (b, n)
+        similar = asked.best(whole(block), mask) * asked.scales  # (b, n)
         if tokens.is_cuda:  # sums by index have no fixed order there
-            parts.append(torch.stack([similar[:, span].mean(1) for span in spans]))
+            sums = torch.stack([similar[:, span].sum(1) for span in spans], dim=1)
         else:
-            parts.append(
-                similar.new_zeros(len(spans), len(block)).index_add_(0, owners, similar.t()) / lengths[:, None]
-            )
+            sums = similar.new_zeros(len(block), len(spans)).index_add_(1, owners, similar)
+        parts.append((sums * unit[:, None] / lengths).t())
     return _with_bases(torch.cat(parts, dim=1), images, flat, spans)
 
 
@@ -360,7 +367,8 @@ def _with_bases(scores: Tensor, images: StoredImages, flat: Tensor, spans: list[
     """
     if images.bases is None:
         return scores
-    means = torch.stack([flat[span].mean(0) for span in spans]).to(scores.device)
+    lengths = torch.tensor([span.stop - span.start for span in spans], device=flat.device)
+    means = torch.segment_reduce(flat, "mean", lengths=lengths, axis=0).to(scores.device)
     for start in range(0, len(images.bases), _BASES):
         own = slice(start, start + _BASES)
         scores[:, own] += means @ images.bases[own].float().t() * images.scale[own]

@@ -104,7 +104,10 @@ def test_a_search_scores_what_is_stored(coded, kind, budget):
 
 
 @pytest.mark.parametrize("kind", ["1bit", "int8", "float16"])
-def test_coarse_candidates_are_ranked_by_all_vectors(coded, kind, monkeypatch):
+@pytest.mark.parametrize(("columns", "together"), [(8192, 2**26), (1, 1), (40, 25 * 200)])  # 200: some bytes an image
+def test_coarse_candidates_are_ranked_by_all_vectors(coded, kind, columns, together, monkeypatch):
+    monkeypatch.setattr("samer.index.stages._COLUMNS", columns)
+    monkeypatch.setattr("samer.index.stages._TOGETHER", together)
     index, queries = Index(coded / kind), ask()
     whole = index.search(queries, "images", 59)
     assert [[name for name, _ in row] for row in index.search(queries, "images", 59, coarse=2)] == [

@@ -51,7 +51,7 @@ def stored_signs(*sizes, **rest):
 
 
 def naive_scores(queries, values, mask, factor):
-    """One query token against one vector at a time: exact integers, then one float32 product and the mean."""
+    """One query token against one vector at a time: exact integers, then float32 products and the mean."""
     rows = []
     for query, valid in zip(queries.tokens.numpy(), queries.mask.numpy()):
         row = []
@@ -62,9 +62,9 @@ def naive_scores(queries, values, mask, factor):
                 whole = np.rint(token / scale).astype(np.int64)
                 shown = [k for k in range(len(image)) if mask is None or mask[i, k]]
                 top = max(sum(int(a) * int(b) for a, b in zip(whole, image[k])) for k in shown)
-                own = factor[i].item() if isinstance(factor, torch.Tensor) else factor
-                best.append(np.float32(top) * (scale * np.float32(own)))
-            row.append(torch.tensor(np.array(best)).mean())
+                best.append(np.float32(top) * scale)
+            own = factor[i].item() if isinstance(factor, torch.Tensor) else factor
+            row.append(torch.tensor(np.array(best)).sum() * np.float32(own) / len(best))
         rows.append(torch.stack(row))
     return torch.stack(rows)
 

@@ -12,7 +12,7 @@ Shape letters: Q queries, M tokens, I images, K vectors, D embedding.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from samer.tokens import QueryTokens
 
 CANDIDATES, LEAST = 10, 100  # of signs: so many times the results asked for, at least so many
 COARSE, COARSE_LEAST = 100, 1000  # of a smaller budget
+_COLUMNS = 8192  # scores of a query that are gathered before the best of them are kept
+_TOGETHER = 2**26  # bytes of candidates that are in memory at once
 
 
 def exact_scores(
@@ -83,21 +85,46 @@ def _candidates(
     queries: QueryTokens, shards: Iterable[tuple[list[str], StoredImages]], count: int, numbers: dict[str, int]
 ) -> tuple[list[Tensor], list[tuple[int, list[str]]]]:
     """Rows of the best `count` images of each query, rising; and per shard its first row and its ids."""
-    scores, rows, names = torch.empty(len(queries.tokens), 0), torch.empty(len(queries.tokens), 0, dtype=torch.long), []
+    best, names = _Best(len(queries.tokens), count), []
     for ids, images in shards:
         found, live = score_stored(queries, images), 0
         if images.live is not None:
             if not images.live.any():
                 continue
             found, live = found.masked_fill(~images.live, float("-inf")), int(images.live.int().argmax())
-        best = found.topk(min(count, len(ids)), dim=1)
         names.append((numbers[ids[live]] - live, ids))  # a deleted id has no number, or that of another row
-        scores = torch.cat([scores, best.values.cpu()], dim=1)
-        rows = torch.cat([rows, best.indices.cpu() + names[-1][0]], dim=1)
-        if scores.shape[1] > count:
-            scores, kept = scores.topk(count, dim=1)
-            rows = rows.gather(1, kept)
-    return [own[held.isfinite()].sort().values for own, held in zip(rows, scores)], names
+        best.add(found.cpu(), names[-1][0])
+    return best.rows(), names
+
+
+class _Best:
+    """The best images of each query among those that come shard by shard."""
+
+    def __init__(self, queries: int, count: int) -> None:
+        """`count` are wanted of each of so many queries."""
+        self.count, self.most = count, max(4 * count, _COLUMNS)
+        self.scores, self.places = [torch.empty(queries, 0)], [torch.empty(queries, 0, dtype=torch.long)]
+        self.held = 0
+
+    def add(self, scores: Tensor, start: int) -> None:
+        """Scores (Q, n) of the n images whose rows begin at `start`; -inf of one that may not be found."""
+        self.scores.append(scores)
+        self.places.append(torch.arange(start, start + scores.shape[1]).expand(scores.shape))
+        self.held += scores.shape[1]
+        if self.held > self.most:
+            self._sift()
+
+    def _sift(self) -> None:
+        scores, places = torch.cat(self.scores, dim=1), torch.cat(self.places, dim=1)
+        if scores.shape[1] > self.count:
+            scores, kept = scores.topk(self.count, dim=1, sorted=False)
+            places = places.gather(1, kept)
+        self.scores, self.places, self.held = [scores], [places], scores.shape[1]
+
+    def rows(self) -> list[Tensor]:
+        """Of each query the rows of its best, rising."""
+        self._sift()
+        return [own[held.isfinite()].sort().values for own, held in zip(self.places[0], self.scores[0])]
 
 
 def _ranked(
@@ -109,13 +136,13 @@ def _ranked(
 ) -> list[list[tuple[str, float]]]:
     """The best of each query's candidates, by what shards store of them; ties by id."""
     starts, result = [start for start, _ in names], []
-    for number, rows in enumerate(found):
+    for number, rows, images in _each_picked(shards, found, queries.tokens.device):
         if not len(rows):  # every image was deleted
             result.append([])
             continue
         own = queries.mask[number]
         one = QueryTokens(queries.tokens[number][own][None], own[own][None])
-        scores = score_stored(one, picked(shards, rows, queries.tokens.device))[0].cpu()
+        scores = score_stored(one, images)[0].cpu()
         cut = scores >= scores.topk(min(top, len(scores))).values[-1]  # all that tie with the last: the id decides
         pairs = []
         for row, score in zip(rows[cut].tolist(), scores[cut].tolist()):
@@ -123,6 +150,29 @@ def _ranked(
             pairs.append((ids[row - start], score))
         result.append(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:top])
     return result
+
+
+def _each_picked(
+    shards: list[StoredImages], found: list[Tensor], device: torch.device
+) -> Iterator[tuple[int, Tensor, StoredImages]]:
+    """Per query its number, its candidates' rows, and those images on a device.
+
+    Many queries have candidates in all shards, so what several queries want is read at once, within `_TOGETHER` bytes.
+    """
+    each = sum(tensor[0].nbytes for tensor in (shards[0].tokens, shards[0].bases) if tensor is not None)
+    number = 0
+    while number < len(found):
+        end, size = number + 1, len(found[number])
+        while end < len(found) and (size + len(found[end])) * each <= _TOGETHER:
+            end, size = end + 1, size + len(found[end])
+        union = torch.cat(found[number:end]).unique()
+        images = picked(shards, union, device) if len(union) else None
+        for rows in found[number:end]:
+            own = images
+            if len(rows) < len(union):
+                own = images.at(torch.searchsorted(union, rows).to(device))
+            yield number, rows, own
+            number += 1
 
 
 def picked(shards: list[StoredImages], rows: Tensor, device: torch.device) -> StoredImages:
