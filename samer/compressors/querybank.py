@@ -176,6 +176,32 @@ def _in_groups(tokens: Tensor, bank: Tensor, share: Tensor, regions: int, mask: 
     return votes, picks
 
 
+@torch.no_grad()
+def keep_best(tokens: Tensor, mask: Tensor, bank: Tensor, weights: Tensor, count: int) -> Tensor:
+    """Which of each image's vectors a bank of queries would miss most, as `pick_one` picks them.
+
+    Args:
+        tokens: (B, N, D) on the CPU.
+        mask: (B, N) bool.
+        bank: (R, D).
+        weights: (R,) positive.
+        count: K, how many to keep.
+
+    Returns:
+        (B, min(K, N)) long, row numbers in the order of picks; an image with at most K vectors keeps all, in their
+        order, and -1 stands after its last.
+    """
+    share = (weights.double() / weights.double().sum()).to(tokens)
+    room = tokens.new_empty(2, len(bank), tokens.shape[1])
+    kept = torch.full((len(tokens), min(count, tokens.shape[1])), -1)
+    for row, (image, valid) in enumerate(zip(tokens, mask)):
+        places = valid.nonzero()[:, 0]
+        if len(places) > count:
+            places = places[pick_one(image[places], bank.to(tokens), share, count, room)[0]]
+        kept[row, : len(places)] = places
+    return kept
+
+
 def pick_one(tokens: Tensor, bank: Tensor, share: Tensor, regions: int, room: Tensor) -> tuple[Tensor, Tensor]:
     """Greedy picks of one image, on the CPU.
 

@@ -135,10 +135,11 @@ class Making:
         embedding_dim: D.
         hidden_states: where they come from, as `Encoder.origin` says.
         assignments: whether the region of every patch is kept, if not the compressor's kind says it.
-        bank: hash of the query bank, where the compressor has one.
+        bank: hash of the query bank, where the compressor has one, or where it says which vectors are `kept`.
         reduce: how the vision tower ran on fewer tokens.
         codes: hash of the tables, where vectors are stored as codes.
         budgets: smaller K, falling, whose vectors are stored besides.
+        kept: of the compressor's vectors only so many are stored, those that the bank would miss most; 0: all.
     """
 
     model: ModelIdentity
@@ -152,6 +153,7 @@ class Making:
     reduce: ReduceConfig = field(default_factory=ReduceConfig)
     codes: str = ""
     budgets: tuple[int, ...] = ()
+    kept: int = 0
 
     @property
     def has_regions(self) -> bool:
@@ -257,7 +259,7 @@ def _plain(making: Making) -> dict:
     reduce = {} if making.reduce.method == "none" else reduction_used(making.reduce)
     found = {**asdict(making), "merge": settings_written(making.merge), "reduce": reduce}
     found["budgets"] = list(making.budgets)
-    optional = ("bank", "bank_source", "processing", "reduce", "codes", "budgets", "also_computed_in")
+    optional = ("bank", "bank_source", "processing", "reduce", "codes", "budgets", "kept", "also_computed_in")
     return {key: value for key, value in found.items() if value or key not in optional}
 
 
@@ -336,6 +338,7 @@ def _check(manifest: IndexManifest) -> None:
     _require(bool(manifest.codes) == (manifest.dtype in COMPONENTS), f"{manifest.dtype} and codes do not fit")
     falling = sorted({each for each in manifest.budgets if each >= 1}, reverse=True)
     _require(falling == list(manifest.budgets), "budgets are no falling numbers")
+    _require(manifest.kept >= 0 and bool(manifest.bank or not manifest.kept), "so many vectors kept, by no bank")
     for name, split in manifest.splits.items():
         _require(bare_name(name), f"split {name[:40]!r} is no split")
         _require(bool(split.images), f"{name} has no shard of images")

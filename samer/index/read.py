@@ -107,7 +107,7 @@ class Index:
         return projector
 
     def bank(self) -> Bank | None:
-        """The query bank that images are compressed with; None: the compressor has none.
+        """The query bank that says what images keep; None: their compressor has none, and all vectors are stored.
 
         Raises:
             InputError: missing, damaged, or not the one that the index was made with.

@@ -1,4 +1,4 @@
-"""An index made of another's vectors: stored otherwise, or with smaller budgets beside them; no model is needed.
+"""An index made of another's vectors: fewer, stored otherwise, or with smaller budgets beside; no model is needed.
 
 Shards are made one by one from those of the source and kept when they are finished, so a run that was stopped goes on;
 the manifest comes last. Ids, captions, metadata, assignments and deletions are the source's.
@@ -40,7 +40,7 @@ from samer.index.manifest import (
     write_index_manifest,
 )
 from samer.index.read import Index
-from samer.index.tensors import stored_tensors
+from samer.index.tensors import kept_vectors, stored_regions, stored_tensors
 from samer.index.write import check_folder, write_image_shard
 from samer.retrievers.banks import Bank
 from samer.retrievers.projectors import write_projector
@@ -56,6 +56,7 @@ def recode(
     dtype: str = "",
     budgets: Sequence[int] = (),
     *,
+    keep: int = 0,
     bank: Bank | None = None,
     assignments: bool = True,
 ) -> list[IndexSummary]:
@@ -66,7 +67,10 @@ def recode(
         folder: of the new one.
         dtype: one of `STORED` but binary; empty: the source's own.
         budgets: smaller K whose vectors are stored besides, merged out of all as `samer.budgets` says.
-        bank: query tokens in whose metric codes are learned; None: the vectors of the index itself.
+        keep: only so many vectors of each image, those that the bank would miss most (as the greedy picks of METHOD
+            section 2b, without votes, which lose some when what is picked from is merged already); 0: all.
+        bank: query tokens in whose metric codes are learned, and that say what to keep; None: those of the index, of
+            codes else its vectors.
         assignments: keep the region of every patch, where the source has it.
 
     Returns:
@@ -74,22 +78,23 @@ def recode(
 
     Raises:
         InputError: `folder` holds an index, or another source's tables; a source of codes, too few vectors; budgets
-            that are no smaller ones; a damaged shard.
+            or vectors to keep that are no fewer; nothing that says what to keep; a damaged shard.
     """
     index, folder = Index(source), lookup(folder)
     dtype = dtype or index.manifest.dtype
-    _check(index, folder, dtype, budgets, bank)
+    bank = bank or (index.bank() if keep else None)
+    _check(index, folder, dtype, budgets, keep, bank)
     budgets = tuple(sorted(set(budgets), reverse=True))
     with only_writer(folder), stoppable():
-        codebook = _tables(index, folder, dtype, budgets, bank) if dtype in COMPONENTS else None
+        codebook = _tables(index, folder, dtype, budgets, keep, bank) if dtype in COMPONENTS else None
         own = {each.name: getattr(index.manifest, each.name) for each in fields(Making)}
         own |= {"dtype": dtype, "codes": codes_hash(codebook) if codebook else ""}
-        own["budgets"] = budgets
+        own |= {"budgets": budgets, **({"kept": keep, "bank": bank.hash} if keep else {})}
         own |= {"assignments": assignments and index.manifest.assignments}
         making = Making(**own)
         splits = {}
         for name, held in index.manifest.splits.items():
-            shards = _images(index, name, folder / name, making, codebook)
+            shards = _images(index, name, folder / name, making, codebook, bank if keep else None)
             queries = tuple(_queries(index, name, shard, folder / name, making) for shard in held.queries)
             splits[name] = Split(shards, queries, held.root, held.deleted)
             write_columns(folder, name, read_columns(index.folder, name))
@@ -97,13 +102,14 @@ def recode(
                 with atomic_path(folder / name / STAMPS) as temporary:
                     shutil.copyfile(index.folder / name / STAMPS, temporary)
         write_projector(folder / "projector.safetensors", index.projector())
-        keep_bank(folder, index.bank())
+        keep_bank(folder, bank if keep else index.bank())
         more = {each.name: getattr(index.manifest, each.name) for each in fields(IndexManifest)}
+        more |= {"bank_source": bank.describe()} if keep else {}
         write_index_manifest(folder / "manifest.json", IndexManifest(**{**more, **own, "splits": splits}))
     return [summarise(name, split) for name, split in splits.items()]
 
 
-def _check(index: Index, folder: Path, dtype: str, budgets: Sequence[int], bank: Bank | None) -> None:
+def _check(index: Index, folder: Path, dtype: str, budgets: Sequence[int], keep: int, bank: Bank | None) -> None:
     """Refuses what can't be made, before any work."""
     held = index.manifest
     if dtype not in STORED or dtype == "binary":
@@ -115,10 +121,17 @@ def _check(index: Index, folder: Path, dtype: str, budgets: Sequence[int], bank:
             "index that it was made of"
         )
     most = min(max(shard.regions for shard in split.images) for split in held.splits.values())
+    if keep and not 1 <= keep < most:
+        raise InputError(f"--keep {keep}: fewer vectors are from 1 to {most - 1}, as images have {most}")
+    if keep and not bank:
+        raise InputError(f"--keep {keep}: a query bank says which vectors; give one as --bank (scripts/bank.py)")
+    if keep and held.bank not in ("", bank.hash):
+        raise InputError(f"{index.folder}: it was made with bank {held.bank[:12]}, which has to say what to keep, too")
+    most = keep or most
     if wrong := [each for each in budgets if not 1 <= each < most]:
         raise InputError(f"--budgets {wrong[0]}: smaller budgets lie between 1 and {most - 1}, as images have {most}")
-    if bank and dtype not in COMPONENTS:
-        raise InputError(f"a query bank says what codes should keep; leave it out for {dtype}")
+    if bank and not keep and dtype not in COMPONENTS:
+        raise InputError(f"a query bank says what codes, or --keep, should keep; leave it out for {dtype}")
     if bank and bank.projector != held.projector:
         raise InputError(
             f"the query bank is of projector {bank.projector[:12]}, {index.folder} of {held.projector[:12]}; make one "
@@ -129,10 +142,11 @@ def _check(index: Index, folder: Path, dtype: str, budgets: Sequence[int], bank:
         raise InputError(f"{folder} holds an index already; name a new folder for the one that is made")
 
 
-def _tables(index: Index, folder: Path, dtype: str, budgets: Sequence[int], bank: Bank | None) -> Codebook:
+def _tables(index: Index, folder: Path, dtype: str, budgets: Sequence[int], keep: int, bank: Bank | None) -> Codebook:
     """The tables of an earlier try, or such as are learned now."""
     shards = [shard.sha256 for split in index.manifest.splits.values() for shard in split.images]
-    source = hashlib.sha256(json.dumps([dtype, shards, budgets, bank.hash if bank else ""]).encode()).hexdigest()
+    about = [dtype, shards, budgets, bank.hash if bank else "", *([keep] if keep else [])]
+    source = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     try:
         found, known = read_codes(folder / FILE)
         if known == source:
@@ -141,18 +155,23 @@ def _tables(index: Index, folder: Path, dtype: str, budgets: Sequence[int], bank
         raise
     except InputError:  # there is none, or it is damaged
         pass
-    tokens, mask = sample(index)
+    tokens, mask = sample(index, keep)
+    if keep:
+        tokens, mask, _ = kept_vectors(tokens, mask, None, bank, keep)
     moment = second_moment(bank.vectors, bank.weights) if bank else None
     codebook = learn(dtype, tokens, mask, moment, smaller_budgets(tokens, mask, None, budgets))
     write_codes(folder / FILE, codebook, source)
     return codebook
 
 
-def sample(index: Index) -> tuple[Tensor, Tensor]:
-    """Vectors (n, K, D) float32 and their mask (n, K) of images spread over an index, some `ENOUGH` vectors."""
+def sample(index: Index, keep: int = 0) -> tuple[Tensor, Tensor]:
+    """Vectors (n, K, D) float32 and their mask (n, K) of images spread over an index, some `ENOUGH` vectors.
+
+    `keep`: so many vectors of an image will count; 0: all.
+    """
     places = [(name, shard) for name, split in index.manifest.splits.items() for shard in split.images]
     images = sum(shard.count for _, shard in places)
-    wanted = -(-ENOUGH // max(shard.regions for _, shard in places))
+    wanted = -(-ENOUGH // (keep or max(shard.regions for _, shard in places)))
     rows = torch.arange(min(images, wanted)) * images // min(images, wanted)  # spread evenly
     tokens, masks, start = [], [], 0
     for name, shard in places:
@@ -166,17 +185,19 @@ def sample(index: Index) -> tuple[Tensor, Tensor]:
     return joined(tokens), joined(masks)
 
 
-def _images(index: Index, split: str, place: Path, making: Making, codebook: Codebook | None) -> tuple[Shard, ...]:
+def _images(
+    index: Index, split: str, place: Path, making: Making, codebook: Codebook | None, keeps: Bank | None
+) -> tuple[Shard, ...]:
     """Writes the shards of a split that are not there; the entries of all."""
     found = []
     for shard in Progress(index.manifest.splits[split].images, f"{split} images", unit="shards"):
         stop_here()
-        found.append(_image_shard(index, split, shard, place / shard.file, making, codebook))
+        found.append(_image_shard(index, split, shard, place / shard.file, making, codebook, keeps))
     return tuple(found)
 
 
 def _image_shard(
-    index: Index, split: str, shard: Shard, path: Path, making: Making, codebook: Codebook | None
+    index: Index, split: str, shard: Shard, path: Path, making: Making, codebook: Codebook | None, keeps: Bank | None
 ) -> Shard:
     tensors, held = index._read(split, shard)
     stamp = _stamp(held, making)
@@ -187,10 +208,12 @@ def _image_shard(
     regions = tensors["assignments"].long() if index.manifest.has_regions else None
     if regions is not None and index.manifest.assignments:
         regions = regions.masked_fill(regions == NO_REGION, -1)
+    if keeps:
+        tokens, mask, regions = kept_vectors(tokens, mask, regions, keeps, making.kept)
     new = stored_tensors(making, tokens, mask, regions, codebook)
     new["grids"] = tensors["grids"]
     if making.has_regions:
-        new["assignments"] = tensors["assignments"]
+        new["assignments"] = stored_regions(making, regions)
     return write_image_shard(path, new, {}, stamp)
 
 

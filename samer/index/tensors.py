@@ -13,7 +13,9 @@ from torch import Tensor
 
 from samer.budgets import smaller_budgets
 from samer.codes import Codebook
+from samer.compressors.querybank import keep_best
 from samer.index.manifest import COMMON, FLOATS, NO_REGION, Making, check_regions, level_name
+from samer.retrievers.banks import Bank
 from samer.runtime.shards import joined
 from samer.scoring import pack_signs, quantise_images
 from samer.tokens import MergedTokens, VisualTokens, regions_of_patches
@@ -48,7 +50,7 @@ def kept_part(making: Making, visual: VisualTokens, merged: MergedTokens) -> Par
 
 
 def image_tensors(
-    making: Making, parts: Sequence[Part], codebook: Codebook | None = None
+    making: Making, parts: Sequence[Part], codebook: Codebook | None = None, bank: Bank | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of a shard, and those of the exact file beside one of 1-bit tokens, else none.
 
@@ -56,15 +58,49 @@ def image_tensors(
         making: of the index.
         parts: of the shard.
         codebook: of an index of codes.
+        bank: of an index that keeps some of the compressor's vectors.
     """
     tokens, mask = joined([part.tokens for part in parts]), joined([part.mask for part in parts])
     regions = joined([part.regions for part in parts], -1) if making.has_regions else None
+    if making.kept:
+        tokens, mask, regions = kept_vectors(tokens, mask, regions, bank, making.kept)
     tensors = stored_tensors(making, tokens, mask, regions, codebook)
     tensors["grids"] = torch.cat([part.grids for part in parts])
     if regions is not None:
-        whole = making.merge.compressor == "none"  # a byte would not tell that many vectors apart
-        tensors["assignments"] = regions.to(torch.int32) if whole else regions.remainder(NO_REGION + 1).byte()
+        tensors["assignments"] = stored_regions(making, regions)
     return tensors, {"tokens": tokens.to(torch.bfloat16)} if making.dtype == "binary" else {}
+
+
+def stored_regions(making: Making, regions: Tensor) -> Tensor:
+    """(n, P) as it is stored: of all tokens int32, as a byte would not tell that many vectors apart."""
+    whole = making.merge.compressor == "none"
+    return regions.to(torch.int32) if whole else regions.remainder(NO_REGION + 1).byte()
+
+
+def kept_vectors(
+    tokens: Tensor, mask: Tensor, regions: Tensor | None, bank: Bank, count: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The vectors that a bank would miss most, in the order of picks; a patch whose vector is left out has none.
+
+    Args:
+        tokens: (n, K, D).
+        mask: (n, K).
+        regions: (n, P) long, -1 for none.
+        bank: of query tokens.
+        count: how many to keep.
+
+    Returns:
+        Tokens, mask and regions of those.
+    """
+    picks = keep_best(tokens, mask, bank.vectors, bank.weights, count)
+    there = picks >= 0
+    tokens = tokens.gather(1, picks.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[2])) * there[..., None]
+    if regions is not None:
+        places = torch.full((len(mask), mask.shape[1] + 1), -1)  # of old vectors among the new; the last is of none
+        numbers = torch.arange(picks.shape[1]).expand_as(picks)
+        places.scatter_(1, torch.where(there, picks, mask.shape[1]), torch.where(there, numbers, -1))
+        regions = places.gather(1, torch.where(regions < 0, mask.shape[1], regions))
+    return tokens, there, regions
 
 
 def stored_tensors(

@@ -3,8 +3,8 @@
     DIR/manifest.json                       what was built and from what; splits appear here when they are complete
     DIR/projector.safetensors               weight (D, H) and, if it has one, bias (D,), float32: what queries
                                             must be projected with
-    DIR/bank.safetensors                    only with compressor "querybank": the bank of queries that images are
-                                            compressed with, as `samer.retrievers.banks` says
+    DIR/bank.safetensors                    only with compressor "querybank", or where vectors are `kept`: the bank of
+                                            queries that says what images keep, as `samer.retrievers.banks` says
     DIR/codes.safetensors                   only with codes: the tables that they are looked up in, as
                                             `samer.index.codes` and `samer.codes` say
     DIR/<split>/images-00000.safetensors    n images, of which image i is row i of each tensor:
@@ -31,7 +31,7 @@
 A shard is a safetensors file with one metadata key, "samer", whose value is JSON:
     checksum    SHA-256 over the bytes of its tensors in the order of their names
     entry       its `count`, and for images `regions` (K) and `bytes` (of tokens, bases, scales and masks)
-    stamp       what it was made from: the manifest's keys `model` to `budgets`; `ids` of the n images, unique in
+    stamp       what it was made from: the manifest's keys `model` to `kept`; `ids` of the n images, unique in
                 the file, or of the image of each query; `texts` of the queries, and `grades` where relevance is graded:
                 per query [number of an image, 1 to 100] of all that answer it; `contents`, per image null or the hash
                 of its file when it was read, BLAKE2b of 16 bytes in hexadecimal; `corpus`, a hash of the ids that a
@@ -52,6 +52,7 @@ The manifest is JSON:
     bank                            only with bank.safetensors: the checksum in its header
     codes                           only with codes.safetensors: likewise
     budgets                         only where there are some: falling
+    kept                            only where the bank says which of the compressor's vectors are stored: how many
     base_model, revision, transformers, bank_source    where the retriever is, what computed the first images, and
                                     what the bank was made of; not compared
     processing                      what the processor does, in words: picture sizes, prompts, padding; not compared
@@ -257,7 +258,9 @@ def writing(
         making = making_of(retriever, merge, dtype, assignments, bank)
         if is_file(folder / "manifest.json"):  # neither is chosen by who adds to an index
             held = read_index_manifest(folder / "manifest.json")
-            making = replace(making, codes=held.codes, budgets=held.budgets)
+            making = replace(making, codes=held.codes, budgets=held.budgets, kept=held.kept)
+            if held.kept:
+                making, bank = replace(making, bank=held.bank), held_bank(folder)
         yield _Writer(folder, retriever, making, batch_size, bank)
 
 
@@ -438,7 +441,7 @@ class _Writer:
         contents: Sequence[str | None] | None = None,
     ) -> Shard:
         """Writes one shard of compressed images and returns its manifest entry; `contents` are their files' hashes."""
-        tensors, half = image_tensors(self.making, parts, self.codebook)
+        tensors, half = image_tensors(self.making, parts, self.codebook, self.bank)
         more = {"contents": contents and list(contents), "corpus_contents": self.learned or None}
         more = {key: value for key, value in more.items() if value is not None}
         stamp = self._stamp([record.image_id for record in records], **more)
