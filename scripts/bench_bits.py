@@ -1,8 +1,9 @@
 """Benchmarks of codes and of smaller budgets; scripts/bench.py calls it for `bits`, `coarse` and `small`.
 
-python scripts/bench_bits.py bits --index FOLDER --built FOLDER... [--bank FILE] [--out FILE]
-    what codes of 1, 2 and 4 bits keep of a float index and of those built for smaller K: bytes against recall; and
-    budgets merged out of the first beside indexes built for them
+python scripts/bench_bits.py bits --index FOLDER --built FOLDER... [--others FOLDER...] [--reference FOLDER]
+                             [--bank FILE [--keep K...]] [--out FILE]
+    what codes of 1, 2 and 4 bits keep of a float index, of those built for smaller K, and of what a bank keeps of it:
+    bytes against recall; and budgets merged out of the first beside indexes built for them
 python scripts/bench_bits.py coarse [--index FOLDER] [--images 100000] [--out FILE]
     two stages against one: time and overlap@10 by how many candidates, and what a bound could leave out
 python scripts/bench_bits.py small [--images 1000000] [--regions 64] [--out FILE]
@@ -63,46 +64,73 @@ def signs_of(index, split):
 
 
 def bits(options):
-    """The table of bytes against recall, over K and code."""
+    """The table of bytes against recall, over K and code, and what a query bank keeps of the first index."""
     from samer.index.read import Index
     from samer.index.recode import recode
     from samer.retrievers.banks import read_bank
 
-    bank, split, rows, first = read_bank(options.bank) if options.bank else None, options.split, [], None
+    bank, split = read_bank(options.bank) if options.bank else None, options.split
+    whole = Index(options.reference).scores(split)[0].topk(10, dim=1).indices if options.reference else None
+    rows, first = [], Index(options.index).scores(split)[0].topk(10, dim=1).indices
     with tempfile.TemporaryDirectory(dir=options.work) as place:
-        for number, folder in enumerate([options.index, *options.built]):
-            index = Index(folder)
-            regions, dim = index.size(split)[2], index.manifest.embedding_dim
-            scores, owner = index.scores(split)
-            best = scores.topk(10, dim=1).indices
-            first = best if first is None else first
-
-            def row(code, size, scores, best=best, owner=owner, regions=regions, first=first):
-                top = scores.topk(10, dim=1).indices
-                about = {"K": regions, "code": code, "bytes": size, "own": overlap(best, top)}
-                rows.append({**about, "first": overlap(first, top), **figures_of(scores, owner)})
-                print(line(rows[-1]), flush=True)
-
-            row(index.manifest.dtype, index.size(split)[3], scores)
-            for kind in KINDS:
-                for given in (None, bank) if bank and kind != "int8" else (None,):
-                    made = Path(place) / f"{number}-{kind}-{given is not None}"
-                    recode(folder, made, kind, bank=given, assignments=False)
-                    coded = Index(made)
-                    name = f"{kind}, bank" if given else kind
-                    row(name, coded.size(split)[3], coded.scores(split)[0])
-                    shutil.rmtree(made)
-            row("signs", regions * dim // 8, signs_of(index, split))
+        for folder in (options.index, *options.built, *options.others):
+            stored_rows(rows, folder, Index(folder).manifest.merge.compressor, split, bank, place, first, whole)
+        for keep in options.keep:
+            kept = Path(place) / f"kept-{keep}"
+            recode(options.index, kept, keep=keep, bank=bank, assignments=False)
+            name = f"{Index(options.index).manifest.merge.compressor}, kept by the bank"
+            stored_rows(rows, kept, name, split, bank, place, first, whole)
         for each in rows:
-            each["dominated"] = any(
-                other["bytes"] <= each["bytes"]
-                and other["first"] >= each["first"]
-                and other is not each
-                and (other["bytes"], other["first"]) != (each["bytes"], each["first"])
-                for other in rows
-            )
+            each["dominated"] = any(dominates(other, each) for other in rows)
         levels = budgets(options, Path(place))
+    index = Index(options.index)
+    owner = index.scores(split)[1]
     return {"rows": rows, "budgets": levels, "split": split, "images": index.size(split)[0], "queries": len(owner)}
+
+
+def dominates(other, each):
+    """Whether a row has no more bytes and as much overlap with the widest reference, and one of both is better."""
+    ours, theirs = ((row["bytes"], -row.get("all", row["first"])) for row in (other, each))
+    return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
+
+
+def stored_rows(rows, folder, name, split, bank, place, first, whole):
+    """Adds the rows of an index: as it is, in codes, and as plain signs.
+
+    Args:
+        rows: so far.
+        folder: of the index, float32.
+        name: how its vectors are made.
+        split: to search.
+        bank: in whose metric codes are learned, those of the first index without it, too; None: in the vectors' own.
+        place: where indexes are made meanwhile.
+        first: (Q, 10) what the first index finds in float32.
+        whole: likewise of the reference; None: there is none.
+    """
+    from samer.index.read import Index
+    from samer.index.recode import recode
+
+    index, banks = Index(folder), [bank] if bank and rows else [None, bank] if bank else [None]
+    regions, dim = index.size(split)[2], index.manifest.embedding_dim
+    scores, owner = index.scores(split)
+    best = scores.topk(10, dim=1).indices
+
+    def row(code, size, scores):
+        top = scores.topk(10, dim=1).indices
+        about = {"K": regions, "merged": name, "code": code, "bytes": size, "own": overlap(best, top)}
+        about |= {"all": overlap(whole, top)} if whole is not None else {}
+        rows.append({**about, "first": overlap(first, top), **figures_of(scores, owner)})
+        print(line(rows[-1]), flush=True)
+
+    row(index.manifest.dtype, index.size(split)[3], scores)
+    for kind in KINDS:
+        for given in (None,) if kind == "int8" else banks:
+            made = Path(place) / "made"
+            recode(folder, made, kind, bank=given, assignments=False)
+            coded = Index(made)
+            row(f"{kind}, bank" if given else kind, coded.size(split)[3], coded.scores(split)[0])
+            shutil.rmtree(made)
+    row("signs", regions * dim // 8, signs_of(index, split))
 
 
 def budgets(options, place):
@@ -150,28 +178,34 @@ def paired(ours, theirs, owner):
 
 def line(row):
     """A row of the table for the terminal."""
+    told = f", {row['all']:.3f} with the reference" if "all" in row else ""
     return (
-        f"K {row['K']:3} {row['code']:12}{row['bytes']:9,.0f} B  overlap@10 {row['own']:.3f} with its floats, "
-        f"{row['first']:.3f} with the first; R@1 {row['r@1']:.2f} nDCG@10 {row['ndcg@10']:.2f}"
+        f"K {row['K']:3} {row['merged']:26}{row['code']:12}{row['bytes']:9,.0f} B  overlap@10 {row['own']:.3f} with "
+        f"its floats, {row['first']:.3f} with the first{told}; R@1 {row['r@1']:.2f} nDCG@10 {row['ndcg@10']:.2f}"
     )
 
 
 def bits_table(found):
     """The tables in markdown."""
     whole = found["rows"][0]
+    wide = "all" in whole
     lines = [
-        f"{found['images']:,} images, {found['queries']:,} captions of {found['split']}. Overlap@10 with the float "
-        f"index of the same K, and with that of K = {whole['K']}; nDCG@10 kept is against the latter. Left out is what "
-        "another row dominates, with no more bytes and as much overlap with the latter; but for plain signs.",
+        f"{found['images']:,} images, {found['queries']:,} captions of {found['split']}. Overlap@10 with the same "
+        f"vectors in float32, with the first index (K = {whole['K']}) in float32"
+        f"{', and with the index of all vectors in float32' if wide else ''}; nDCG@10 kept is against the first. Left "
+        "out is what another row dominates, with no more bytes and as much overlap with the last of these; but for "
+        "plain signs.",
         "",
-        "| K | stored as | bytes per image | overlap@10, same K | overlap@10 | R@1 | R@10 | nDCG@10 kept |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| K | merged by | stored as | bytes per image | same vectors | K = {whole['K']} |{' all |' * wide} R@1 "
+        "| R@10 | nDCG@10 kept |",
+        "|---|---|---|---|---|---|---|---|---|" + "---|" * wide,
     ]
     for row in sorted(found["rows"], key=lambda each: -each["bytes"]):
-        if row["dominated"] and row["code"] != "signs":
+        if row["dominated"] and row["code"] != "signs" and row is not whole:
             continue
         kept = f"{100 * row['ndcg@10'] / whole['ndcg@10']:.1f} %"
-        about = f"| {row['K']} | {row['code']} | {row['bytes']:,.0f} | {row['own']:.3f} | {row['first']:.3f} "
+        about = f"| {row['K']} | {row['merged']} | {row['code']} | {row['bytes']:,.0f} | {row['own']:.3f} "
+        about += f"| {row['first']:.3f} | {row['all']:.3f} " if wide else f"| {row['first']:.3f} "
         lines.append(f"{about}| {row['r@1']:.1f} | {row['r@10']:.1f} | {kept} |")
     if found["budgets"]:
         lines += ["", "| K | stored as | R@1, built for K | out of all vectors | difference |", "|---|---|---|---|---|"]
@@ -408,6 +442,9 @@ def main(argv=None):
     parser.add_argument("what", choices=what)
     parser.add_argument("--index", default="", help="an index of float32; coarse: else random vectors")
     parser.add_argument("--built", nargs="+", default=[], help="bits: indexes of the same images built for smaller K")
+    parser.add_argument("--others", nargs="+", default=[], help="bits: indexes of the same images merged otherwise")
+    parser.add_argument("--reference", default="", help="bits: the same images with all their vectors")
+    parser.add_argument("--keep", nargs="+", type=int, default=[], help="bits: so many vectors, kept by --bank")
     parser.add_argument("--bank", default="", help="bits: also codes learned in this query bank's metric")
     parser.add_argument("--split", default="test", help="of the indexes (test)")
     parser.add_argument("--images", type=int, help="coarse: how many (100,000); small: likewise (1,000,000)")
@@ -419,6 +456,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.what == "bits" and not options.index:
         parser.error("bits needs --index FOLDER")
+    if options.keep and not options.bank:
+        parser.error("--keep needs --bank FILE")
     options.images = options.images or (100_000 if options.what == "coarse" else 1_000_000)
     import torch
 
