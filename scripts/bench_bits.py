@@ -80,18 +80,21 @@ def bits(options):
             recode(options.index, kept, keep=keep, bank=bank, assignments=False)
             name = f"{Index(options.index).manifest.merge.compressor}, kept by the bank"
             stored_rows(rows, kept, name, split, bank, place, first, whole)
-        for each in rows:
-            each["dominated"] = any(dominates(other, each) for other in rows)
         levels = budgets(options, Path(place))
     index = Index(options.index)
     owner = index.scores(split)[1]
     return {"rows": rows, "budgets": levels, "split": split, "images": index.size(split)[0], "queries": len(owner)}
 
 
-def dominates(other, each):
-    """Whether a row has no more bytes and as much overlap with the widest reference, and one of both is better."""
-    ours, theirs = ((row["bytes"], -row.get("all", row["first"])) for row in (other, each))
-    return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
+def undominated(rows, reference):
+    """Rows that no other equals with no more bytes and as much overlap with a reference, "first" or "all".
+
+    The first row and those of signs always stay.
+    """
+    place = lambda row: (row["bytes"], -row[reference])
+    beats = lambda ours, theirs: ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
+    stays = lambda row: row is rows[0] or row["code"] == "signs" or not any(beats(place(o), place(row)) for o in rows)
+    return sorted(filter(stays, rows), key=lambda row: -row["bytes"])
 
 
 def stored_rows(rows, folder, name, split, bank, place, first, whole):
@@ -185,28 +188,34 @@ def line(row):
     )
 
 
-def bits_table(found):
-    """The tables in markdown."""
-    whole = found["rows"][0]
-    wide = "all" in whole
+def rows_table(rows, whole, reference):
+    """One table: rows by the overlap with a reference, "first" or "all", that no other row dominates."""
+    name = f"K = {whole['K']}" if reference == "first" else "all vectors"
     lines = [
-        f"{found['images']:,} images, {found['queries']:,} captions of {found['split']}. Overlap@10 with the same "
-        f"vectors in float32, with the first index (K = {whole['K']}) in float32"
-        f"{', and with the index of all vectors in float32' if wide else ''}; nDCG@10 kept is against the first. Left "
-        "out is what another row dominates, with no more bytes and as much overlap with the last of these; but for "
-        "plain signs.",
-        "",
-        f"| K | merged by | stored as | bytes per image | same vectors | K = {whole['K']} |{' all |' * wide} R@1 "
-        "| R@10 | nDCG@10 kept |",
-        "|---|---|---|---|---|---|---|---|---|" + "---|" * wide,
+        f"| K | merged by | stored as | bytes per image | overlap@10, same vectors | {name} | R@1 | R@10 "
+        "| nDCG@10 kept |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(found["rows"], key=lambda each: -each["bytes"]):
-        if row["dominated"] and row["code"] != "signs" and row is not whole:
-            continue
+    for row in undominated(rows, reference):
         kept = f"{100 * row['ndcg@10'] / whole['ndcg@10']:.1f} %"
         about = f"| {row['K']} | {row['merged']} | {row['code']} | {row['bytes']:,.0f} | {row['own']:.3f} "
-        about += f"| {row['first']:.3f} | {row['all']:.3f} " if wide else f"| {row['first']:.3f} "
-        lines.append(f"{about}| {row['r@1']:.1f} | {row['r@10']:.1f} | {kept} |")
+        lines.append(f"{about}| {row[reference]:.3f} | {row['r@1']:.1f} | {row['r@10']:.1f} | {kept} |")
+    return lines
+
+
+def bits_table(found):
+    """The tables in markdown."""
+    rows, whole = found["rows"], found["rows"][0]
+    lines = [
+        f"{found['images']:,} images, {found['queries']:,} captions of {found['split']}. Overlap@10 with the same "
+        f"vectors in float32, and with K = {whole['K']} in float32, against which nDCG@10 kept is, too. Left out is "
+        "what another row dominates, with no more bytes and as much overlap with the latter; but for plain signs.",
+        "",
+    ]
+    lines += rows_table([row for row in rows if row["merged"].startswith(whole["merged"])], whole, "first")
+    if "all" in whole:
+        lines += ["", "The same with the overlap with all vectors in float32, and indexes merged otherwise:", ""]
+        lines += rows_table(rows, whole, "all")
     if found["budgets"]:
         lines += ["", "| K | stored as | R@1, built for K | out of all vectors | difference |", "|---|---|---|---|---|"]
     for row in found["budgets"]:
