@@ -6,8 +6,8 @@ python scripts/bench_bits.py bits --index FOLDER --built FOLDER... [--others FOL
     bytes against recall; and budgets merged out of the first beside indexes built for them
 python scripts/bench_bits.py coarse [--index FOLDER] [--images 100000] [--out FILE]
     two stages against one: time and overlap@10 by how many candidates, and what a bound could leave out
-python scripts/bench_bits.py small [--images 1000000] [--regions 64] [--out FILE]
-    so many images in 1 bit a component on disk: bytes, one query and 32, time and memory
+python scripts/bench_bits.py small [--images 1000000] [--regions 64] [--bits 1] [--out FILE]
+    so many images in codes on disk: bytes, one query and 32, time and memory
 
 Indexes are of float32 with captions (scripts/cache.py). --out FILE.md writes the tables, FILE.json beside it figures.
 """
@@ -370,19 +370,19 @@ def coarse_table(found):
 
 
 def small(options):
-    """An index of so many images in 1 bit, random codes, mapped from disk: what it takes, how long a search is."""
+    """An index of so many images in random codes, mapped from disk: what it takes, how long a search is."""
     import torch
     import torch.nn.functional as F
 
     from samer import InputError, QueryTokens
     from samer.index.read import Index
 
-    found = {"images": options.images, "regions": options.regions, "searches": []}
+    found = {"images": options.images, "regions": options.regions, "bits": options.bits, "searches": []}
     with tempfile.TemporaryDirectory(dir=options.work) as place:
         folder = Path(place)
-        if shutil.disk_usage(folder).free < 1.3 * options.images * (options.regions * 16 + 200):
+        if shutil.disk_usage(folder).free < 1.3 * options.images * (options.regions * 16 * options.bits + 200):
             raise InputError("too little disk here; name another with --work")
-        write_small(folder, options.images, options.regions)
+        write_small(folder, options.images, options.regions, f"{options.bits}bit")
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         found |= {"bytes_per_image": Index(folder).size("images")[3], "disk": size}
         print(f"{options.images:,} images, {found['bytes_per_image']:,.0f} B each, {size / 1e9:.2f} GB on disk")
@@ -399,7 +399,7 @@ def small(options):
     return found
 
 
-def write_small(folder, count, regions, per=8192):
+def write_small(folder, count, regions, kind, per=8192):
     """An index of random codes."""
     import torch
 
@@ -411,11 +411,11 @@ def write_small(folder, count, regions, per=8192):
     from samer.retrievers.identity import ModelIdentity
 
     sample = torch.nn.functional.normalize(torch.randn(64, 64, 128), dim=-1)
-    codebook = learn("1bit", sample, torch.ones(64, 64, dtype=torch.bool))
+    codebook = learn(kind, sample, torch.ones(64, 64, dtype=torch.bool))
     write_codes(folder / FILE, codebook, "")
     made = {"model": ModelIdentity("", "", "", ""), "projector": "none", "merge": MergeConfig(num_regions=regions)}
-    made |= {"dtype": "1bit", "embedding_dim": 128, "codes": codes_hash(codebook)}
-    tokens, shards = torch.randint(0, 256, (per, regions, 16), dtype=torch.uint8), []
+    made |= {"dtype": kind, "embedding_dim": 128, "codes": codes_hash(codebook)}
+    tokens, shards = torch.randint(0, 256, (per, regions, codebook.code_bytes), dtype=torch.uint8), []
     bases = torch.randint(-127, 128, (per, 128), dtype=torch.int8)
     for start in range(0, count, per):
         rows = min(per, count - start)
@@ -435,7 +435,8 @@ def resident():
 
 def small_table(found):
     """The table in markdown."""
-    size = f"{found['images']:,} images, K = {found['regions']}, {found['bytes_per_image']:,.0f} B each"
+    how = f"K = {found['regions']}, {found['bits']} bit a component, {found['bytes_per_image']:,.0f} B each"
+    size = f"{found['images']:,} images, {how}"
     lines = [f"{size}, {found['disk'] / 1e9:.2f} GB on disk (random codes):", ""]
     lines += ["| queries at once | time | resident | of mapped files |", "|---|---|---|---|"]
     for row in found["searches"]:
@@ -459,6 +460,7 @@ def main(argv=None):
     parser.add_argument("--images", type=int, help="coarse: how many (100,000); small: likewise (1,000,000)")
     parser.add_argument("--budget", type=int, default=8, help="coarse: vectors of the first stage (8)")
     parser.add_argument("--regions", type=int, default=64, help="small: vectors an image (64)")
+    parser.add_argument("--bits", type=int, default=1, choices=(1, 2, 4), help="small: of a component (1)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--work", default=".", help="where indexes are made meanwhile (.)")
     parser.add_argument("--out", default="", help="FILE.md for the tables; FILE.json gets the figures")
