@@ -268,11 +268,10 @@ class StoredImages:
     bases: Tensor | None = None
     codebook: Codebook | None = None
 
-    def at(self, rows: Tensor) -> StoredImages:
-        """Some of them, by their rows (n,) long."""
+    def part(self, rows: slice) -> StoredImages:
+        """Some of them that follow each other; their memory is shared."""
         parts = {name: getattr(self, name) for name in ("tokens", "scale", "mask", "live", "bases")}
-        own = {name: each.index_select(0, rows) for name, each in parts.items() if isinstance(each, Tensor)}
-        return replace(self, **own)
+        return replace(self, **{name: each[rows] for name, each in parts.items() if isinstance(each, Tensor)})
 
     def lookup(self) -> Callable[[Tensor], Tensor]:
         """What makes int8 (b, K, D) of stored vectors (b, K, .), valid until its next call."""

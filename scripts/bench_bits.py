@@ -71,18 +71,17 @@ def bits(options):
 
     bank, split = read_bank(options.bank) if options.bank else None, options.split
     whole = Index(options.reference).scores(split)[0].topk(10, dim=1).indices if options.reference else None
-    rows, first = [], Index(options.index).scores(split)[0].topk(10, dim=1).indices
+    index, rows = Index(options.index), []
+    scores, owner = index.scores(split)
+    first, merged = scores.topk(10, dim=1).indices, index.manifest.merge.compressor
     with tempfile.TemporaryDirectory(dir=options.work) as place:
         for folder in (options.index, *options.built, *options.others):
             stored_rows(rows, folder, Index(folder).manifest.merge.compressor, split, bank, place, first, whole)
         for keep in options.keep:
             kept = Path(place) / f"kept-{keep}"
             recode(options.index, kept, keep=keep, bank=bank, assignments=False)
-            name = f"{Index(options.index).manifest.merge.compressor}, kept by the bank"
-            stored_rows(rows, kept, name, split, bank, place, first, whole)
+            stored_rows(rows, kept, f"{merged}, kept by the bank", split, bank, place, first, whole)
         levels = budgets(options, Path(place))
-    index = Index(options.index)
-    owner = index.scores(split)[1]
     return {"rows": rows, "budgets": levels, "split": split, "images": index.size(split)[0], "queries": len(owner)}
 
 
@@ -113,7 +112,10 @@ def stored_rows(rows, folder, name, split, bank, place, first, whole):
     from samer.index.read import Index
     from samer.index.recode import recode
 
-    index, banks = Index(folder), [bank] if bank and rows else [None, bank] if bank else [None]
+    banks = [None, bank] if bank else [None]
+    if bank and rows:  # what the vectors' own metric costs is seen in the first index
+        banks = [bank]
+    index = Index(folder)
     regions, dim = index.size(split)[2], index.manifest.embedding_dim
     scores, owner = index.scores(split)
     best = scores.topk(10, dim=1).indices

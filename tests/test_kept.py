@@ -170,6 +170,9 @@ def test_what_can_not_be_kept_is_refused(kept, world, tmp_path):
     with pytest.raises(InputError, match="it was made with bank"):
         recode(kept / "kfloat32", tmp_path / "x", keep=2, bank=bank_of(["other words"]))
     assert not (tmp_path / "x").exists()
+    shutil.copytree(kept / "kfloat32", tmp_path / "other")
+    with pytest.raises(InputError, match="holds an index with bank="):
+        add(tmp_path / "other", kept / "root", CROWD, "float32", assignments=True, bank=bank_of(["other words"]))
     shutil.copytree(kept / "kfloat32", tmp_path / "lost")
     (tmp_path / "lost" / "bank.safetensors").unlink()
     shutil.copytree(kept / "root", tmp_path / "root")

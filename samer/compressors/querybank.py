@@ -190,14 +190,16 @@ def keep_best(tokens: Tensor, mask: Tensor, bank: Tensor, weights: Tensor, count
     Returns:
         (B, min(K, N)) long, row numbers in the order of picks; an image with at most K vectors keeps all, in their
         order, and -1 stands after its last.
+
+    Source: METHOD section 2b (ours), its picks alone.
     """
-    share = (weights.double() / weights.double().sum()).to(tokens)
+    bank, share = bank.to(tokens), (weights.double() / weights.double().sum()).to(tokens)
     room = tokens.new_empty(2, len(bank), tokens.shape[1])
     kept = torch.full((len(tokens), min(count, tokens.shape[1])), -1)
     for row, (image, valid) in enumerate(zip(tokens, mask)):
         places = valid.nonzero()[:, 0]
         if len(places) > count:
-            places = places[pick_one(image[places], bank.to(tokens), share, count, room)[0]]
+            places = places[pick_one(image[places], bank, share, count, room)[0]]
         kept[row, : len(places)] = places
     return kept
 

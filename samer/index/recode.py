@@ -89,8 +89,8 @@ def recode(
         codebook = _tables(index, folder, dtype, budgets, keep, bank) if dtype in COMPONENTS else None
         own = {each.name: getattr(index.manifest, each.name) for each in fields(Making)}
         own |= {"dtype": dtype, "codes": codes_hash(codebook) if codebook else ""}
-        own |= {"budgets": budgets, **({"kept": keep, "bank": bank.hash} if keep else {})}
-        own |= {"assignments": assignments and index.manifest.assignments}
+        own |= {"budgets": budgets, "assignments": assignments and index.manifest.assignments}
+        own |= {"kept": keep, "bank": bank.hash} if keep else {}
         making = Making(**own)
         splits = {}
         for name, held in index.manifest.splits.items():

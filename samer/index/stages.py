@@ -136,7 +136,7 @@ def _ranked(
 ) -> list[list[tuple[str, float]]]:
     """The best of each query's candidates, by what shards store of them; ties by id."""
     starts, result = [start for start, _ in names], []
-    for number, rows, images in _each_picked(shards, found, queries.tokens.device):
+    for number, (rows, images) in enumerate(_each_picked(shards, found, queries.tokens.device)):
         if not len(rows):  # every image was deleted
             result.append([])
             continue
@@ -154,25 +154,22 @@ def _ranked(
 
 def _each_picked(
     shards: list[StoredImages], found: list[Tensor], device: torch.device
-) -> Iterator[tuple[int, Tensor, StoredImages]]:
-    """Per query its number, its candidates' rows, and those images on a device.
+) -> Iterator[tuple[Tensor, StoredImages | None]]:
+    """Per query its candidates' rows, and those images on a device; None where no query has any.
 
     Many queries have candidates in all shards, so what several queries want is read at once, within `_TOGETHER` bytes.
     """
     each = sum(tensor[0].nbytes for tensor in (shards[0].tokens, shards[0].bases) if tensor is not None)
-    number = 0
-    while number < len(found):
-        end, size = number + 1, len(found[number])
+    begin = 0
+    while begin < len(found):
+        end, size = begin + 1, len(found[begin])
         while end < len(found) and (size + len(found[end])) * each <= _TOGETHER:
             end, size = end + 1, size + len(found[end])
-        union = torch.cat(found[number:end]).unique()
-        images = picked(shards, union, device) if len(union) else None
-        for rows in found[number:end]:
-            own = images
-            if len(rows) < len(union):
-                own = images.at(torch.searchsorted(union, rows).to(device))
-            yield number, rows, own
-            number += 1
+        images, start = picked(shards, torch.cat(found[begin:end]), device) if size else None, 0
+        for rows in found[begin:end]:
+            yield rows, images and images.part(slice(start, start + len(rows)))
+            start += len(rows)
+        begin = end
 
 
 def picked(shards: list[StoredImages], rows: Tensor, device: torch.device) -> StoredImages:

@@ -90,7 +90,9 @@ def kept_vectors(
         count: how many to keep.
 
     Returns:
-        Tokens, mask and regions of those.
+        Tokens (n, min(count, K), D), mask and regions of those.
+
+    Source: METHOD section 2b (ours), its picks alone: `keep_best`.
     """
     picks = keep_best(tokens, mask, bank.vectors, bank.weights, count)
     there = picks >= 0

@@ -259,7 +259,7 @@ def writing(
         if is_file(folder / "manifest.json"):  # neither is chosen by who adds to an index
             held = read_index_manifest(folder / "manifest.json")
             making = replace(making, codes=held.codes, budgets=held.budgets, kept=held.kept)
-            if held.kept:
+            if held.kept and bank is None:
                 making, bank = replace(making, bank=held.bank), held_bank(folder)
         yield _Writer(folder, retriever, making, batch_size, bank)
 
