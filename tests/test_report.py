@@ -6,6 +6,10 @@ import itertools
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -1204,3 +1208,29 @@ def test_compare_writes_a_report(world, base, script, tmp_path, monkeypatch):
     assert "farthest, untouched" in page.text
     assert "Compressors compared on world" in page.text
     assert any((tmp_path / "out" / "report_figures").glob("regions-*.png"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_waits_for_the_end_of_a_drawing(number):
+    """matplotlib would make a ValueError of it, in the middle of a path."""
+    code = textwrap.dedent(
+        """
+        import os, sys
+        from samer.report.plots import plot
+        from samer.runtime.signals import Stopped, listening
+
+        def draw(axes, results):
+            os.kill(os.getpid(), int(sys.argv[1]))
+            for _ in range(1000):  # it is heard here
+                pass
+            print("drawn", flush=True)
+
+        with listening():
+            try:
+                plot(draw, {}, "svg")
+            except (Stopped, KeyboardInterrupt) as error:
+                print(type(error).__name__)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(int(number))], capture_output=True, text=True)
+    assert done.stdout.split() == ["drawn", {signal.SIGTERM: "Stopped", signal.SIGINT: "KeyboardInterrupt"}[number]]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from samer.report.cells import budget_words, label
 from samer.report.tables import budget_lines, budgets_of, stored_bytes
+from samer.runtime.signals import held, stoppable
 from samer.settings import vectors_of
 
 # Okabe and Ito's colours, told apart with the common colour vision deficiencies; and markers, for print
@@ -32,7 +33,8 @@ def plot(draw: Callable, results: dict, kind: str, dark: bool = False) -> bytes 
     settings |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
     if dark:
         settings |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none")
-    with pyplot.rc_context(settings):
+    # matplotlib's compiled parts turn what a signal raises in them into an error of their own
+    with stoppable(), held(), pyplot.rc_context(settings):
         figure, axes = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
         try:
             if draw(axes, results) is False:
